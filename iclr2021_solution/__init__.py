@@ -1,0 +1,1 @@
+"""Iterative layerwise pruning (LAMP, Lee et al., ICLR 2021)."""

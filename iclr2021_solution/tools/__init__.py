@@ -1,0 +1,1 @@
+"""Pruners and per-model settings of `iterate.py`."""

@@ -1,0 +1,1 @@
+"""What the scripts share: data, models, training, masks, regrowth, search and plots."""

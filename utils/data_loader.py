@@ -1,0 +1,215 @@
+"""Image batches built on the compute device: the data set lies there as uint8 and no worker process is needed.
+
+On a CPU the random crops are copied out of a sliding-windows view of the padded images (no per-image Python work);
+on a GPU the same gather runs as one kernel. Every random choice comes from the loader's own seeded generator.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.datasets import ImageDataset, load_dataset
+from utils.errors import UserError
+from utils.seeding import generator
+
+PAD = 4  # pixels of zero padding on each side before the random crop (He et al., CVPR 2016, section 4.2)
+Batch = tuple[Tensor, Tensor]
+
+
+class BatchLoader:
+    """Iterates over (inputs, targets) batches, any number of times, like a PyTorch ``DataLoader``.
+
+    inputs: float32 (B, C, H, W) in channels_last memory, normalised per channel; targets: int64 (B,).
+    With ``augment`` each image is zero-padded by 4, cropped at random and flipped with probability 1/2; with
+    ``shuffle`` every pass has a new order. A last batch of a single image is left out of shuffled passes, since
+    batch normalisation cannot train on it.
+    """
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray, batch_size: int, *, mean: np.ndarray, std: np.ndarray,
+                 device: str | torch.device = "cpu", augment: bool = False, shuffle: bool = False, seed: int = 0):
+        """images: uint8 (N, H, W, C); targets: int (N,); mean, std: (C,) in pixel units 0..255."""
+        if len(images) != len(targets) or len(images) == 0:
+            raise ValueError(f"need as many images as targets and at least one, got {len(images)} and {len(targets)}")
+        self.device = torch.device(device)
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        self.targets = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(self.device)
+        self.scale = torch.tensor(1.0 / std, dtype=torch.float32, device=self.device)
+        self.shift = torch.tensor(-mean / std, dtype=torch.float32, device=self.device)
+        self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
+        self.windows = self._windows() if augment else None
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Restarts the loader's generator: the passes that follow depend on `seed` alone."""
+        self.generator = generator(seed, "loader")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator's state between two passes."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues exactly where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+
+    @property
+    def num_images(self) -> int:
+        """Images in one pass (before a single left-over image is dropped)."""
+        return len(self.images)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_images, self.batch_size)
+        return max(1, full + (rest > (1 if self.shuffle else 0)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches()
+
+    def with_batch_size(self, batch_size: int) -> BatchLoader:
+        """The same images, augmentation and order of seeds in batches of another size; shares memory."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        other.generator = torch.Generator().set_state(self.generator.get_state())
+        return other
+
+    def unaugmented(self, batch_size: int | None = None) -> BatchLoader:
+        """The same images in their stored order, neither augmented nor shuffled; shares memory."""
+        other = self.with_batch_size(batch_size or self.batch_size)
+        other.augment, other.shuffle, other.windows = False, False, None
+        return other
+
+    def _windows(self) -> np.ndarray | Tensor:
+        """Every crop of the padded images as a strided view (N, 2P+1, 2P+1, H, W, C); only the padding is copied."""
+        padded = torch.nn.functional.pad(self.images, (0, 0, PAD, PAD, PAD, PAD))
+        n, height, width, channels = self.images.shape
+        s_n, s_h, s_w, s_c = padded.stride()
+        view = padded.as_strided((n, 2 * PAD + 1, 2 * PAD + 1, height, width, channels),
+                                 (s_n, s_h, s_w, s_h, s_w, s_c))
+        return view.numpy() if self.device.type == "cpu" else view  # numpy's gather is ~20x torch's on a CPU
+
+    def _batches(self) -> Iterator[Batch]:
+        order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
+        moves = self._draw_moves() if self.augment else None
+        if self.device.type != "cpu":
+            order = None if order is None else order.to(self.device, non_blocking=True)
+            moves = None if moves is None else moves.to(self.device, non_blocking=True)
+        for number in range(len(self)):
+            span = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            where = span if order is None else order[span]
+            pixels = self.images[where] if moves is None else self._crop_and_flip(where, moves[:, span])
+            yield self._normalise(pixels), self.targets[where]
+
+    def _draw_moves(self) -> Tensor:
+        """int64 (3, N): crop row and column in 0..2P and flip 0/1 of each image of a pass."""
+        crops = torch.randint(2 * PAD + 1, (2, self.num_images), generator=self.generator)
+        flips = torch.randint(2, (1, self.num_images), generator=self.generator)
+        return torch.cat([crops, flips])
+
+    def _crop_and_flip(self, where: Tensor | slice, moves: Tensor) -> Tensor:
+        row, column, flip = moves
+        if isinstance(where, slice):
+            where = torch.arange(self.num_images, device=self.device)[where]
+        if self.device.type == "cpu":
+            crops = self.windows[where.numpy(), row.numpy(), column.numpy()]
+            flipped = np.flatnonzero(flip.numpy())
+            crops[flipped] = crops[flipped, :, ::-1]
+            return torch.from_numpy(crops)
+        crops = self.windows[where, row, column]
+        return torch.where(flip.bool()[:, None, None, None], crops.flip(2), crops)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, C) to float32 (B, C, H, W); the permuted view is channels_last without a copy."""
+        return pixels.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
+
+
+class TestSetReadTwice(RuntimeError):
+    """The test set was about to be read a second time without being asked for by name."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+
+class TestLoader(BatchLoader):
+    """The test set: read once, for the final report.
+
+    A second pass raises `TestSetReadTwice`, so that no selection or early stopping can come to depend on it by
+    mistake. A report on several models asks for each further pass by name with `read_as`; `reads` lists them all.
+    """
+
+    __test__ = False
+
+    def __init__(self, *args, **kwargs):
+        """Takes the arguments of `BatchLoader`."""
+        super().__init__(*args, **kwargs)
+        self.reads: list[str] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.reads:
+            raise TestSetReadTwice(f"the test set has been read already ({', '.join(self.reads)}); choose models on the "
+                                   "validation set, or name the purpose: loader.read_as('...')")
+        self.reads.append("final report")
+        return self._batches()
+
+    def read_as(self, purpose: str) -> TestLoader:
+        """A loader for one more pass with a purpose of its own; the same purpose twice raises `TestSetReadTwice`."""
+        if purpose in self.reads:
+            raise TestSetReadTwice(f"the test set has been read for '{purpose}' already")
+        self.reads.append(purpose)
+        once = copy.copy(self)
+        once.reads = []
+        return once
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel in pixel units; images: uint8 (N, H, W, C), results: (C,).
+
+    Exact and order-independent: both come from the histogram of the 256 pixel values.
+    """
+    values = np.arange(256, dtype=np.float64)
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    total = counts.sum(axis=1)
+    mean = counts @ values / total
+    variance = counts @ values**2 / total - mean**2
+    return mean, np.sqrt(np.maximum(variance, 1e-6))
+
+
+def split_indices(num_images: int, val_split: float, split_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted training and validation indices: a seeded random `val_split` of the images goes to validation.
+
+    Raises UserError unless both parts get at least one image.
+    """
+    num_val = round(num_images * val_split)
+    if not 0 < num_val < num_images:
+        raise UserError(f"--val_split {val_split} leaves an empty part of {num_images} training images; "
+                        "use a fraction between 0 and 1 such as 0.2")
+    order = torch.randperm(num_images, generator=generator(split_seed, "split")).numpy()
+    return np.sort(order[num_val:]), np.sort(order[:num_val])
+
+
+def loaders_from(data: ImageDataset, *, batch_size: int = 128, val_split: float = 0.2, seed: int = 0,
+                 split_seed: int = 0, device: str | torch.device = "cpu",
+                 eval_batch_size: int = 500) -> tuple[BatchLoader, BatchLoader, TestLoader]:
+    """Train, validation and test loaders over a data set in memory; see `data_loader` for the arguments."""
+    mean, std = channel_statistics(data.train_images)
+    train, val = split_indices(len(data.train_images), val_split, split_seed)
+    common = {"mean": mean, "std": std, "device": device}
+    return (BatchLoader(data.train_images[train], data.train_targets[train], batch_size, augment=True, shuffle=True,
+                        seed=seed, **common),
+            BatchLoader(data.train_images[val], data.train_targets[val], eval_batch_size, **common),
+            TestLoader(data.test_images, data.test_targets, eval_batch_size, **common))
+
+
+def data_loader(data_dir: str | Path = "./data", dataset: str = "cifar10", *, batch_size: int = 128,
+                val_split: float = 0.2, seed: int = 0, split_seed: int = 0, device: str | torch.device = "cpu",
+                eval_batch_size: int = 500) -> tuple[BatchLoader, BatchLoader, TestLoader]:
+    """Loads a data set and returns its train, validation and test loaders.
+
+    data_dir: where CIFAR-10 lies (torchvision's folder or archive, or an image folder); dataset: a name of
+    `utils.datasets.DATASETS`; val_split: fraction of the training images held out; seed: order and augmentation;
+    split_seed: which images are held out (apart from `seed`, so that runs of different seeds share the split).
+    Validation and test are never augmented. Raises UserError when the data cannot be had.
+    """
+    return loaders_from(load_dataset(dataset, data_dir), batch_size=batch_size, val_split=val_split, seed=seed,
+                        split_seed=split_seed, device=device, eval_batch_size=eval_batch_size)

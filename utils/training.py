@@ -1,0 +1,229 @@
+"""One training loop and one evaluation for everything that trains: pretraining, finetuning, episodes of the search."""
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from utils.analysis_utils import hold_pruned_weights
+from utils.data_loader import BatchLoader
+from utils.errors import RunFailed
+from utils.precision import autocast
+from utils.seeding import derive_seed, global_rng_state, set_global_rng_state
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: optimizer and schedule (names of `OPTIMIZERS` and `SCHEDULES`), learning rate, epochs, batch size.
+
+    patience: epochs without a better validation accuracy before training stops; None never stops early.
+    """
+
+    optimizer: str
+    lr: float
+    epochs: int
+    batch_size: int
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    patience: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for run cards and for comparing runs."""
+        return asdict(self)
+
+
+# The published recipes of arXiv 2511.11675; AdamW's weight decay is PyTorch's default.
+PRETRAIN = Recipe("sgd", lr=0.1, epochs=200, batch_size=128, schedule="cosine", weight_decay=5e-4, patience=30)
+FINETUNE_ONE_SHOT = Recipe("adamw", lr=3e-4, epochs=400, batch_size=100, weight_decay=1e-2, patience=30)
+FINETUNE_ITERATIVE = Recipe("adamw", lr=3e-4, epochs=40, batch_size=100, weight_decay=1e-2, patience=30)
+FINETUNE_FINAL = Recipe("adamw", lr=3e-4, epochs=400, batch_size=100, schedule="warmup_cosine", weight_decay=1e-2,
+                        patience=30)
+
+
+def _sgd(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+
+
+def _adamw(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def _cosine(step: int, total: int) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
+
+
+def _warmup_cosine(step: int, total: int) -> float:
+    warmup = max(1, round(0.05 * total))  # 5 % linear warm-up, then cosine to zero
+    return (step + 1) / warmup if step < warmup else _cosine(step - warmup, max(1, total - warmup))
+
+
+# name -> factor on the learning rate at a step of a training of `total` steps
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda step, total: 1.0,
+    "cosine": _cosine,
+    "warmup_cosine": _warmup_cosine,
+}
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy loss (nats) and accuracy (%)."""
+
+    loss: float
+    accuracy: float
+
+
+class TrainResult(NamedTuple):
+    """Best validation accuracy (%), the 1-based epoch it was reached in (0: before training), and epochs trained."""
+
+    accuracy: float
+    best_epoch: int
+    epochs: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Evaluation:
+    """Loss and accuracy of `model` over one pass of `loader`; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    with autocast(device, precision):
+        for inputs, targets in loader:
+            totals += _batch_totals(model(inputs), targets)
+    model.train(was_training)
+    loss_sum, correct, seen = totals.tolist()
+    return Evaluation(loss_sum / seen, 100.0 * correct / seen)
+
+
+def _batch_totals(logits: Tensor, targets: Tensor) -> Tensor:
+    """float64 (3,): summed loss, number correct, number seen; stays on the device."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    correct = (logits.argmax(1) == targets).sum()
+    return torch.stack([loss.double(), correct.double(), correct.new_full((), len(targets)).double()])
+
+
+class Trainer:
+    """Trains a model by a `Recipe` and leaves it with the weights of its best validation accuracy.
+
+    A pure function of the model's weights, the loaders' data, the recipe and the seed (on a CPU: bit for bit, for one
+    thread count). Pruned weights never move. `state_dict` after any epoch continues it exactly in another process.
+    """
+
+    def __init__(self, model: nn.Module, train: BatchLoader, val: BatchLoader, recipe: Recipe, *, seed: int,
+                 precision: str = "fp32", params: Any = None,
+                 constrain: Callable[[torch.optim.Optimizer], Any] | None = None):
+        """params: optimizer parameter groups (default: all parameters); constrain: called with the optimizer to
+        register step hooks (default: hold pruned weights)."""
+        self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
+        self.train_loader = train.with_batch_size(recipe.batch_size)
+        self.train_loader.reseed(derive_seed(seed, "train"))
+        torch.manual_seed(derive_seed(seed, "dropout"))
+        self.device = next(model.parameters()).device
+        self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters() if params is None else params, recipe)
+        (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
+        total, factor = recipe.epochs * len(self.train_loader), SCHEDULES[recipe.schedule]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, total))
+        self.epoch, self.best_accuracy, self.best_epoch, self.best_state = 0, -1.0, 0, {}
+        self.history: list[dict[str, float]] = []
+
+    def run(self, label: str = "train", on_epoch: Callable[[Trainer], None] | None = None,
+            show: bool = True) -> TrainResult:
+        """Trains to the end of the recipe or of its patience; `on_epoch` is called after every epoch.
+
+        Raises RunFailed on a non-finite loss; what `on_epoch` has saved by then stays.
+        """
+        steps = len(self.train_loader)
+        with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
+                  disable=not show, dynamic_ncols=True) as bar:
+            while not self.finished:
+                row = self._run_epoch(bar)
+                self._keep_best(row["val_acc"])
+                self.history.append(row)
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", train=f"{row['train_acc']:.1f}%",
+                                val=f"{row['val_acc']:.2f}%", best=f"{self.best_accuracy:.2f}%",
+                                imgs=f"{row['images_per_s']:.0f}/s")
+                if on_epoch is not None:
+                    on_epoch(self)
+        if self.best_state:
+            self.model.load_state_dict(self.best_state)
+        return TrainResult(self.best_accuracy, self.best_epoch, self.epoch)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or the patience is spent."""
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited > self.recipe.patience)
+
+    def _run_epoch(self, bar: tqdm) -> dict[str, float]:
+        start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
+        loss, accuracy = self._train_epoch(bar)
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise RunFailed(f"the training loss became {loss} in epoch {self.epoch + 1} (learning rate {lr:.3g}); "
+                            "the last good checkpoint is kept. Try a lower learning rate or --precision fp32")
+        val = evaluate(self.model, self.val, self.precision)
+        self.epoch += 1
+        return {"epoch": self.epoch, "lr": lr, "train_loss": loss, "train_acc": accuracy, "val_loss": val.loss,
+                "val_acc": val.accuracy, "images_per_s": self.train_loader.num_images / seconds, "seconds": seconds}
+
+    def _train_epoch(self, bar: tqdm) -> Evaluation:
+        """One pass; losses are summed on the device and read once at the end, so that no step waits for the host."""
+        self.model.train()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for inputs, targets in self.train_loader:
+            with autocast(self.device, self.precision):
+                logits = self.model(inputs)
+                loss = F.cross_entropy(logits, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            totals += _batch_totals(logits.detach(), targets)
+            bar.update()
+        loss_sum, correct, seen = totals.tolist()
+        return Evaluation(loss_sum / seen, 100.0 * correct / seen)
+
+    def _keep_best(self, accuracy: float) -> None:
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_epoch = accuracy, self.epoch
+            self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs: weights, best weights, optimizer, schedule, generators, progress."""
+        return {"model": self.model.state_dict(), "best_state": self.best_state, "best_accuracy": self.best_accuracy,
+                "best_epoch": self.best_epoch, "epoch": self.epoch, "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"last_epoch": self.scheduler.last_epoch}, "loader": self.train_loader.state_dict(),
+                "global_rng": global_rng_state(), "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; the trainer must have been built from the same arguments."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.train_loader.load_state_dict(state["loader"])
+        set_global_rng_state(state["global_rng"])
+        self.best_accuracy, self.best_epoch, self.epoch = state["best_accuracy"], state["best_epoch"], state["epoch"]
+        self.best_state = {name: value.to(self.device) for name, value in state["best_state"].items()}
+        self.history = list(state["history"])
+
+
+@contextlib.contextmanager
+def fast_kernels():
+    """Lets cuDNN pick its fastest kernels inside the context; results then vary in the last bits on a GPU."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
