@@ -1,7 +1,6 @@
 """One training loop and one evaluation for everything that trains: pretraining, finetuning, episodes of the search."""
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -100,17 +99,18 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precisio
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with autocast(device, precision):
         for inputs, targets in loader:
-            totals += _batch_totals(model(inputs), targets)
+            logits = model(inputs)
+            totals += _batch_totals(F.cross_entropy(logits, targets), logits, targets)
     model.train(was_training)
     loss_sum, correct, seen = totals.tolist()
     return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
 
-def _batch_totals(logits: Tensor, targets: Tensor) -> Tensor:
+def _batch_totals(mean_loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """float64 (3,): summed loss, number correct, number seen; stays on the device."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     correct = (logits.argmax(1) == targets).sum()
-    return torch.stack([loss.double(), correct.double(), correct.new_full((), len(targets)).double()])
+    seen = torch.full_like(correct, len(targets))
+    return torch.stack([mean_loss.double() * len(targets), correct.double(), seen.double()])
 
 
 class Trainer:
@@ -163,7 +163,7 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all epochs are done or the patience is spent."""
         waited = self.epoch - self.best_epoch
-        return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited > self.recipe.patience)
+        return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited >= self.recipe.patience)
 
     def _run_epoch(self, bar: tqdm) -> dict[str, float]:
         start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
@@ -189,7 +189,7 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
-            totals += _batch_totals(logits.detach(), targets)
+            totals += _batch_totals(loss.detach(), logits.detach(), targets)
             bar.update()
         loss_sum, correct, seen = totals.tolist()
         return Evaluation(loss_sum / seen, 100.0 * correct / seen)
@@ -216,14 +216,3 @@ class Trainer:
         self.best_accuracy, self.best_epoch, self.epoch = state["best_accuracy"], state["best_epoch"], state["epoch"]
         self.best_state = {name: value.to(self.device) for name, value in state["best_state"].items()}
         self.history = list(state["history"])
-
-
-@contextlib.contextmanager
-def fast_kernels():
-    """Lets cuDNN pick its fastest kernels inside the context; results then vary in the last bits on a GPU."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

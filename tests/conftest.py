@@ -1,0 +1,83 @@
+"""Small data and models that every test file can use."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from utils.data_loader import loaders_from
+from utils.datasets import ImageDataset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def make_images(per_class: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Learnable 32x32 images: each class has its own stripe frequency and tint, plus noise."""
+    random = np.random.RandomState(seed)
+    targets = np.repeat(np.arange(classes), per_class)
+    stripes = np.sin(np.arange(32) * (targets[:, None] + 1) * 0.35)[:, :, None, None]
+    tint = np.stack([np.cos(targets), np.sin(targets), np.cos(2 * targets)], axis=1)[:, None, None, :]
+    pixels = 127 + 50 * stripes + 30 * tint + 20 * random.randn(len(targets), 32, 32, 3)
+    return np.clip(pixels, 0, 255).astype(np.uint8), targets.astype(np.int64)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> ImageDataset:
+    """200 training and 50 test images of five classes, in memory."""
+    train, test = make_images(40, 5, 0), make_images(10, 5, 1)
+    return ImageDataset("tiny", "test", *train, *test, classes=tuple("abcde"))
+
+
+@pytest.fixture
+def tiny_loaders(tiny_dataset):
+    """(train, validation, test) loaders over `tiny_dataset`."""
+    return loaders_from(tiny_dataset, batch_size=32, eval_batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """An image folder train|test/<class>/*.png of four classes: 80 training and 20 test images."""
+    root = tmp_path_factory.mktemp("image_folder")
+    for part, per_class, seed in (("train", 20, 0), ("test", 5, 1)):
+        images, targets = make_images(per_class, 4, seed)
+        for number, (image, target) in enumerate(zip(images, targets)):
+            folder = root / part / f"class_{target}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture
+def small_cnn() -> nn.Module:
+    """conv - batch norm - conv - linear for 32x32 RGB and five classes; 1,224 prunable weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4),
+                         nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(32, 5))
+
+
+@pytest.fixture
+def run_script():
+    """Runs a script of the repository as a user would; returns the finished process with its output as text."""
+    def run(*words: object, timeout: float = 240, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TQDM_MININTERVAL": "60"}
+        return subprocess.run([sys.executable, REPOSITORY / str(words[0]), *map(str, words[1:])], cwd=cwd,
+                              env=environment, text=True, capture_output=True, timeout=timeout)
+    return run
+
+
+def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:
+    """The process ended with exit code 2 and one line on stderr that holds all `words`."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    for word in words:
+        assert word in lines[0], f"'{word}' is missing in: {lines[0]}"

@@ -1,0 +1,228 @@
+"""Masks of a pruned model: put on, set, read, validate, count, clone, load, and hold while an optimizer runs.
+
+A pruned layer uses the reparametrization of `torch.nn.utils.prune`: parameter `weight_orig`, buffer `weight_mask`
+(1 active, 0 pruned) and `weight = weight_orig * weight_mask`, made anew before every forward pass.
+"""
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from utils.errors import UserError
+
+
+class PruneCounts(NamedTuple):
+    """Prunable weights of a model, in weights."""
+
+    total: int
+    surviving: int
+    pruned: int
+
+    @property
+    def sparsity(self) -> float:
+        """pruned / total, in [0, 1] (0 for a model without prunable weights)."""
+        return self.pruned / self.total if self.total else 0.0
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv2d and Linear of the model by name, in `named_modules` order; their `weight` is what is pruned."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+
+
+def _is_masked(layer: nn.Module) -> bool:
+    return hasattr(layer, "weight_mask")
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether any prunable layer has a mask."""
+    return any(_is_masked(layer) for layer in prunable_layers(model).values())
+
+
+@torch.no_grad()  # so that `weight`, made here, holds no graph
+def add_masks(model: nn.Module) -> None:
+    """Give every prunable layer that has no mask one of all ones. Parameters stay the same objects."""
+    for layer in prunable_layers(model).values():
+        if not _is_masked(layer):
+            prune.identity(layer, "weight")
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Make pruning permanent: `weight` becomes an ordinary parameter, zero where it was pruned."""
+    for layer in prunable_layers(model).values():
+        if not _is_masked(layer):
+            continue
+        prune.remove(layer, "weight")
+        if layer.bias is not None:  # back behind `weight`, so that the state dict has the order of a dense model
+            bias = layer.bias
+            del layer.bias
+            layer.register_parameter("bias", bias)
+
+
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Write masks (layer name -> bool or 0/1 tensor of the weight's shape) into the model, in place.
+
+    Masks are put on where absent; layers not named keep theirs, or get all ones. Raises ValueError, with the model
+    unchanged, on an unknown layer, a wrong shape or a value other than 0 and 1.
+    """
+    layers = prunable_layers(model)
+    for name, mask in masks.items():
+        problem = _mask_problem(mask, layers[name]) if name in layers else "the model has no such prunable layer"
+        if problem:
+            raise ValueError(f"mask of {name}: {problem}")
+    add_masks(model)
+    for name, mask in masks.items():
+        layers[name].weight_mask.copy_(mask)
+        _refresh(layers[name])
+
+
+def get_masks(model: nn.Module) -> dict[str, Tensor]:
+    """A bool copy of every prunable layer's mask, True where active; all True where the layer has none."""
+    return {
+        name: layer.weight_mask.bool() if _is_masked(layer) else torch.ones_like(layer.weight, dtype=torch.bool)
+        for name, layer in prunable_layers(model).items()
+    }
+
+
+def validate_masks(model: nn.Module) -> None:
+    """Raise UserError unless every prunable layer has a mask of its weight's shape that holds only 0 and 1."""
+    for name, layer in prunable_layers(model).items():
+        problem = _mask_problem(layer.weight_mask, layer) if _is_masked(layer) else "there is none"
+        if problem:
+            raise UserError(f"mask of {name}: {problem}; every Conv2d and Linear needs a 0/1 mask of its own shape")
+
+
+def _mask_problem(mask: Tensor, layer: nn.Module) -> str | None:
+    shape = _weight(layer).shape
+    if mask.shape != shape:
+        return f"shape {tuple(mask.shape)} instead of {tuple(shape)}"
+    return None if _is_binary(mask) else "values other than 0 and 1"
+
+
+def _is_binary(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    return layer.weight_orig if _is_masked(layer) else layer.weight
+
+
+@torch.no_grad()
+def _refresh(layer: nn.Module) -> None:
+    """Make `weight` anew, as the next forward pass will; without a graph, so that it holds no memory."""
+    layer.weight = layer.weight_orig * layer.weight_mask
+
+
+def count_pruned_params(model: nn.Module) -> PruneCounts:
+    """Total, surviving and pruned weights over all prunable layers."""
+    masks = get_masks(model).values()
+    total, surviving = sum(mask.numel() for mask in masks), sum(int(mask.count_nonzero()) for mask in masks)
+    return PruneCounts(total, surviving, total - surviving)
+
+
+def layer_sparsity(model: nn.Module) -> dict[str, float]:
+    """pruned / total of every prunable layer, in [0, 1]."""
+    return {name: 1 - int(mask.count_nonzero()) / mask.numel() for name, mask in get_masks(model).items()}
+
+
+def overall_sparsity(model: nn.Module) -> float:
+    """pruned / total over all prunable layers, in [0, 1]."""
+    return count_pruned_params(model).sparsity
+
+
+def empty_layers(model: nn.Module) -> list[str]:
+    """Names of the prunable layers without a single surviving weight: nothing passes through them."""
+    return [name for name, mask in get_masks(model).items() if not mask.any()]
+
+
+def clone_model(model: nn.Module) -> nn.Module:
+    """An independent copy, also of a pruned model that has run forward, where `copy.deepcopy` fails.
+
+    The tensors that deepcopy refuses are results of a computation (such as the masked `weight`); the copy gets their
+    detached values, and its own pruning hooks make them anew at its next forward pass.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
+def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+    """Load a masked or a dense state dict, strictly; the model's masks are put on or removed to match.
+
+    A `module.` prefix on all names is dropped. Raises UserError, with the model unchanged, if an entry is missing,
+    unexpected or of another shape or a mask is not 0/1: it names `source` (a file, say) and the first few entries.
+    """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
+        raise UserError(f"{source} is not a state dict: it must map names to tensors")
+    if all(key.startswith("module.") for key in state_dict):
+        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    masked = any(key.endswith(("weight_orig", "weight_mask")) for key in state_dict)
+    problems = _differences(_expected_shapes(model, masked), state_dict)
+    if problems:
+        raise UserError(f"{source} does not fit this model, it looks like another model's: {'; '.join(problems)}")
+    bad = [key for key, value in state_dict.items() if key.endswith("weight_mask") and not _is_binary(value)]
+    if bad:
+        raise UserError(f"{source} holds masks with values other than 0 and 1: {_first_few(bad)}")
+    (add_masks if masked else remove_masks)(model)
+    model.load_state_dict(state_dict)
+    for layer in prunable_layers(model).values() if masked else ():
+        _refresh(layer)
+
+
+def _expected_shapes(model: nn.Module, masked: bool) -> dict[str, torch.Size]:
+    """Names and shapes of the model's state dict if it were masked, or dense; what can be pruned comes first."""
+    weights, others = {}, {key: value.shape for key, value in model.state_dict().items()}
+    for name, layer in prunable_layers(model).items():
+        weight = f"{name}.weight" if name else "weight"
+        for key in (weight, f"{weight}_orig", f"{weight}_mask"):
+            others.pop(key, None)
+        weights |= dict.fromkeys([f"{weight}_orig", f"{weight}_mask"] if masked else [weight], _weight(layer).shape)
+    return weights | others
+
+
+def _differences(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> list[str]:
+    wrong = [key for key in expected if key in found and found[key].shape != expected[key]]
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "wrong shape": [f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key])}" for key in wrong],
+    }
+    return [f"{problem} {_first_few(entries)}" for problem, entries in problems.items() if entries]
+
+
+def _first_few(entries: list[str]) -> str:
+    return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+
+
+def hold_weights(optimizer: Optimizer, params_and_keep: Iterable[tuple[nn.Parameter, Tensor]]) -> RemovableHandle:
+    """Freeze single weights: after every step, positions where keep is 0 get back their value of now.
+
+    Momentum and weight decay move even weights without a gradient; this undoes it in two kernel launches a step,
+    whatever the number of tensors. `keep` has the parameter's shape, 1 or True where it may move. Returns a handle
+    whose `remove()` lets go.
+    """
+    pairs = [(param, torch.empty_like(param).copy_(keep)) for param, keep in params_and_keep]
+    if not pairs:
+        return RemovableHandle(OrderedDict())
+    params, keeps = zip(*pairs, strict=True)
+    held = [param.detach() * (1 - keep) for param, keep in pairs]
+
+    @torch.no_grad()
+    def restore(*_: object) -> None:
+        torch._foreach_mul_(params, keeps)
+        torch._foreach_add_(params, held)
+
+    return optimizer.register_step_post_hook(restore)
+
+
+def hold_pruned_weights(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    """`hold_weights` for every pruned position of `weight_orig`; a handle that does nothing if there are no masks."""
+    layers = [layer for layer in prunable_layers(model).values() if _is_masked(layer)]
+    return hold_weights(optimizer, [(layer.weight_orig, layer.weight_mask) for layer in layers])

@@ -1,0 +1,332 @@
+"""The search for how many weights each layer gets back: an LSTM controller learns from the rewards of its episodes.
+
+An episode is an allocation and its reward. The controller samples allocations (`RegrowthAgent`), somebody else trains
+and measures them (`evaluate`, a function of plain numbers that another process could serve), and REINFORCE moves the
+controller towards the better ones (`RegrowthPolicyGradient`). Every episode is trained for the few epochs of the first
+rung, and only those that stay ahead for more (`utils.search`); the controller learns from the first rung alone, where
+all rewards are comparable. A trial that was paid for is looked up, never trained again.
+"""
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, spend_ratio
+from utils.errors import UserError
+from utils.search import Allocation, Ladder, Trial
+from utils.seeding import derive_seed, generator
+
+ADVANTAGE_LIMIT = 100.0
+WARM_START = tuple(name for name in ALLOCATORS if name != "random")
+MAY_CHANGE = {"num_epochs", "search_budget"}  # of the configuration, when a search is resumed
+
+Evaluate = Callable[[Allocation, int, int], float]  # (allocation, seed, epochs) -> reward in [0, 1]
+Row = dict[str, Any]
+
+
+class Rollout(NamedTuple):
+    """A batch of sampled episodes; the tensors are (episodes, layers)."""
+
+    actions: Tensor
+    log_probs: Tensor
+    entropies: Tensor
+    decides: Tensor  # False where nothing could be spent, so that the action is without effect
+    allocations: list[Allocation]
+
+
+class RegrowthAgent(nn.Module):
+    """LSTM cell that walks through the layers and picks for each a ratio of what it could take.
+
+    Input: the previous layer's logits ++ (position, capacity fraction, remaining-budget fraction); output: logits over
+    `action_space_size` ratios, evenly spaced in [0, 1]. `seed` determines the initial weights, which are uniform within
+    ± 1/sqrt(hidden_size) (PyTorch's default for both parts).
+    """
+
+    def __init__(self, action_space_size: int = 11, hidden_size: int = 64, seed: int = 0):
+        """Builds the network without touching the global random numbers."""
+        super().__init__()
+        self.cell = nn.utils.skip_init(nn.LSTMCell, action_space_size + 3, hidden_size)
+        self.head = nn.utils.skip_init(nn.Linear, hidden_size, action_space_size)
+        weights = generator(seed, "agent")
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -hidden_size ** -0.5, hidden_size ** -0.5, generator=weights)
+
+    @property
+    def action_space_size(self) -> int:
+        """Number of ratios to choose from."""
+        return self.head.out_features
+
+    def forward(self, problem: AllocationProblem, episodes: int, sampler: torch.Generator) -> Rollout:
+        """Samples a batch of episodes, layer by layer, since the remaining budget depends on what was sampled.
+
+        Args:
+            problem: layers in order of priority. The capacity fraction is the layer's share of the total capacity.
+            episodes: batch size.
+            sampler: CPU generator the actions are drawn from.
+
+        Returns:
+            A `Rollout`; log-probabilities (of the sampled actions) and entropies (nats) carry gradients and are zero
+            where the action is without effect, because the layer has no capacity or the budget is spent.
+        """
+        logits = torch.zeros(episodes, self.action_space_size)
+        state = None
+        remaining = [problem.spend] * episodes
+        steps = []
+        for position, capacity in enumerate(problem.capacities):
+            features = torch.cat([logits, _features(problem, position, remaining)], dim=1)
+            state = self.cell(features, state)
+            logits = self.head(state[0])
+            log_p = logits.log_softmax(dim=1)
+            action = torch.multinomial(log_p.detach().exp(), 1, generator=sampler)
+            decides = torch.tensor([capacity > 0 and left > 0 for left in remaining])
+            steps.append((action[:, 0], log_p.gather(1, action)[:, 0] * decides,
+                          -(log_p.exp() * log_p).sum(dim=1) * decides, decides))
+            remaining = [left - spend_ratio(ratio, capacity, left)
+                         for left, ratio in zip(remaining, self._ratios(action[:, 0]), strict=True)]
+        actions, log_probs, entropies, decides = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+        allocations = [ratios_to_allocation(self._ratios(row), problem.capacities, problem.budget) for row in actions]
+        return Rollout(actions, log_probs, entropies, decides, allocations)
+
+    def _ratios(self, actions: Tensor) -> list[float]:
+        return [action / (self.action_space_size - 1) for action in actions.tolist()]
+
+
+def _features(problem: AllocationProblem, position: int, remaining: Sequence[int]) -> Tensor:
+    """(episodes, 3): position, capacity fraction and remaining-budget fraction, all in [0, 1]."""
+    place = position / len(problem.layers)
+    capacity = problem.capacities[position] / max(1, sum(problem.capacities))
+    return torch.tensor([[place, capacity, left / max(1, problem.spend)] for left in remaining])
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How to search; the command line's flags of the same names.
+
+    Attributes:
+        num_epochs: controller updates.
+        batch_size: episodes per update.
+        learning_rate: Adam's, for the controller.
+        hidden_size, action_space_size: of the `RegrowthAgent`.
+        reward_temperature: a reward this much above the baseline has advantage 1.
+        start_beta, end_beta, decay_fraction: weight of the entropy bonus, see `beta`.
+        baseline_decay: weight of the past in the moving average of the rewards.
+        rungs: epochs of mini-finetuning, increasing; every candidate gets the first, those ahead the next ones. One
+            rung means no halving (published: 50).
+        eta: one in eta candidates goes on to the next rung.
+        search_budget: epochs over all candidates and rungs, None for no limit.
+        warm_start: the deterministic allocations (proportional, uniform, greedy, ERK) are candidates too. The
+            controller does not learn from them, so its own course stays the published one.
+
+    The defaults are a small budget: 60 epochs pay about 20 candidates for 1 epoch, 6 for 3 and 2 for 9. Raises
+    UserError for values that make no sense.
+    """
+
+    num_epochs: int = 10
+    batch_size: int = 2
+    learning_rate: float = 5e-3
+    hidden_size: int = 64
+    action_space_size: int = 11
+    reward_temperature: float = 0.005
+    start_beta: float = 0.4
+    end_beta: float = 0.04
+    decay_fraction: float = 0.4
+    baseline_decay: float = 0.9
+    rungs: tuple[int, ...] = (1, 3, 9)
+    eta: int = 3
+    search_budget: int | None = 60
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks on entry."""
+        for name, least in {"num_epochs": 1, "batch_size": 1, "hidden_size": 1, "action_space_size": 2, "eta": 2}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("learning_rate", "reward_temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("decay_fraction", "baseline_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if not self.rungs or self.rungs[0] < 1 or list(self.rungs) != sorted(set(self.rungs)):
+            raise UserError(f"rungs are {self.rungs}; they must be positive epochs in increasing order, such as 1 3 9")
+
+    def beta(self, epoch: int) -> float:
+        """Weight of the entropy bonus: linear from start_beta to end_beta over the first decay_fraction of updates."""
+        span = self.decay_fraction * self.num_epochs
+        progress = min(1.0, epoch / span) if span > 0 else 1.0
+        return self.start_beta + (self.end_beta - self.start_beta) * progress
+
+
+class SearchResult(NamedTuple):
+    """What a search found: the best allocation, its reward after `fidelity` epochs, episodes run, epochs trained."""
+
+    allocation: Allocation
+    reward: float
+    fidelity: int
+    episodes: int
+    epochs_spent: int
+
+
+def scaled_advantages(rewards: Tensor, baseline: float, temperature: float) -> Tensor:
+    """(reward - baseline) / temperature, clipped to ± `ADVANTAGE_LIMIT`; same shape as `rewards`."""
+    return ((rewards - baseline) / temperature).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+
+
+class RegrowthPolicyGradient:
+    """REINFORCE over allocations; can be stopped anywhere and continued bit for bit on the CPU.
+
+    Args:
+        problem: layers, capacities and budget.
+        evaluate: (allocation, seed, epochs) -> reward in [0, 1], a pure function of these three.
+        config: see `SearchConfig`.
+        seed: determines the search together with `evaluate`; every episode gets this same seed, so that allocations
+            are compared under the same random numbers.
+
+    `history` has a dict per evaluation: episode (from 1), epoch (controller updates before it), source ('rl', the name
+    of a warm-start allocation, or 'promotion'), reward, best (highest reward at this fidelity so far), baseline (None
+    before the first update), entropy (nats per decision) and beta (both None where the controller had no part),
+    fidelity (epochs), cached (0 or 1), epochs_spent (so far, this one included), seconds, allocation.
+    """
+
+    def __init__(self, problem: AllocationProblem, evaluate: Evaluate, config: SearchConfig, seed: int):
+        """A search that has not begun."""
+        self.problem, self.evaluate, self.config, self.seed = problem, evaluate, config, seed
+        self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"))
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), config.learning_rate)
+        self.ladder = Ladder(config.rungs, config.eta, config.search_budget)
+        self.epoch = 0
+        self.baseline: float | None = None
+        self.history: list[Row] = []
+        self._sampler = generator(seed, "controller", "actions")
+        self._known: dict[Trial, float] = {}
+        self._boundary = self.state_dict()
+
+    def run(self, on_episode: Callable[[Row], None] | None = None,
+            on_epoch: Callable[[int], None] | None = None) -> SearchResult:
+        """Searches from where it stands to the end of `num_epochs` or of the budget.
+
+        Args:
+            on_episode: called with each new row of `history`.
+            on_epoch: called after each controller update with the number of updates; `state_dict` may be taken here.
+        """
+        on_episode = on_episode or (lambda row: None)
+        if self.config.warm_start and not self.history:
+            self._try_deterministic(on_episode)
+        while self.epoch < self.config.num_epochs and self._update(on_episode):
+            self._set_boundary()
+            if on_epoch:
+                on_epoch(self.epoch)
+        self._climb(self.ladder.final_promotion, on_episode)
+        allocation, fidelity = leader = self.ladder.leader()
+        self._set_boundary()
+        return SearchResult(allocation, self.ladder.rewards[leader], fidelity, len(self.history), self.ladder.spent)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continues the search; tensors and plain containers. Meaningful between updates."""
+        return {
+            "problem": asdict(self.problem), "config": asdict(self.config), "seed": self.seed,
+            "agent": copy.deepcopy(self.agent.state_dict()), "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "sampler": self._sampler.get_state(), "epoch": self.epoch, "baseline": self.baseline,
+            "history": list(self.history), "rewards": dict(self.ladder.rewards), "known": {},
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state at the last update boundary, with the trials finished since, for saving at any moment (Ctrl-C).
+
+        A search resumed from it repeats the interrupted update but trains none of those trials again.
+        """
+        return {**self._boundary, "known": dict(self._known)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved search. Raises UserError if it was for another problem, configuration or seed.
+
+        `num_epochs` and `search_budget` may differ, to search on.
+        """
+        mine = {"seed": self.seed, **asdict(self.problem), **asdict(self.config)}
+        theirs = {"seed": state["seed"], **state["problem"], **state["config"]}
+        differ = [f"{key} {theirs.get(key)} (asked: {mine[key]})" for key in mine.keys() - MAY_CHANGE
+                  if theirs.get(key) != mine[key]]
+        if differ:
+            raise UserError(f"the saved search was made with other arguments: {', '.join(sorted(differ))}")
+        self.agent.load_state_dict(state["agent"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._sampler.set_state(state["sampler"])
+        self.epoch, self.baseline, self.history = state["epoch"], state["baseline"], list(state["history"])
+        self.ladder.rewards = dict(state["rewards"])
+        self._known = dict(state["known"])
+        self._boundary = self.state_dict()
+
+    def _set_boundary(self) -> None:
+        self._boundary = self.state_dict()
+        self._known = {trial: reward for trial, reward in self._known.items() if trial not in self.ladder.rewards}
+
+    def _try_deterministic(self, on_episode: Callable[[Row], None]) -> None:
+        for name in WARM_START:
+            trial = ALLOCATORS[name](self.problem, self._sampler), self.ladder.rungs[0]
+            if self.ladder.affords([trial]):
+                on_episode(self._episode(trial, name))
+
+    def _update(self, on_episode: Callable[[Row], None]) -> bool:
+        """One batch, one step of the controller, promotions; False, and nothing changed, if the batch is too dear."""
+        before = self._sampler.get_state()
+        rollout = self.agent(self.problem, self.config.batch_size, self._sampler)
+        trials = [(allocation, self.ladder.rungs[0]) for allocation in rollout.allocations]
+        if not self.ladder.affords(trials):
+            self._sampler.set_state(before)
+            return False
+        entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
+        for trial, entropy in zip(trials, entropies.tolist(), strict=True):
+            on_episode(self._episode(trial, "rl", entropy))
+        self._learn(rollout, [self.ladder.rewards[trial] for trial in trials])
+        self.epoch += 1
+        self._climb(self.ladder.promotion, on_episode)
+        return True
+
+    def _learn(self, rollout: Rollout, rewards: list[float]) -> None:
+        """A step of REINFORCE with entropy bonus; then the baseline follows (it starts as the first batch's mean)."""
+        mean = sum(rewards) / len(rewards)
+        baseline = mean if self.baseline is None else self.baseline
+        advantages = scaled_advantages(torch.tensor(rewards), baseline, self.config.reward_temperature)
+        gain = (advantages * rollout.log_probs.sum(dim=1)).mean()
+        bonus = self.config.beta(self.epoch) * rollout.entropies.sum(dim=1).mean()
+        self.optimizer.zero_grad()
+        (-gain - bonus).backward()
+        self.optimizer.step()
+        self.baseline = self.config.baseline_decay * baseline + (1 - self.config.baseline_decay) * mean
+
+    def _climb(self, next_trial: Callable[[], Trial | None], on_episode: Callable[[Row], None]) -> None:
+        while (trial := next_trial()) is not None:
+            on_episode(self._episode(trial, "promotion"))
+
+    def _episode(self, trial: Trial, source: str, entropy: float | None = None) -> Row:
+        """Looks a trial up or trains it, and writes its row."""
+        start = time.perf_counter()
+        cached = trial in self.ladder.rewards
+        reward = self.ladder.rewards[trial] = self._reward(trial)
+        seconds = time.perf_counter() - start  # for the report only; nothing depends on it
+        allocation, fidelity = trial
+        best = max([reward] + [row["reward"] for row in self.history if row["fidelity"] == fidelity])
+        beta = None if entropy is None else self.config.beta(self.epoch)
+        self.history.append({
+            "episode": len(self.history) + 1, "epoch": self.epoch, "source": source, "reward": reward, "best": best,
+            "baseline": self.baseline, "entropy": entropy, "beta": beta, "fidelity": fidelity, "cached": int(cached),
+            "epochs_spent": self.ladder.spent, "seconds": seconds, "allocation": allocation,
+        })
+        return self.history[-1]
+
+    def _reward(self, trial: Trial) -> float:
+        """From the paid trials, from those an interrupted run had finished, or by training."""
+        if trial in self.ladder.rewards:
+            return self.ladder.rewards[trial]
+        if trial not in self._known:
+            reward = float(self.evaluate(trial[0], self.seed, trial[1]))
+            if not 0 <= reward <= 1:
+                raise ValueError(f"a reward must be an accuracy as a fraction between 0 and 1, not {reward}")
+            self._known[trial] = reward
+        return self._known[trial]

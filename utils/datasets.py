@@ -1,0 +1,256 @@
+"""Where images come from: CIFAR-10 (torchvision's files, an image folder or a download) and the embedded photographs."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import queue
+import socket
+import sys
+import tempfile
+import threading
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from utils import photos
+from utils.errors import UserError
+from utils.image_folder import has_image_folder, load_image_folder
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000  # images
+_ANSWER_S = 15  # how long the download server may stay silent
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A data set in memory. Images are uint8 (N, 32, 32, 3), targets int64 (N,) with indices into `classes`.
+
+    `name` is the registry name; `source` says where the bytes come from ('torchvision', 'image folder (JPEG)',
+    'embedded') and labels results. Raises ValueError for arrays of another shape or type.
+    """
+
+    name: str
+    source: str
+    train_images: np.ndarray
+    train_targets: np.ndarray
+    test_images: np.ndarray
+    test_targets: np.ndarray
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for images, targets in ((self.train_images, self.train_targets), (self.test_images, self.test_targets)):
+            if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+                raise ValueError(f"images must be uint8 (N, 32, 32, 3), got {images.dtype} {images.shape}")
+            if targets.dtype != np.int64 or targets.shape != images.shape[:1]:
+                raise ValueError(f"targets must be int64 ({len(images)},), got {targets.dtype} {targets.shape}")
+
+    def fingerprint(self) -> str:
+        """12 hex digits over all images, targets and class names: the same data, wherever it came from, has the same.
+
+        Computed once (about 0.2 s for CIFAR-10); the arrays must not be changed afterwards.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b("\0".join(self.classes).encode(errors="surrogateescape"), digest_size=6)
+        for images, targets in ((self.train_images, self.train_targets), (self.test_images, self.test_targets)):
+            digest.update(f"\0{len(images)}\0".encode())
+            digest.update(np.ascontiguousarray(images))
+            digest.update(np.ascontiguousarray(targets, dtype="<i8"))
+        return digest.hexdigest()
+
+
+def load_dataset(name: str, data_dir: str | Path = "./data") -> ImageDataset:
+    """The data set `name` of `DATASETS`, complete in memory.
+
+    Raises UserError for an unknown name (listing the known ones) and for data that is missing or damaged.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{name}'; known are {', '.join(DATASETS)}")
+    data_dir = Path(data_dir).expanduser()
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"the data folder {data_dir} is a file; --data_dir needs a folder")
+    return DATASETS[name](data_dir)
+
+
+def load_photos(data_dir: Path) -> ImageDataset:
+    """The embedded photographs (see `utils.photos`): 12,000 training and 3,000 test crops; `data_dir` is not read."""
+    return ImageDataset("photos", "embedded", *photos.generate_split("train", photos.TRAIN_PER_CLASS),
+                        *photos.generate_split("test", photos.TEST_PER_CLASS), classes=photos.PHOTOS)
+
+
+def load_cifar10(data_dir: Path) -> ImageDataset:
+    """CIFAR-10 from the first of: torchvision's folder, its archive, an image folder, a download through torchvision.
+
+    What is there but damaged is an error (UserError), never a reason to look further.
+    """
+    folder, archive = _torchvision_paths(data_dir)
+    if folder.is_dir():
+        return _read_torchvision(data_dir)
+    if archive.is_file():
+        return _install(data_dir, _extract_placed)
+    if has_image_folder(data_dir):
+        return _read_image_folder(data_dir)
+    try:
+        _require_answer(_torchvision_class().url)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return _install(data_dir, _download)
+    except (OSError, RuntimeError) as error:
+        raise UserError(_out_of_reach(data_dir, str(getattr(error, "reason", error)))) from error
+
+
+DATASETS: dict[str, Callable[[Path], ImageDataset]] = {"cifar10": load_cifar10, "photos": load_photos}
+
+
+# --- an image folder -----------------------------------------------------------------------------------------------
+
+
+def _read_image_folder(data_dir: Path) -> ImageDataset:
+    """The image folder in `data_dir`; one that is not all of CIFAR-10 is used, but never in silence."""
+    folder = load_image_folder(data_dir)
+    found = (len(folder.train_images), len(folder.test_images))
+    if found != (CIFAR10_TRAIN, CIFAR10_TEST) or folder.classes != CIFAR10_CLASSES:
+        print(f"note: the image folder in {data_dir} is not the whole of CIFAR-10: {len(folder.classes)} classes "
+              f"({', '.join(folder.classes[:10])}), {found[0]:,} training and {found[1]:,} test images",
+              file=sys.stderr)
+    return ImageDataset("cifar10", f"image folder ({folder.formats})", folder.train_images, folder.train_targets,
+                        folder.test_images, folder.test_targets, folder.classes)
+
+
+# --- torchvision ---------------------------------------------------------------------------------------------------
+
+
+def _torchvision_class() -> type:
+    """`torchvision.datasets.CIFAR10`, imported only when it is needed: the import takes a second."""
+    from torchvision.datasets import CIFAR10
+
+    return CIFAR10
+
+
+def _torchvision_paths(data_dir: Path) -> tuple[Path, Path]:
+    """Where torchvision keeps the extracted folder and the archive."""
+    cifar10 = _torchvision_class()
+    return data_dir / cifar10.base_folder, data_dir / cifar10.filename
+
+
+def _read_torchvision(data_dir: Path) -> ImageDataset:
+    """Reads torchvision's extracted folder; UserError if a file is missing or fails torchvision's md5 check."""
+    cifar10 = _torchvision_class()
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")  # newer numpy warns about how the files, of 2009, were pickled
+            train, test = (cifar10(data_dir, train=train) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        folder, archive = _torchvision_paths(data_dir)
+        raise UserError(f"{folder} is incomplete or damaged (torchvision's checksums do not match); delete it, and "
+                        f"it is made anew from {archive.name} in {data_dir} or from a download") from error
+    arrays = [array for split in (train, test)
+              for array in (np.ascontiguousarray(split.data), np.asarray(split.targets, dtype=np.int64))]
+    return ImageDataset("cifar10", "torchvision", *arrays, classes=tuple(train.classes))
+
+
+def _install(data_dir: Path, fill: Callable[[Path, Path], None]) -> ImageDataset:
+    """Lets `fill(data_dir, place)` make torchvision's folder in a temporary place, reads it and moves it to `data_dir`.
+
+    So a run that is interrupted leaves nothing that looks complete; a read-only `data_dir` is served without the move.
+    """
+    with _temporary_folder(data_dir) as place:
+        fill(data_dir, place)
+        dataset = _read_torchvision(place)
+        folder, _ = _torchvision_paths(place)
+        with contextlib.suppress(OSError):
+            os.replace(folder, data_dir / folder.name)
+    return dataset
+
+
+@contextlib.contextmanager
+def _temporary_folder(data_dir: Path) -> Iterator[Path]:
+    """A folder that is deleted in the end: in `data_dir` if that can be written, else where the system puts such."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".cifar10_", dir=data_dir)
+    except OSError:
+        folder = tempfile.TemporaryDirectory(prefix="cifar10_")
+    with folder as path:
+        yield Path(path)
+
+
+def _extract_placed(data_dir: Path, place: Path) -> None:
+    """Extracts the archive that the user placed in `data_dir`; UserError if it is damaged or the disk is full."""
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
+    _, archive = _torchvision_paths(data_dir)
+    if not check_integrity(archive, _torchvision_class().tgz_md5):
+        raise UserError(f"{archive} is incomplete or damaged (its md5 is not {_torchvision_class().tgz_md5}); "
+                        f"place it again, or delete it for a download")
+    try:
+        extract_archive(os.fspath(archive), os.fspath(place))
+    except OSError as error:
+        raise UserError(f"cannot extract {archive}: {error.strerror or error}") from error
+
+
+# --- download ------------------------------------------------------------------------------------------------------
+
+
+def _download(data_dir: Path, place: Path) -> None:
+    """Downloads and extracts the archive into `place`; OSError or RuntimeError (wrong md5) when that fails."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    cifar10 = _torchvision_class()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_ANSWER_S)  # torchvision sets none: a dead connection would hang for ever
+    try:
+        with _quiet():
+            download_and_extract_archive(cifar10.url, os.fspath(place), filename=cifar10.filename, md5=cifar10.tgz_md5)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _quiet() -> contextlib.AbstractContextManager:
+    """Keeps what torchvision prints off stdout ('Files already downloaded and verified')."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _require_answer(url: str) -> None:
+    """OSError unless the server answers within `_ANSWER_S` seconds.
+
+    Asked in a thread, because the look-up of a host name knows no timeout.
+    """
+    outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_ANSWER_S).close()
+            outcome.put(None)
+        except OSError as error:
+            outcome.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = outcome.get(timeout=_ANSWER_S)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {_ANSWER_S} s") from None
+    if error is not None:
+        raise error
+
+
+def _out_of_reach(data_dir: Path, reason: str) -> str:
+    """The message when CIFAR-10 cannot be had: what was tried, each with why it failed, and the three ways on."""
+    cifar10 = _torchvision_class()
+    folder, archive = _torchvision_paths(data_dir)
+    return (f"CIFAR-10 cannot be had. Tried:\n"
+            f"  - the folder {folder}: not there\n"
+            f"  - the archive {archive}: not there\n"
+            f"  - an image folder {data_dir / 'train|test' / '<class>' / '*.png|jpg|jpeg'}: not there\n"
+            f"  - a download of {cifar10.url}: {reason}\n"
+            f"Ways on:\n"
+            f"  - place the archive {archive.name} in {data_dir}\n"
+            f"  - place an image folder train|test/<class>/* in {data_dir}\n"
+            f"  - use --dataset photos, which needs no network")

@@ -1,0 +1,221 @@
+"""Stage 1: pretrain, prune, finetune and report, shared by `main.py` and `iclr2021_solution/iterate.py`."""
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from utils import checkpoint, plots
+from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
+from utils.errors import UserError
+from utils.run import Run
+from utils.seeding import derive_seed
+from utils.stage import Stage
+from utils.training import Recipe, Trainer, evaluate
+
+Pruner = Callable[..., None]
+
+
+@dataclass
+class Outcome:
+    """A finished stage with its model (best-validation weights, on the run's device)."""
+
+    model: nn.Module
+    artifact: Path
+    card: dict[str, Any]  # empty for a checkpoint that came without one
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """One pruning: `sparsity` is the nominal overall sparsity that it ends at; iteration 1 starts from dense."""
+
+    pruner: str
+    schedule: str  # 'one-shot' | 'iterative'
+    iteration: int
+    sparsity: float
+    previous: float = 0.0  # nominal sparsity of the checkpoint that the step starts from; 0: the dense model
+
+
+def rate_towards(sparsity: float, iterations: int) -> float:
+    """Prune rate of each iteration that ends at `sparsity` after so many: 1 - (1 - s)^(1/n)."""
+    return 1.0 - (1.0 - sparsity) ** (1.0 / iterations)
+
+
+def iterative_steps(pruner: str, amount: float, start: int, end: int) -> list[PruneStep]:
+    """Iterations start..end, each removing `amount` of the surviving weights: sparsity 1 - (1 - amount)^i after i."""
+    def after(iteration: int) -> float:
+        return 1.0 - (1.0 - amount) ** iteration
+    return [PruneStep(pruner, "iterative", i, after(i), after(i - 1)) for i in range(start, end + 1)]
+
+
+def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None) -> None:
+    """Raises UserError before anything is trained: a missing starting checkpoint or an unreachable sparsity."""
+    if not steps:
+        return
+    parent = _parent_path(run, steps[0])
+    if steps[0].previous and not parent.is_file():
+        raise UserError(f"iteration {steps[0].iteration} starts from {parent}, which does not exist; "
+                        f"run iterations 1 to {steps[0].iteration - 1} first (--iter_start 1)")
+    prune_to(run.new_model(), steps[-1].sparsity, pruner, announce=False)
+
+
+def _parent_path(run: Run, step: PruneStep) -> Path:
+    if not step.previous:
+        return checkpoint.dense_path(run.root, run.m_name)
+    return checkpoint.pruned_path(run.root, run.m_name, step.previous)
+
+
+def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], pruner: Pruner | None, recipe: Recipe,
+                **keep: bool) -> list[Outcome]:
+    """Carries out `steps` in order, each from its parent; `keep`: resume and overwrite as of `Stage`."""
+    outcomes: list[Outcome] = []
+    known = {dense.artifact: dense}
+    for step in steps:
+        path = _parent_path(run, step)
+        parent = known[path] if path in known else load_outcome(run, path)
+        outcomes.append(prune_and_finetune(run, parent, step, pruner, recipe, **keep))
+        known[outcomes[-1].artifact] = outcomes[-1]
+        write_summary(run)
+    return outcomes
+
+
+def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it; see `Stage` for the rules."""
+    artifact = checkpoint.dense_path(run.root, run.m_name)
+    stage = Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
+                  overwrite=overwrite)
+    if stage.finished:
+        return _reuse(run, stage)
+    model = run.new_model()
+    started = time.perf_counter()
+    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "pretrain"),
+                      precision=run.precision)
+    result = stage.fit(trainer, f"pretrain {run.m_name}")
+    state = trainer.state_dict()
+    content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
+               **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
+    stage.finish(content, run.card(**_describe(model, result.accuracy), epochs=result.epochs,
+                                   best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    return Outcome(model, artifact, stage.card)
+
+
+def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Pruner, recipe: Recipe, *,
+                       resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Prunes a copy of the parent's model to ``step.sparsity`` and finetunes it, or reuses the artifact.
+
+    pruner: ``pruner(model, amount, seed=...)`` of `iclr2021_solution.tools.pruners`; exactly round((1 - s) * N) of the
+    N prunable weights survive.
+    """
+    artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
+    config = {"stage": "prune", **run.identity(), **vars(step), "parent": checkpoint.file_digest(parent.artifact),
+              "recipe": recipe.as_dict()}
+    stage = Stage(artifact, config, resume=resume, overwrite=overwrite)
+    if stage.finished:
+        return _reuse(run, stage)
+    model = clone_model(parent.model)
+    started = time.perf_counter()
+    seed = derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
+    prune_to(model, step.sparsity, pruner, seed)
+    after_prune = evaluate(model, run.val, run.precision).accuracy
+    label = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}"
+    print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning {after_prune:.2f} %")
+    trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision)
+    result = stage.fit(trainer, label)
+    stage.finish(model.state_dict(), run.card(
+        **_describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
+        best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    return Outcome(model, artifact, stage.card)
+
+
+def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True) -> None:
+    """Prunes so that exactly round((1 - sparsity) * N) of the N prunable weights survive; names emptied layers."""
+    counts = count_pruned_params(model)
+    keep = round((1.0 - sparsity) * counts.total)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said below, in one line
+        pruner(model, 1.0 - keep / counts.surviving, seed=seed)
+    if announce and (empty := empty_layers(model)):
+        print(f"warning: nothing is left in {len(empty)} layers at sparsity {sparsity:.4g}: {', '.join(empty)}")
+
+
+def load_outcome(run: Run, artifact: Path) -> Outcome:
+    """An existing artifact with its model; UserError when it is missing, damaged or another model's."""
+    model = run.new_model()
+    loaded = checkpoint.load_checkpoint(artifact, run.device)
+    load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
+    return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
+
+
+def _reuse(run: Run, stage: Stage) -> Outcome:
+    outcome = load_outcome(run, stage.artifact)
+    known = f" (validation {outcome.card['val_acc']:.2f} %)" if "val_acc" in outcome.card else ""
+    print(f"reusing {stage.artifact}{known}")
+    return outcome
+
+
+def _describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
+    counts = count_pruned_params(model)
+    return {"val_acc": val_acc, "sparsity": counts.sparsity, "surviving": counts.surviving, "total": counts.total,
+            "layer_sparsity": layer_sparsity(model), "empty_layers": empty_layers(model)}
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def report(run: Run, outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Reads the test set for every model that has no test accuracy yet, then writes the CSV and the figure.
+
+    Returns the table's rows (see `summary_rows`), of all artifacts of the model under the run's root.
+    """
+    for outcome in outcomes:
+        if outcome.card and "test_acc" not in outcome.card:
+            test = run.test.read_as(outcome.artifact.name)
+            outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
+            checkpoint.save_json(outcome.card, checkpoint.card_path(outcome.artifact))
+    return write_summary(run)
+
+
+def write_summary(run: Run) -> list[dict[str, Any]]:
+    """Collects the run cards of the model under the root into ``pruning_results.csv`` and ``.png``."""
+    rows = summary_rows(run.root, run.m_name)
+    table = run.root / run.m_name / "pruning_results.csv"
+    checkpoint.save_csv(rows, table)
+    plots.plot_pruning(rows, table.with_suffix(".png"), title=f"{run.m_name} on {run.data_label}")
+    return rows
+
+
+def summary_rows(root: Path, m_name: str) -> list[dict[str, Any]]:
+    """One row for the dense model and each pruned one that has a run card, by pruner, schedule and sparsity."""
+    pruned = sorted(checkpoint.pruned_path(root, m_name, 0.5).parent.glob("pruned_finetuned_mask_*.pth"))
+    artifacts = [checkpoint.dense_path(root, m_name)]
+    artifacts += [path for path in pruned if not path.name.endswith(".progress.pth")]
+    rows = [_row(path, card) for path in artifacts if (card := checkpoint.read_card(path))]
+    return sorted(rows, key=lambda row: (row["pruner"] != "none", row["pruner"], row["schedule"], row["sparsity"]))
+
+
+def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
+    config = card["config"]
+    return {"pruner": config.get("pruner", "none"), "schedule": config.get("schedule", ""),
+            "iteration": config.get("iteration", 0), "sparsity": card["sparsity"], "surviving": card["surviving"],
+            "total": card["total"], "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
+            "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],
+            "epochs": card["epochs"], "seed": config["seed"], "dataset": config["dataset"],
+            "precision": config["precision"], "seconds": card["seconds"], "checkpoint": path.name}
+
+
+def print_summary(run: Run, rows: list[dict[str, Any]]) -> None:
+    """A short table of accuracies by sparsity, and where the files are."""
+    print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
+    print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
+    for row in rows:
+        test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
+        print(f"{row['pruner']:>10} {row['schedule']:>9} {row['sparsity']:9.4f} {row['surviving']:10,} "
+              f"{row['val_acc']:7.2f} {test}")
+    folder = run.root / run.m_name
+    print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
+          f"table and figure: {folder / 'pruning_results.csv'}, {folder / 'pruning_results.png'}")

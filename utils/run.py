@@ -1,0 +1,195 @@
+"""Opens a run from parsed arguments: seed, device, precision, loaders, models; and the options that scripts share."""
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from utils.checkpoint import ensure_writable
+from utils.data_loader import BatchLoader, TestLoader, loaders_from
+from utils.datasets import DATASETS, ImageDataset, load_dataset
+from utils.errors import UserError
+from utils.model_loader import model_loader
+from utils.models import MODELS
+from utils.precision import PRECISIONS, resolve_precision
+from utils.seeding import derive_seed
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, default values in the help, and no abbreviated flags."""
+
+    def __init__(self, description: str | None = None):
+        """description: usually the script's docstring."""
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with code 2."""
+        self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
+
+
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` that `accepts` allows; the error says what was `wanted`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
+        return value
+    return parse
+
+
+fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
+unit_interval = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def add_model_option(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """The model's name (`--m_name`, or the given flags)."""
+    parser.add_argument(*(flags or ("--m_name",)), dest="m_name", choices=list(MODELS), required=True,
+                        help="network to use")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every script takes: data, device, precision, seed and where artifacts go."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--dataset", choices=list(DATASETS), default="cifar10",
+                       help="cifar10, or photos (embedded, needs no network)")
+    group.add_argument("--data_dir", type=Path, default=Path("data"), help="where CIFAR-10 lies or is downloaded to")
+    group.add_argument("--val_split", type=fraction, default=0.2,
+                       help="fraction of the training images held out for validation")
+    group.add_argument("--seed", type=count, default=0, help="seed of initial weights, order, augmentation and search")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--precision", choices=PRECISIONS, default="auto",
+                       help="auto: bf16 where the hardware multiplies it natively, else fp32")
+    group.add_argument("--root", type=Path, default=Path("."), help="folder under which artifacts are written")
+
+
+def add_overwrite_options(parser: argparse.ArgumentParser) -> None:
+    """`--resume` and `--overwrite` for scripts whose stages are kept on disk."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", "-r", action="store_true",
+                       help="continue an interrupted stage, and take finished ones as they are")
+    group.add_argument("--overwrite", action="store_true", help="redo stages whose artifacts exist already")
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' takes a GPU when there is one. UserError for an unknown name or a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"--device {name}: this machine has {found or 'no'} CUDA GPU{'s' if found > 1 else ''} that "
+                        "PyTorch can use; take --device cpu or auto")
+    return device
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for run cards and results."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass
+class Run:
+    """What one script run works with; made by `open_run`."""
+
+    m_name: str
+    seed: int
+    val_split: float
+    device: torch.device
+    precision: str
+    root: Path
+    data: ImageDataset
+    train: BatchLoader
+    val: BatchLoader
+    test: TestLoader
+    command: str
+    started: float = field(default_factory=time.time)
+
+    @property
+    def data_label(self) -> str:
+        """The data as it is named in results, e.g. ``cifar10, image folder (JPEG)``."""
+        return f"{self.data.name}, {self.data.source}"
+
+    def identity(self) -> dict[str, Any]:
+        """The arguments that every result of this run depends on."""
+        return {"m_name": self.m_name, "dataset": self.data_label, "data_fingerprint": self.data.fingerprint(),
+                "val_split": self.val_split, "seed": self.seed, "precision": self.precision}
+
+    def new_model(self) -> nn.Module:
+        """A freshly initialised model on the run's device, the same for the same seed."""
+        return model_loader(self.m_name, self.device, num_classes=len(self.data.classes),
+                            seed=derive_seed(self.seed, "init"))
+
+    def card(self, **entries: Any) -> dict[str, Any]:
+        """A run card: the given entries, then the command, versions and hardware."""
+        return {**entries, "command": self.command, "environment": environment(self.device),
+                "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """Checks device and output folder, then loads the data; UserError in one line for whatever cannot be used.
+
+    args: a namespace with the options of `add_run_options` and `m_name`. Nothing but an empty folder is written.
+    """
+    device = resolve_device(args.device)
+    precision = resolve_precision(args.precision, device)
+    root = args.root.expanduser()
+    ensure_writable(root)
+    torch.backends.cudnn.benchmark = True  # fixed batch shapes: let cuDNN choose its fastest kernels
+    data = load_dataset(args.dataset, args.data_dir.expanduser())
+    train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
+    return Run(args.m_name, args.seed, args.val_split, device, precision, root, data, train, val, test,
+               command=shlex.join(["python", *sys.argv]))
+
+
+def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130."""
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        command = shlex.join(["python", *sys.argv])
+        again = command if "--resume" in sys.argv or "-r" in sys.argv else f"{command} --resume"
+        print(f"\ninterrupted; finished epochs are saved. Continue with: {again}", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,89 @@
+"""Which candidates of the search are trained for how long: successive halving, its ledger and its budget.
+
+Apart from any network and any controller: a candidate is an allocation (one integer per layer), and what a training
+gave is a reward. The rungs are training lengths in epochs; every candidate starts at the lowest.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from utils.errors import UserError
+
+Allocation = tuple[int, ...]
+Trial = tuple[Allocation, int]  # what is trained, for how many epochs
+
+
+class Ladder:
+    """Rewards per candidate and rung, the epochs they cost, and who goes on to the next rung.
+
+    A candidate goes on while it is among the best 1/eta of those seen at its rung, without waiting for a rung to fill
+    (asynchronous successive halving, Li et al., MLSys 2020). A trial is trained from the start, so it costs its epochs
+    whatever the candidate had before. `rewards` holds every paid trial in the order of payment: it is the cache and
+    the whole state of the ladder.
+
+    rungs: training lengths in epochs, increasing. Those that one candidate cannot climb to within the budget are left
+    out. budget: epochs over all trials, or None for no limit. Raises UserError when it does not pay a single trial.
+    """
+
+    def __init__(self, rungs: Sequence[int], eta: int, budget: int | None = None):
+        """An empty ladder."""
+        if budget is not None and budget < rungs[0]:
+            raise UserError(f"a search budget of {budget} epochs does not pay one candidate, which takes {rungs[0]}; "
+                            "raise the budget or shorten the first rung")
+        self.rungs = tuple(rung for level, rung in enumerate(rungs) if budget is None or sum(rungs[:level + 1]) <= budget)
+        self.eta = eta
+        self.budget = budget
+        self.rewards: dict[Trial, float] = {}
+
+    @property
+    def spent(self) -> int:
+        """Epochs over all paid trials."""
+        return sum(epochs for _, epochs in self.rewards)
+
+    def affords(self, trials: Iterable[Trial], *, reserve: int | None = None) -> bool:
+        """Whether the budget pays what is new among the trials and still holds the reserve afterwards.
+
+        reserve: epochs; by default what one candidate needs from the second rung to the top, so that the search never
+        ends with a winner that was only seen for few epochs.
+        """
+        if self.budget is None:
+            return True
+        cost = sum(epochs for _, epochs in set(trials) - self.rewards.keys())
+        kept = sum(self.rungs[1:]) if reserve is None else reserve
+        return self.spent + cost + kept <= self.budget
+
+    def ranked(self, epochs: int) -> list[Allocation]:
+        """The candidates seen at a rung, best reward first, equals in the order they came."""
+        seen = [(reward, allocation) for (allocation, rung), reward in self.rewards.items() if rung == epochs]
+        return [allocation for _, allocation in sorted(seen, key=lambda pair: -pair[0])]
+
+    def promotion(self) -> Trial | None:
+        """The next trial while the search goes on, highest rung first; None when nobody has earned one."""
+        for level in reversed(range(len(self.rungs) - 1)):
+            seen = self.ranked(self.rungs[level])
+            for trial in self._unpaid(seen[:len(seen) // self.eta], level + 1):
+                return trial if self.affords([trial]) else None
+        return None
+
+    def final_promotion(self) -> Trial | None:
+        """The next trial once no new candidates come, lowest rung first; None when the ladder is done.
+
+        Here at least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the
+        next rung to the top takes.
+        """
+        for level in range(len(self.rungs) - 1):
+            seen = self.ranked(self.rungs[level])
+            for trial in self._unpaid(seen[:-(-len(seen) // self.eta)], level + 1):
+                if self.affords([trial], reserve=sum(self.rungs[level + 2:])):
+                    return trial
+        return None
+
+    def leader(self) -> Trial:
+        """The best candidate: highest rung reached, then reward, then first come. Raises ValueError if none is seen."""
+        if not self.rewards:
+            raise ValueError("no candidate has been evaluated")
+        return max(self.rewards, key=lambda trial: (trial[1], self.rewards[trial]))
+
+    def _unpaid(self, allocations: Iterable[Allocation], level: int) -> Iterable[Trial]:
+        trials = ((allocation, self.rungs[level]) for allocation in allocations)
+        return (trial for trial in trials if trial not in self.rewards)

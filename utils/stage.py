@@ -1,0 +1,111 @@
+"""One stage of a run: an artifact, the arguments that determine it, its unfinished state and its run card.
+
+Stages are what makes a run safe to kill and cheap to repeat: a finished stage with the same arguments is reused, an
+interrupted one continues, and nothing on disk is replaced before its successor is complete.
+"""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils import checkpoint
+from utils.errors import UserError
+from utils.training import Trainer, TrainResult
+
+SAVE_SHARE = 0.05  # at most this share of the time goes into saving progress
+
+
+class Stage:
+    """An artifact on disk that is new, interrupted or finished.
+
+    config: JSON-able arguments that determine the artifact; resume: continue an interrupted stage, take a finished one
+    as it is; overwrite: redo it. Raises UserError when what is on disk does not match and neither was asked for.
+    """
+
+    def __init__(self, artifact: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False):
+        """Looks at the disk and decides; writes nothing."""
+        self.artifact, self.config = artifact, json.loads(json.dumps(config))
+        self.progress = checkpoint.progress_path(artifact)
+        self.card: dict[str, Any] | None = None
+        self._state: dict[str, Any] | None = None
+        self._saved_at, self._save_cost = 0.0, 0.0
+        if not overwrite:
+            self._look(resume)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artifact is there and to be used as it is; `card` then holds its run card (or {})."""
+        return self.card is not None
+
+    def _look(self, resume: bool) -> None:
+        card = checkpoint.read_card(self.artifact)
+        if card is not None and card.get("config") == self.config:
+            self.card = card
+        elif self.progress.exists():
+            self._look_at_progress(resume)
+        elif card is not None and resume:
+            self.card = card
+        elif card is not None:
+            raise UserError(f"{self.artifact} exists and was made with other arguments: "
+                            f"{differences(card.get('config', {}), self.config)}. Use --resume to take it as it is, "
+                            "--overwrite to redo it, or --root for another place")
+        elif self.artifact.exists():
+            if not resume:
+                raise UserError(f"{self.artifact} exists without a run card that says how it was made. Use --resume to "
+                                "take it as it is, --overwrite to redo it, or --root for another place")
+            self.card = {}
+
+    def _look_at_progress(self, resume: bool) -> None:
+        if not resume:
+            raise UserError(f"an interrupted stage lies at {self.progress}. Use --resume to continue it or --overwrite "
+                            "to start anew")
+        state = checkpoint.load_checkpoint(self.progress)
+        if state.get("config") != self.config:
+            raise UserError(f"the interrupted stage at {self.progress} was started with other arguments: "
+                            f"{differences(state.get('config', {}), self.config)}. Repeat them with --resume, or use "
+                            "--overwrite to start anew")
+        self._state = state
+
+    def fit(self, trainer: Trainer, label: str) -> TrainResult:
+        """Trains, from the interrupted state if there is one; saves progress and a CSV row per epoch as it goes."""
+        if self._state is not None:
+            trainer.load_state_dict(self._state["trainer"])
+            print(f"{label}: continuing after epoch {trainer.epoch}")
+        return trainer.run(label, on_epoch=self._save_progress)
+
+    def _save_progress(self, trainer: Trainer) -> None:
+        checkpoint.save_csv(trainer.history, checkpoint.training_log_path(self.artifact))
+        now = time.perf_counter()
+        if not trainer.finished and now - self._saved_at < self._save_cost / SAVE_SHARE:
+            return
+        checkpoint.save_checkpoint({"config": self.config, "trainer": trainer.state_dict()}, self.progress)
+        self._saved_at = time.perf_counter()
+        self._save_cost = self._saved_at - now
+
+    def finish(self, content: Any, card: Mapping[str, Any]) -> None:
+        """Saves the artifact and its card, then forgets the progress.
+
+        The card names the artifact's digest, so that a kill between the two leaves an interrupted stage rather than
+        a card that describes other bytes.
+        """
+        checkpoint.save_checkpoint(content, self.artifact)
+        self.card = {"sha256": checkpoint.file_digest(self.artifact), "config": self.config, **card}
+        checkpoint.save_json(self.card, checkpoint.card_path(self.artifact))
+        self.progress.unlink(missing_ok=True)
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``."""
+    there, asked = _flat(there), _flat(asked)
+    keys = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    return ", ".join(f"{key} {there.get(key)} (asked: {asked.get(key)})" for key in keys)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value) if isinstance(value, Mapping) else {key: value})
+    return flat
