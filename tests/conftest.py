@@ -43,10 +43,10 @@ def tiny_loaders(tiny_dataset):
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """An image folder train|test/<class>/*.png of four classes: 80 training and 20 test images."""
+    """An image folder train|test/<class>/*.png of ten classes: 80 training and 20 test images."""
     root = tmp_path_factory.mktemp("image_folder")
-    for part, per_class, seed in (("train", 20, 0), ("test", 5, 1)):
-        images, targets = make_images(per_class, 4, seed)
+    for part, per_class, seed in (("train", 8, 0), ("test", 2, 1)):
+        images, targets = make_images(per_class, 10, seed)
         for number, (image, target) in enumerate(zip(images, targets)):
             folder = root / part / f"class_{target}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -157,10 +157,10 @@ def test_a_pruned_model_that_has_run_forward_can_be_cloned():
     with pytest.raises(RuntimeError):
         copy.deepcopy(model)
     clone = clone_model(model)
-    assert torch.equal(clone.eval()(images()), model.eval()(images()))
     own = {t.data_ptr() for t in [*model.parameters(), *model.buffers(), *(m.weight for m in (model[0], model[4]))]}
     theirs = [*clone.parameters(), *clone.buffers(), clone[0].weight, clone[4].weight]
     assert not own & {t.data_ptr() for t in theirs}
+    assert torch.equal(clone.eval()(images()), model.eval()(images()))
 
 
 def test_the_clone_prunes_with_its_own_masks():
@@ -219,7 +219,8 @@ def without(state: dict, key: str) -> dict:
         (nn.Linear(2, 2).state_dict(), "missing 0.weight, 4.weight, 0.bias and 6 more; unexpected weight, bias$"),
         (without(small_model().state_dict(), "4.weight"), "missing 4.weight$"),
         (small_model().state_dict() | {"5.weight": torch.ones(1)}, "unexpected 5.weight$"),
-        (small_model(hidden=5).state_dict(), r"wrong shape 0.weight \(5, 1, 3, 3\) instead of \(4, 1, 3, 3\), 4.weight .* more$"),
+        (small_model(hidden=5).state_dict(),
+         r"wrong shape 0.weight \(5, 1, 3, 3\) instead of \(4, 1, 3, 3\), 4.weight .* more$"),
         (without(pruned_model().state_dict(), "4.weight_mask"), "missing 4.weight_mask$"),
         ({}, "missing 0.weight, 4.weight, 0.bias and 6 more$"),
     ],
@@ -282,13 +283,14 @@ def test_pruned_weights_do_not_move_and_active_ones_do(name):
     assert not torch.equal(layer.weight_orig[~layer.weight_mask.bool()], old[~layer.weight_mask.bool()])
 
 
-def test_single_weights_can_be_held_in_any_parameter():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_single_weights_can_be_held_in_any_parameter(dtype):
     model = small_model()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    keep = torch.tensor([True, False, True])
+    keep = torch.tensor([1, 0, 1], dtype=dtype)
     before = model[4].bias.detach().clone()
     hold_weights(optimizer, [(model[4].bias, keep)])
-    keep.fill_(True)  # what was asked for counts, not what becomes of the tensor
+    keep.fill_(1)  # what was asked for counts, not what becomes of the tensor
     train(model, optimizer)
     assert (model[4].bias != before).tolist() == [True, False, True]
 

@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
+
+import torch
 
 
 def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
@@ -66,3 +70,111 @@ def _round(parts: list[int], exact: dict[int, Fraction], total: int) -> list[int
     for i in by_remainder[:spare]:
         parts[i] += 1
     return parts
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """Where a budget of weights may return: one entry per layer, in the order of priority.
+
+    Attributes:
+        layers: names, lowest SSIM (most drift) first.
+        capacities: pruned weights per layer, the most that can return there.
+        budget: weights to regrow, K.
+        sizes: weights per layer, pruned or not.
+        fan: sum of the dimensions of each layer's weight tensor (for ERK).
+        drift: SSIM per layer, increasing; None when it was not measured.
+
+    Raises ValueError for entries that do not fit together.
+    """
+
+    layers: tuple[str, ...]
+    capacities: tuple[int, ...]
+    budget: int
+    sizes: tuple[int, ...]
+    fan: tuple[int, ...]
+    drift: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks on entry, so that no allocator needs to."""
+        columns = [self.capacities, self.sizes, self.fan] + ([] if self.drift is None else [self.drift])
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must be distinct and at least one: {self.layers}")
+        if any(len(column) != len(self.layers) for column in columns):
+            raise ValueError(f"{len(self.layers)} layers, but columns of {[len(column) for column in columns]}")
+        if self.budget < 0 or min(self.fan) <= 0:
+            raise ValueError("the budget must not be negative and every fan must be positive")
+        if any(not 0 <= capacity <= size for capacity, size in zip(self.capacities, self.sizes, strict=True)):
+            raise ValueError("a capacity must be between 0 and the size of its layer")
+        if self.drift is not None and not all(low <= high for low, high in pairwise((*self.drift, math.inf))):
+            raise ValueError(f"layers must be in the order of priority, lowest SSIM first: {self.drift}")
+
+    @property
+    def spend(self) -> int:
+        """What every allocation sums to: the budget, or the total capacity if that is less."""
+        return min(self.budget, sum(self.capacities))
+
+
+def spend_ratio(ratio: float, capacity: int, remaining: int) -> int:
+    """The ratio in [0, 1] of min(capacity, remaining), to the nearest whole weight, halves up."""
+    return math.floor(ratio * min(capacity, remaining) + 0.5)
+
+
+def ratios_to_allocation(ratios: Sequence[float], capacities: Sequence[int], budget: int) -> tuple[int, ...]:
+    """Spend a budget layer by layer, each layer taking its ratio of what it could take.
+
+    In order of priority a layer gets `spend_ratio` of its capacity and of what is left. What no layer took is handed
+    to the layers in order of priority, each filled up, so that every allocation spends the same.
+
+    Returns:
+        One integer per layer, in all exactly min(budget, sum(capacities)).
+
+    Raises:
+        ValueError: lengths differ, a ratio is outside [0, 1], or the budget or a capacity is negative.
+    """
+    if len(ratios) != len(capacities):
+        raise ValueError(f"{len(ratios)} ratios for {len(capacities)} capacities")
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise ValueError(f"ratios must be between 0 and 1: {list(ratios)}")
+    if budget < 0 or any(capacity < 0 for capacity in capacities):
+        raise ValueError("budget and capacities must not be negative")
+    parts, remaining = [], budget
+    for ratio, capacity in zip(ratios, capacities, strict=True):
+        parts.append(spend_ratio(ratio, capacity, remaining))
+        remaining -= parts[-1]
+    for i, capacity in enumerate(capacities):
+        extra = min(capacity - parts[i], remaining)
+        parts[i] += extra
+        remaining -= extra
+    return tuple(parts)
+
+
+def proportional(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
+    """The same fraction of every layer's capacity."""
+    return tuple(apportion(problem.capacities, problem.budget, problem.capacities))
+
+
+def uniform(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
+    """The same number for every layer; what a full layer cannot take is divided equally among the others."""
+    return tuple(apportion([1] * len(problem.layers), problem.budget, problem.capacities))
+
+
+def greedy(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
+    """Lowest SSIM first: every layer is filled to capacity before the next gets anything."""
+    return ratios_to_allocation([1.0] * len(problem.layers), problem.capacities, problem.budget)
+
+
+def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
+    """ERK (Evci et al. 2020): a layer's regrown fraction ∝ (sum of the tensor's dims) / size, so its number ∝ the sum."""
+    return tuple(apportion(problem.fan, problem.budget, problem.capacities))
+
+
+def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int, ...]:
+    """A control: shares uniform on the simplex (flat Dirichlet); what exceeds a capacity is divided anew."""
+    shares = torch.empty(len(problem.layers), dtype=torch.float64).exponential_(generator=generator)
+    return tuple(apportion(shares.tolist(), problem.budget, problem.capacities))
+
+
+Allocator = Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]
+ALLOCATORS: dict[str, Allocator] = {
+    "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "random": random,
+}

@@ -144,7 +144,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Checks on entry."""
-        for name, least in {"num_epochs": 1, "batch_size": 1, "hidden_size": 1, "action_space_size": 2, "eta": 2}.items():
+        least_values = {"num_epochs": 1, "batch_size": 1, "hidden_size": 1, "action_space_size": 2, "eta": 2}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("learning_rate", "reward_temperature"):

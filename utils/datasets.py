@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import os
 import queue
@@ -26,6 +27,7 @@ from utils.image_folder import has_image_folder, load_image_folder
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000  # images
 _ANSWER_S = 15  # how long the download server may stay silent
+_DOWNLOAD_FAULTS = (OSError, http.client.HTTPException, RuntimeError)  # no network, a broken answer, a wrong md5
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +105,7 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
         _require_answer(_torchvision_class().url)
         data_dir.mkdir(parents=True, exist_ok=True)
         return _install(data_dir, _download)
-    except (OSError, RuntimeError) as error:
+    except _DOWNLOAD_FAULTS as error:
         raise UserError(_out_of_reach(data_dir, str(getattr(error, "reason", error)))) from error
 
 
@@ -200,7 +202,7 @@ def _extract_placed(data_dir: Path, place: Path) -> None:
 
 
 def _download(data_dir: Path, place: Path) -> None:
-    """Downloads and extracts the archive into `place`; OSError or RuntimeError (wrong md5) when that fails."""
+    """Downloads and extracts the archive into `place`; one of `_DOWNLOAD_FAULTS` when that fails."""
     from torchvision.datasets.utils import download_and_extract_archive
 
     cifar10 = _torchvision_class()
@@ -219,17 +221,17 @@ def _quiet() -> contextlib.AbstractContextManager:
 
 
 def _require_answer(url: str) -> None:
-    """OSError unless the server answers within `_ANSWER_S` seconds.
+    """Raises what went wrong (one of `_DOWNLOAD_FAULTS`) unless the server answers within `_ANSWER_S` seconds.
 
     Asked in a thread, because the look-up of a host name knows no timeout.
     """
-    outcome: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_ANSWER_S).close()
             outcome.put(None)
-        except OSError as error:
+        except Exception as error:  # whatever it was, it belongs to the one who asked, not to the thread
             outcome.put(error)
 
     threading.Thread(target=ask, daemon=True).start()

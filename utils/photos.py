@@ -22,22 +22,24 @@ from PIL import Image
 
 from utils.errors import UserError
 
-PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "ihc", "motorcycle_left")
+PHOTOS = ("brick", "camera", "coffee", "coins", "grass", "gravel", "ihc", "moon", "motorcycle_left", "page")
 SIDE = 32
 TRAIN_PER_CLASS, TEST_PER_CLASS = 1200, 300
 STRIPES = 5
 STRIPES_OF = {"train": (0, 2, 4), "test": (1, 3)}
 
 # Fixed point: Qn is an integer in units of 2**-n.
-_STEP = (205, 432)           # Q8: photograph pixels per crop pixel, 0.8 to 1.69
+_STEP = (170, 400)           # Q8: photograph pixels per crop pixel, 0.66 to 1.56
 _HALF_SIZE_FROM = 320        # Q8: from 1.25 pixels per step on, sample the level averaged 2x2 (no aliasing)
 _TURN = 68                   # Q8 of tan(angle / 2): rotations within +-30 degrees
 _CANDIDATES = 4              # places tried for each crop, the one with the most detail is taken
+_DETAIL_REACH = 10           # pixels; less than the smallest crop reaches
 _COLOUR = (0, 160)           # Q8: 0 is grey, 256 the photograph's own colour
-_CONTRAST = (128, 300)        # Q8
+_CONTRAST = (128, 300)       # Q8
 _BRIGHTNESS = (-40, 40)      # grey levels
+_MEAN = (48, 208)            # grey levels: the mean of a crop is kept inside, so that none drowns in black or white
 _CAST = (205, 307)           # Q8: gain of each channel
-_NOISE = (4, 36)             # Q8 of a triangular noise with standard deviation 105 grey levels
+_NOISE = (8, 64)             # Q8 of a triangular noise with standard deviation 105 grey levels
 _MARGIN = 3 << 15            # Q16: 1.5 pixels, the reach of the interpolation on the half-size level
 
 
@@ -73,8 +75,8 @@ def stripe_bounds(width: int) -> list[tuple[int, int]]:
 def photo_crops(photo: np.ndarray, index: int, split: str, count: int) -> np.ndarray:
     """`count` crops, uint8 (count, 32, 32, 3), of the `split` ('train' or 'test') stripes of `photo` (H, W, 3).
 
-    `index` seeds the draws together with the split. The stripes take turns: crop i is from the split's stripe i mod 2
-    or 3.
+    `index` seeds the draws together with the split; the stripes of the split take turns. Raises ValueError for a
+    photograph whose stripes are narrower than the largest crop (about 70 pixels).
     """
     rng = np.random.RandomState([2511, index, sorted(STRIPES_OF).index(split)])
     bounds = stripe_bounds(photo.shape[1])
@@ -110,25 +112,32 @@ def _stripe_samples(rng: np.random.RandomState, stripe: np.ndarray, count: int) 
 
 def _draw(rng: np.random.RandomState, count: int, stripe: np.ndarray) -> _Draws:
     """Random scale, rotation and a centre from which the whole crop lies inside the stripe (H, W, 3)."""
-    step = rng.randint(_STEP[0], _STEP[1] + 1, size=count)
-    turn = rng.randint(-_TURN, _TURN + 1, size=count)
+    step = _integers(rng, _STEP, count)
+    turn = _integers(rng, (-_TURN, _TURN), count)
     square = 256 * 256 + turn * turn          # cos and sin from tan(angle / 2), exact in integers
     cos, sin = ((256 * 256 - turn * turn) << 14) // square, ((2 * 256 * turn) << 14) // square
     reach = ((np.abs(cos) + np.abs(sin)) * (SIDE - 1) * step >> 7) + _MARGIN
-    y, x = (reach + ((extent << 16) - 2 * reach) * rng.randint(0, 1 << 16, size=(_CANDIDATES, count)) // (1 << 16)
+    if 2 * reach.max() > min(stripe.shape[:2]) << 16:
+        raise ValueError(f"a stripe of {stripe.shape[0]}x{stripe.shape[1]} pixels is too small for the largest crop")
+    y, x = (reach + ((extent << 16) - 2 * reach) * _integers(rng, (0, (1 << 16) - 1), (_CANDIDATES, count)) // (1 << 16)
             for extent in stripe.shape[:2])
     best = _detail(stripe, y >> 16, x >> 16).argmax(axis=0)
     crop = np.arange(count)
     return _Draws(step, cos, sin, y[best, crop], x[best, crop])
 
 
+def _integers(rng: np.random.RandomState, low_high: tuple[int, int], size: int | tuple[int, ...]) -> np.ndarray:
+    """Integers from low to high, both included; int64 by name, since numpy's default depends on the platform."""
+    return rng.randint(low_high[0], low_high[1] + 1, size=size, dtype=np.int64)
+
+
 def _detail(stripe: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """How much the grey level varies around each place (y, x): the sum of its steps within 12 pixels."""
+    """How much the grey level varies around each place (y, x): the sum of its steps within `_DETAIL_REACH` pixels."""
     grey = stripe.astype(np.int64).sum(axis=2)
     steps = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
     total = np.pad(steps.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-    top, left = y - 12, x - 12
-    return total[top + 24, left + 24] - total[top, left + 24] - total[top + 24, left] + total[top, left]
+    top, bottom, left, right = y - _DETAIL_REACH, y + _DETAIL_REACH, x - _DETAIL_REACH, x + _DETAIL_REACH
+    return total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
 
 
 def _positions(draws: _Draws) -> tuple[np.ndarray, np.ndarray]:
@@ -150,22 +159,28 @@ def _bilinear(pixels: np.ndarray, y: np.ndarray, x: np.ndarray, stride: np.ndarr
     """Interpolated values, int32 (n, 1024, 3) in Q4, at the positions y, x (Q16, from pixel centres)."""
     corner = base + (y >> 16) * stride + (x >> 16)
     down, right = (y >> 10) & 63, (x >> 10) & 63                       # Q6
-    packed = (pixels[corner] * (64 - right) + pixels[corner + 1] * right) * (64 - down)
+    upper = pixels.take(corner) * (64 - right) + pixels.take(corner + 1) * right
     corner += stride
-    packed += (pixels[corner] * (64 - right) + pixels[corner + 1] * right) * down
-    return np.stack([(packed >> shift & 0x1FFFFF) >> 8 for shift in (0, 21, 42)], axis=-1).astype(np.int32)
+    lower = pixels.take(corner) * (64 - right) + pixels.take(corner + 1) * right
+    packed = upper * (64 - down) + lower * down                        # Q12 in each 21-bit field
+    values = np.empty((*packed.shape, 3), np.int32)
+    for channel in range(3):
+        values[..., channel] = (packed >> 21 * channel + 8) & 0x1FFF
+    return values
 
 
 def _finish(rng: np.random.RandomState, crops: np.ndarray) -> np.ndarray:
-    """Colour, brightness, contrast, cast and noise on crops (n, 1024, 3) in Q4; gives uint8 (n, 32, 32, 3)."""
+    """Colour, contrast, brightness, cast and noise on crops (n, 1024, 3) in Q4; gives uint8 (n, 32, 32, 3)."""
     def draw(low_high: tuple[int, int], channels: int = 1) -> np.ndarray:
-        return rng.randint(low_high[0], low_high[1] + 1, size=(len(crops), 1, channels)).astype(np.int32)
+        return _integers(rng, low_high, (len(crops), 1, channels)).astype(np.int32)
 
     grey = (crops @ np.array([[77], [151], [28]], np.int32)) >> 8
-    mean = grey.sum(axis=1, keepdims=True) // (SIDE * SIDE)
-    crops = grey + ((crops - grey) * draw(_COLOUR) >> 8)
-    crops = ((crops - mean) * draw(_CONTRAST) >> 8) + mean + 16 * draw(_BRIGHTNESS)
+    mean = (grey.sum(axis=1, keepdims=True) // (SIDE * SIDE)).astype(np.int32)
+    crops = (crops - grey) * draw(_COLOUR) >> 8
+    crops += grey - mean
+    crops = crops * draw(_CONTRAST) >> 8
+    crops += np.clip(mean + 16 * draw(_BRIGHTNESS), 16 * _MEAN[0], 16 * _MEAN[1])
     crops = crops * draw(_CAST, channels=3) >> 8
-    noise = rng.randint(0, 256, size=(2, *crops.shape), dtype=np.uint8).astype(np.int32)
-    crops += (noise[0] - noise[1]) * draw(_NOISE) >> 4
+    noise = rng.randint(0, 256, size=(2, *crops.shape), dtype=np.uint8)
+    crops += (noise[0].astype(np.int32) - noise[1]) * draw(_NOISE) >> 4
     return np.clip(crops >> 4, 0, 255).astype(np.uint8).reshape(-1, SIDE, SIDE, 3)

@@ -99,7 +99,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     state = trainer.state_dict()
     content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
-    stage.finish(content, run.card(**_describe(model, result.accuracy), epochs=result.epochs,
+    stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
                                    best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
     return Outcome(model, artifact, stage.card)
 
@@ -127,7 +127,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision)
     result = stage.fit(trainer, label)
     stage.finish(model.state_dict(), run.card(
-        **_describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
+        **describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
         best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
     return Outcome(model, artifact, stage.card)
 
@@ -158,7 +158,8 @@ def _reuse(run: Run, stage: Stage) -> Outcome:
     return outcome
 
 
-def _describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
+def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
+    """Entries of a run card that every model has: validation accuracy (%), weights and sparsity per layer."""
     counts = count_pruned_params(model)
     return {"val_acc": val_acc, "sparsity": counts.sparsity, "surviving": counts.surviving, "total": counts.total,
             "layer_sparsity": layer_sparsity(model), "empty_layers": empty_layers(model)}

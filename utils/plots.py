@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from utils.allocation import AllocationProblem
+
 SPARSITY_TICKS = (0.4, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
@@ -39,18 +41,9 @@ def plot_pruning(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     """
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    pruned = [row for row in rows if row["pruner"] != "none"]
-    for row in rows:
-        if row["pruner"] == "none":
-            value, kind = _accuracy([row])
-            axes.axhline(value[0], color="0.4", linestyle="--", label=f"dense ({kind} {value[0]:.2f} %)")
-    for number, key in enumerate(sorted({(row["pruner"], row["schedule"]) for row in pruned})):
-        line = [row for row in pruned if (row["pruner"], row["schedule"]) == key]
-        values, kind = _accuracy(line)
-        axes.plot([1 - row["sparsity"] for row in line], values, marker="o", color=f"C{number}",
-                  label=f"{key[0]}, {key[1]} ({kind})")
-    if pruned:
-        sparsities = [row["sparsity"] for row in pruned]
+    _draw_pruning(axes, rows)
+    sparsities = [float(row["sparsity"]) for row in rows if row["pruner"] != "none"]
+    if sparsities:
         sparsity_axis(axes, min(sparsities), max(sparsities))
     axes.set(ylabel="accuracy (%)", title=title)
     axes.grid(alpha=0.3)
@@ -58,7 +51,85 @@ def plot_pruning(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     save_figure(figure, path)
 
 
+def _draw_pruning(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if row["pruner"] == "none":
+            value, kind = _accuracy([row])
+            axes.axhline(value[0], color="0.4", linestyle="--", label=f"dense ({kind} {value[0]:.2f} %)")
+    pruned = [row for row in rows if row["pruner"] != "none"]
+    for number, key in enumerate(sorted({(row["pruner"], row["schedule"]) for row in pruned})):
+        line = [row for row in pruned if (row["pruner"], row["schedule"]) == key]
+        values, kind = _accuracy(line)
+        axes.plot([1 - float(row["sparsity"]) for row in line], values, marker="o", color=f"C{number}",
+                  label=f"{key[0]}, {key[1]} ({kind})")
+
+
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, str]:
     kind = "test" if all(row["test_acc"] != "" for row in rows) else "validation"
     key = {"test": "test_acc", "validation": "val_acc"}[kind]
     return np.array([float(row[key]) for row in rows]), kind
+
+
+def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[Mapping[str, Any]], path: Path,
+                       title: str) -> None:
+    """The pruning curves, and for each regrown model an arrow from where it started to where it ended.
+
+    pruning: rows of `utils.pipeline.summary_rows`; regrown: rows of ``regrowth_results.csv``. Test accuracy is drawn
+    where it is known, else validation.
+    """
+    figure = Figure(figsize=(7.5, 5))
+    axes = figure.subplots()
+    _draw_pruning(axes, pruning)
+    for number, row in enumerate(regrown):
+        known = row["start_test_acc"] != "" and row["test_acc"] != ""
+        kind, keys = ("test", ("start_test_acc", "test_acc")) if known else ("validation", ("val_acc_before", "val_acc"))
+        start, end = (float(row[key]) for key in keys)
+        color = f"C{4 + number % 6}"
+        ends = (1 - float(row["sparsity"]), end), (1 - float(row["sparsity_before"]), start)
+        axes.annotate("", *ends, arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.8,
+                                             "shrinkA": 3, "shrinkB": 0})
+        axes.plot(*ends[0], marker="*", markersize=12, color=color, linestyle="none",
+                  label=f"regrown: {row['method']}, {row['allocation']} ({kind} {end:.2f} %)")
+    sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
+    sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
+    sparsity_axis(axes, min(sparsities), max(sparsities))
+    axes.set(ylabel="accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem, allocation: Sequence[int],
+                path: Path) -> None:
+    """Left: reward of every episode, the best so far and the controller's baseline; right: the best allocation.
+
+    history: rows of `utils.controller.RegrowthPolicyGradient`; allocation: weights per layer of `problem`.
+    """
+    figure = Figure(figsize=(12, max(4.5, 0.24 * len(allocation) + 1.2)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, fidelity in enumerate(sorted({row["fidelity"] for row in history})):
+        rows = [row for row in history if row["fidelity"] == fidelity]
+        episodes = [row["episode"] for row in rows]
+        label = f"{fidelity} epoch{'s' if fidelity > 1 else ''}"
+        left.scatter(episodes, [100 * row["reward"] for row in rows], s=16, color=f"C{number}", label=f"reward, {label}")
+        left.step(episodes, [100 * row["best"] for row in rows], where="post", color=f"C{number}", alpha=0.5,
+                  label=f"best, {label}")
+    based = [row for row in history if row["baseline"] is not None and row["source"] == "rl"]
+    left.plot([row["episode"] for row in based], [100 * row["baseline"] for row in based], color="0.3", linestyle="--",
+              label="baseline")
+    left.set(xlabel="episode", ylabel="validation accuracy (%)", title="search")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    _draw_allocation(right, problem, allocation)
+    save_figure(figure, path)
+
+
+def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequence[int]) -> None:
+    positions = np.arange(len(allocation))
+    axes.barh(positions, problem.capacities, color="0.88", label="capacity")
+    axes.barh(positions, allocation, color="C0", label="regrown")
+    axes.set_yticks(positions, [f"{name} ({drift:.2f})" for name, drift in zip(problem.layers, problem.drift)],
+                    fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="weights", xscale="symlog", title="best allocation, layers by SSIM (in brackets), lowest first")
+    axes.legend(fontsize=8)

@@ -5,6 +5,7 @@ gave is a reward. The rungs are training lengths in epochs; every candidate star
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from utils.errors import UserError
@@ -30,7 +31,8 @@ class Ladder:
         if budget is not None and budget < rungs[0]:
             raise UserError(f"a search budget of {budget} epochs does not pay one candidate, which takes {rungs[0]}; "
                             "raise the budget or shorten the first rung")
-        self.rungs = tuple(rung for level, rung in enumerate(rungs) if budget is None or sum(rungs[:level + 1]) <= budget)
+        limit = math.inf if budget is None else budget
+        self.rungs = tuple(rung for level, rung in enumerate(rungs) if sum(rungs[:level + 1]) <= limit)
         self.eta = eta
         self.budget = budget
         self.rewards: dict[Trial, float] = {}
@@ -68,14 +70,16 @@ class Ladder:
     def final_promotion(self) -> Trial | None:
         """The next trial once no new candidates come, lowest rung first; None when the ladder is done.
 
-        Here at least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the
-        next rung to the top takes.
+        At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
+        rung to the top takes. What is then left of a budget goes to the leaders too: the share of a rung that goes on
+        grows from 1/eta to 2/eta and so on, until the budget is spent or everybody has been at the top.
         """
-        for level in range(len(self.rungs) - 1):
-            seen = self.ranked(self.rungs[level])
-            for trial in self._unpaid(seen[:-(-len(seen) // self.eta)], level + 1):
-                if self.affords([trial], reserve=sum(self.rungs[level + 2:])):
-                    return trial
+        for part in range(1, self.eta + 1 if self.budget is not None else 2):
+            for level in range(len(self.rungs) - 1):
+                seen = self.ranked(self.rungs[level])
+                for trial in self._unpaid(seen[:-(-len(seen) * part // self.eta)], level + 1):
+                    if self.affords([trial], reserve=sum(self.rungs[level + 2:])):
+                        return trial
         return None
 
     def leader(self) -> Trial:

@@ -145,7 +145,7 @@ class Trainer:
         """
         steps = len(self.train_loader)
         with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
-                  disable=not show, dynamic_ncols=True) as bar:
+                  disable=not show, dynamic_ncols=True, mininterval=0.5) as bar:
             while not self.finished:
                 row = self._run_epoch(bar)
                 self._keep_best(row["val_acc"])

@@ -1,0 +1,185 @@
+"""`main.py` and `iterate.py` as a user runs them: artifacts, schedules, reuse, interruption, wrong input."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main as main_script
+from iclr2021_solution import iterate
+from iclr2021_solution.tools.modelloaders import SETTINGS, model_and_opt_loader
+from tests.conftest import REPOSITORY, assert_user_error
+from utils import checkpoint, pipeline
+from utils.errors import UserError
+from utils.models import MODELS
+
+N = 270_896  # prunable weights of resnet20
+
+
+@pytest.fixture
+def tiny_options(image_folder, tmp_path) -> list[object]:
+    """Options that make a run of a script take seconds."""
+    return ["--data_dir", image_folder, "--root", tmp_path / "run", "--device", "cpu", "--precision", "fp32"]
+
+
+TINY = ["--m_name", "resnet20", "--max_epochs", "2", "--finetune_epochs", "1", "--batch_size", "32"]
+
+
+def rows_of(root: Path) -> list[dict[str, str]]:
+    with open(root / "resnet20" / "pruning_results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_shot_sweep_leaves_checkpoints_cards_table_and_figure(run_script, tiny_options, tmp_path):
+    words = ["main.py", *TINY, "--sparsity", "0.9", "0.99", *tiny_options]
+    process = run_script(*words, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "run" / "resnet20"
+    dense = checkpoint.load_checkpoint(folder / "checkpoint" / "ckpt.pth")
+    assert {"net", "acc", "epoch", "optimizer", "scheduler"} <= set(dense)
+    for sparsity, kept in ((0.9, 27_090), (0.99, 2_709)):
+        state = checkpoint.load_checkpoint(folder / "ckpt_after_prune" / f"pruned_finetuned_mask_{sparsity}.pth")
+        masks = [value for name, value in state.items() if name.endswith("weight_mask")]
+        assert sum(int(mask.sum()) for mask in masks) == kept and sum(mask.numel() for mask in masks) == N
+        card = json.loads((folder / "ckpt_after_prune" / f"pruned_finetuned_mask_{sparsity}.json").read_text())
+        assert card["config"]["pruner"] == "magnitude" and card["config"]["schedule"] == "one-shot"
+        assert 0 <= card["test_acc"] <= 100 and card["surviving"] == kept and "torch" in card["environment"]
+    assert [row["pruner"] for row in rows_of(tmp_path / "run")] == ["none", "magnitude", "magnitude"]
+    assert (folder / "pruning_results.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "checkpoint" / "ckpt_training.csv").read_text().count("\n") == 3
+
+    again = run_script(*words, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("reusing") == 3
+    other = run_script(*words, "--seed", "7", cwd=tmp_path)
+    assert_user_error(other, "seed 0 (asked: 7)", "--resume", "--overwrite")
+
+
+def test_iterate_ends_at_the_target_and_continues_from_an_iteration(run_script, tiny_options, tmp_path):
+    words = ["iclr2021_solution/iterate.py", "--model", "resnet20", "--pruner", "lamp", "--max_epochs", "1",
+             "--finetune_epochs", "0", *tiny_options]
+    assert_user_error(run_script(*words, "--iter_start", "2", "--iter_end", "3"), "does not exist", "--iter_start 1")
+    assert run_script(*words, "--iter_end", "2").returncode == 0
+    process = run_script(*words, "--iter_start", "3", "--iter_end", "10", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    state = checkpoint.load_checkpoint(tmp_path / "run/resnet20/ckpt_after_prune/pruned_finetuned_mask_0.99.pth")
+    assert sum(int(v.sum()) for k, v in state.items() if k.endswith("weight_mask")) == round(0.01 * N)
+    rows = rows_of(tmp_path / "run")
+    assert [int(row["iteration"]) for row in rows] == [0, *range(1, 11)]
+
+
+def kill_when(process: subprocess.Popen, condition, number: int) -> None:
+    """Sends the signal as soon as the condition holds."""
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+
+
+@pytest.mark.parametrize("signal_number, stage, epochs", [
+    (signal.SIGKILL, "checkpoint/ckpt", 1), (signal.SIGKILL, "ckpt_after_prune/pruned_finetuned_mask_0.9", 2),
+    (signal.SIGINT, "checkpoint/ckpt", 2)])
+def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, tiny_options, tmp_path, run_script):
+    words = [*TINY[:2], "--max_epochs", "4", "--finetune_epochs", "4", "--batch_size", "32", "--sparsity", "0.9",
+             *tiny_options]
+    whole = run_script("main.py", *words[:-6], "--root", tmp_path / "whole", *words[-4:])
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, REPOSITORY / "main.py", *words]
+    log = tmp_path / "run" / "resnet20" / f"{stage}_training.csv"
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    kill_when(process, lambda: log.exists() and log.read_text().count("\n") > epochs, signal_number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if signal_number == signal.SIGINT else -9)
+    if signal_number == signal.SIGINT:
+        assert "--resume" in errors.splitlines()[-1] and "Traceback" not in errors
+    resumed = run_script("main.py", *words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("checkpoint/ckpt.pth", "ckpt_after_prune/pruned_finetuned_mask_0.9.pth"):
+        assert (tmp_path / "run/resnet20" / name).read_bytes() == (tmp_path / "whole/resnet20" / name).read_bytes()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--m_name", "lenet"], ["lenet", "resnet20"]),
+    (["--pruner", "best"], ["best", "magnitude"]),
+    (["--dataset", "mnist"], ["mnist", "photos"]),
+    (["--sparsity", "1.0"], ["--sparsity", "between 0 and 1"]),
+    (["--sparsity", "ninety"], ["--sparsity", "between 0 and 1"]),
+    (["--amount", "0", "--iter_end", "3"], ["--amount", "between 0 and 1"]),
+    (["--amount", "0.4", "--sparsity", "0.9"], ["--sparsity and --amount"]),
+    (["--iter_start", "4", "--iter_end", "2"], ["--iter_end 2", "--iter_start 4"]),
+    (["--sparsity", "0.9", "0.95", "--iter_end", "2"], ["one-shot sweep"]),
+    (["--iter_start", "3", "--iter_end", "4"], ["does not exist", "--iter_start 1"]),
+    (["--pruner", "unifplus", "--sparsity", "0.9999"], ["unifplus"]),
+    (["--val_split", "1"], ["--val_split"]),
+    (["--device", "quantum"], ["quantum", "cpu"]),
+    (["--epochs", "3"], ["--epochs"]),
+    (["--resume", "--overwrite"], ["not allowed with"]),
+])
+def test_wrong_input_is_one_line_and_writes_nothing(words, said, tiny_options, tmp_path, capsys):
+    root = tmp_path / "run"
+    with pytest.raises((SystemExit, UserError)) as caught:
+        main_script.main([str(word) for word in [*TINY, *tiny_options, *words]])
+    message = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
+    assert getattr(caught.value, "code", 2) == 2
+    assert len(message.strip().splitlines()) == 1
+    for word in said:
+        assert word in message
+    assert not [path for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(run_script, image_folder, tmp_path):
+    options = ["--data_dir", image_folder, "--root", tmp_path]
+    assert_user_error(run_script("main.py", "--m_name", "resnet20", "--device", "cuda", *options), "no CUDA GPU")
+    assert_user_error(run_script("iclr2021_solution/iterate.py", "--model", "resnet20", "--cuda", "1", *options),
+                      "cuda:1")
+
+
+def test_damaged_and_foreign_checkpoints_are_refused_and_kept(tiny_options, tmp_path):
+    dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
+    words = [str(word) for word in [*TINY, "--resume", *tiny_options]]
+    checkpoint.save_checkpoint({"net": {"features.0.weight": torch.ones(64, 3, 3, 3)}, "acc": 1.0}, dense)
+    whole = dense.read_bytes()
+    for content, said in ((whole, "another model"), (whole[:len(whole) // 2], "not a readable"), (b"x", "not a read")):
+        dense.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            main_script.main(words)
+        assert dense.read_bytes() == content
+
+
+def test_iterative_schedules_by_hand():
+    steps = pipeline.iterative_steps("magnitude", 0.4, 1, 4)
+    assert [round(step.sparsity, 6) for step in steps] == [0.4, 0.64, 0.784, 0.8704]
+    assert [round(step.previous, 6) for step in steps] == [0.0, 0.4, 0.64, 0.784]
+    rate = pipeline.rate_towards(0.99, 10)
+    assert rate == pytest.approx(0.369043, abs=1e-6)
+    assert round(pipeline.iterative_steps("lamp", rate, 10, 10)[0].sparsity, 12) == 0.99
+
+
+def test_every_model_has_a_row_of_settings_and_ten_iterations_of_resnet20_end_at_99_percent():
+    assert set(SETTINGS) == set(MODELS)
+    _, amount, batch_size, opt_pre, opt_post = model_and_opt_loader("resnet20")
+    assert round((1 - amount) ** 10 * N) == round(0.01 * N) and checkpoint.format_sparsity(1 - (1 - amount) ** 10) == "0.99"
+    assert (opt_pre.optimizer, opt_post.optimizer, opt_post.epochs, batch_size) == ("sgd", "adamw", 40, 100)
+    with pytest.raises(UserError, match="resnet20"):
+        model_and_opt_loader("lenet")
+
+
+def test_options_reach_the_recipes():
+    args = main_script.parse_args(["--m_name", "vgg16", "--lr", "0.05", "--max_epochs", "7", "--patience", "3",
+                                   "--finetune_epochs", "0", "--finetune_lr", "0.002", "--batch_size", "64",
+                                   "--finetune_schedule", "cosine"])
+    pre, post = main_script.recipes(args)
+    assert (pre.lr, pre.epochs, pre.patience, pre.batch_size) == (0.05, 7, 3, 64)
+    assert (post.lr, post.epochs, post.schedule, post.batch_size, post.patience) == (0.002, 0, "cosine", 64, 3)
+    iterate_args = iterate.parse_args(["--model", "vgg16", "--amount", "0.2", "--max_epochs", "3", "--cuda", "1"])
+    amount, pre, post = iterate.settings(iterate_args)
+    assert (amount, pre.epochs, post.epochs, iterate_args.device) == (0.2, 3, 40, "cuda:1")

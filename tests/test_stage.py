@@ -1,0 +1,114 @@
+"""Stages on disk: reuse, refusal, interruption at any point, and the same final bytes."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils import stage as stage_module
+from utils.analysis_utils import clone_model
+from utils.errors import UserError
+from utils.stage import Stage, differences
+from utils.training import Recipe, Trainer
+
+RECIPE = Recipe("sgd", lr=0.05, epochs=4, batch_size=32, schedule="cosine", weight_decay=5e-4)
+CONFIG = {"stage": "test", "seed": 0, "recipe": RECIPE.as_dict()}
+
+
+@pytest.fixture(autouse=True)
+def save_after_every_epoch(monkeypatch):
+    """However short the epochs are."""
+    monkeypatch.setattr(stage_module, "SAVE_SHARE", float("inf"))
+
+
+def run_stage(artifact, model, loaders, **kwargs) -> Stage:
+    """Trains a copy of `model` into `artifact`, or continues."""
+    stage = Stage(artifact, CONFIG, **kwargs)
+    if not stage.finished:
+        trainer = Trainer(clone_model(model), loaders[0], loaders[1], RECIPE, seed=0)
+        result = stage.fit(trainer, "test")
+        state = trainer.state_dict()
+        stage.finish({"net": trainer.model.state_dict(), "acc": result.accuracy, "optimizer": state["optimizer"],
+                      "loader": state["loader"]}, {"val_acc": result.accuracy})
+    return stage
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing in the code may catch it."""
+
+
+def die_at_write(monkeypatch, number: int) -> None:
+    """Lets the process 'die' in the middle of its `number`-th file: after the temporary file, before the rename."""
+    real, writes = checkpoint.os.replace, []
+
+    def replace_or_die(source, target):
+        writes.append(target)
+        if len(writes) == number:
+            raise Killed
+        real(source, target)
+    monkeypatch.setattr(checkpoint.os, "replace", replace_or_die)
+
+
+@pytest.mark.parametrize("write", range(1, 11))
+def test_killed_at_any_write_and_resumed_gives_the_same_bytes(write, tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    run_stage(tmp_path / "whole.pth", small_cnn, tiny_loaders)
+    with monkeypatch.context() as patch:  # four epochs write a CSV and a progress file each, then artifact and card
+        die_at_write(patch, write)
+        with pytest.raises(Killed):
+            run_stage(tmp_path / "killed.pth", small_cnn, tiny_loaders)
+    assert not checkpoint.card_path(tmp_path / "killed.pth").exists()
+    stage = run_stage(tmp_path / "killed.pth", small_cnn, tiny_loaders, resume=True)
+    assert (tmp_path / "killed.pth").read_bytes() == (tmp_path / "whole.pth").read_bytes()
+    assert not stage.progress.exists() and stage.card["config"] == CONFIG
+    rows = (tmp_path / "killed_training.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3", "4"]
+
+
+def test_a_finished_stage_is_reused_only_for_the_same_arguments(tmp_path, small_cnn, tiny_loaders):
+    artifact = tmp_path / "a.pth"
+    run_stage(artifact, small_cnn, tiny_loaders)
+    assert Stage(artifact, CONFIG).finished
+    other = {**CONFIG, "seed": 1, "recipe": replace(RECIPE, epochs=9).as_dict()}
+    with pytest.raises(UserError, match=r"seed 0 \(asked: 1\), epochs 4 \(asked: 9\).*--resume.*--overwrite"):
+        Stage(artifact, other)
+    assert Stage(artifact, other, resume=True).card["config"] == CONFIG
+    assert not Stage(artifact, other, overwrite=True).finished
+
+
+def test_an_interrupted_stage_needs_resume_and_the_same_arguments(tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    artifact = tmp_path / "a.pth"
+    with monkeypatch.context() as patch:
+        die_at_write(patch, 4)
+        with pytest.raises(Killed):
+            run_stage(artifact, small_cnn, tiny_loaders)
+    with pytest.raises(UserError, match="--resume to continue"):
+        Stage(artifact, CONFIG)
+    with pytest.raises(UserError, match=r"seed 0 \(asked: 5\)"):
+        Stage(artifact, {**CONFIG, "seed": 5}, resume=True)
+    assert not Stage(artifact, CONFIG, resume=True).finished
+
+
+def test_an_interrupted_overwrite_loses_nothing(tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    artifact = tmp_path / "a.pth"
+    run_stage(artifact, small_cnn, tiny_loaders)
+    before = artifact.read_bytes(), checkpoint.card_path(artifact).read_bytes()
+    with monkeypatch.context() as patch:
+        die_at_write(patch, 5)
+        with pytest.raises(Killed):
+            run_stage(artifact, small_cnn, tiny_loaders, overwrite=True)
+    assert (artifact.read_bytes(), checkpoint.card_path(artifact).read_bytes()) == before
+
+
+def test_a_checkpoint_without_a_card_is_taken_only_when_asked(tmp_path):
+    artifact = tmp_path / "published.pth"
+    checkpoint.save_checkpoint({"net": {"w": torch.ones(1)}}, artifact)
+    with pytest.raises(UserError, match="without a run card"):
+        Stage(artifact, CONFIG)
+    assert Stage(artifact, CONFIG, resume=True).card == {}
+
+
+def test_differences_in_words():
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}) == \
+        "c 2 (asked: 5), e None (asked: 0)"

@@ -1,0 +1,147 @@
+"""The training loop: evaluation, schedules, best weights, patience, divergence, exact continuation."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from utils.analysis_utils import clone_model, get_masks, set_masks
+from utils.errors import RunFailed
+from utils.precision import PRECISIONS, autocast, has_native_bf16, resolve_precision
+from utils.training import OPTIMIZERS, PRETRAIN, SCHEDULES, Recipe, Trainer, evaluate
+
+SHORT = Recipe("sgd", lr=0.05, epochs=3, batch_size=32, schedule="cosine", weight_decay=5e-4)
+
+
+def make_trainer(model, loaders, recipe=SHORT, seed=0, **kwargs) -> Trainer:
+    return Trainer(model, loaders[0], loaders[1], recipe, seed=seed, **kwargs)
+
+
+class Constant(nn.Module):
+    """Always answers with the same logits."""
+
+    def __init__(self, logits: list[float]):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, inputs):
+        return self.logits.expand(len(inputs), -1)
+
+
+def test_evaluate_by_hand():
+    batches = [(torch.zeros(3, 1), torch.tensor([0, 0, 1])), (torch.zeros(1, 1), torch.tensor([1]))]
+    model = Constant([0.0, 0.0])
+    model.train()
+    loss, accuracy = evaluate(model, batches)
+    assert loss == pytest.approx(0.693147, abs=1e-5)  # ln 2 for equal logits
+    assert accuracy == 50.0  # argmax of equal logits is class 0: two of four
+    assert model.training
+
+
+@pytest.mark.parametrize("name, step, expected", [
+    ("constant", 7, 1.0), ("cosine", 0, 1.0), ("cosine", 50, 0.5), ("cosine", 100, 0.0),
+    ("warmup_cosine", 0, 0.2), ("warmup_cosine", 4, 1.0), ("warmup_cosine", 5, 1.0), ("warmup_cosine", 100, 0.0)])
+def test_schedules_by_hand(name, step, expected):
+    assert SCHEDULES[name](step, 100) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_learns_with_every_optimizer(name, small_cnn, tiny_loaders):
+    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "adamw": 3e-3}[name], epochs=6)
+    result = make_trainer(small_cnn, tiny_loaders, recipe).run(show=False)
+    assert result.accuracy > 60 and result.epochs == 6  # five classes: chance is 20
+
+
+def test_the_weights_of_the_best_validation_accuracy_are_restored(small_cnn, tiny_loaders):
+    trainer = make_trainer(small_cnn, tiny_loaders, replace(SHORT, lr=1.0, schedule="constant", epochs=5))
+    result = trainer.run(show=False)
+    accuracies = [row["val_acc"] for row in trainer.history]
+    assert result.accuracy == max(accuracies) and result.best_epoch == accuracies.index(max(accuracies)) + 1
+    assert evaluate(small_cnn, tiny_loaders[1]).accuracy == result.accuracy
+
+
+def test_patience_stops_early(small_cnn, tiny_loaders):
+    recipe = replace(SHORT, lr=1e-12, epochs=20, patience=2)
+    small_cnn[1].momentum = 0.0  # nothing changes, so the first epoch stays the best
+    result = make_trainer(small_cnn, tiny_loaders, recipe).run(show=False)
+    assert (result.best_epoch, result.epochs) == (1, 3)
+
+
+def test_a_non_finite_loss_stops_with_a_clear_message_and_keeps_the_last_state(small_cnn, tiny_loaders):
+    saved = []
+    trainer = make_trainer(small_cnn, tiny_loaders, replace(SHORT, lr=1e30))
+    with pytest.raises(RunFailed, match=r"loss became (nan|inf) in epoch 1.*lower learning rate"):
+        trainer.run(show=False, on_epoch=saved.append)
+    assert saved == []
+
+
+def test_training_is_a_pure_function_of_its_seed(small_cnn, tiny_loaders):
+    models = [clone_model(small_cnn) for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1)):
+        torch.rand(3)  # whatever happened before must not matter
+        make_trainer(model, tiny_loaders, seed=seed).run(show=False)
+    states = [torch.cat([value.flatten().float() for value in model.state_dict().values()]) for model in models]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_continued_training_equals_an_uninterrupted_one(stop_after, tiny_loaders, small_cnn):
+    small_cnn.insert(6, nn.Dropout(0.3))  # draws from the global generator
+    start, recipe = clone_model(small_cnn), replace(SHORT, optimizer="adamw", lr=1e-3)
+    whole = make_trainer(small_cnn, tiny_loaders, recipe)
+    whole.run(show=False)
+
+    first = make_trainer(clone_model(start), tiny_loaders, recipe)
+    saved = {}
+
+    def stop(trainer):
+        if trainer.epoch == stop_after:
+            saved.update(trainer.state_dict(), model={k: v.clone() for k, v in trainer.model.state_dict().items()})
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        first.run(show=False, on_epoch=stop)
+    second = make_trainer(clone_model(start), tiny_loaders, recipe)
+    second.load_state_dict(saved)
+    second.run(show=False)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    assert [row["val_acc"] for row in whole.history] == [row["val_acc"] for row in second.history]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_pruned_weights_never_move(optimizer, small_cnn, tiny_loaders):
+    generator = torch.Generator().manual_seed(0)
+    set_masks(small_cnn, {name: torch.rand(mask.shape, generator=generator) < 0.3
+                          for name, mask in get_masks(small_cnn).items()})
+    before = {name: layer.weight_orig.detach().clone() for name, layer in small_cnn.named_modules()
+              if hasattr(layer, "weight_orig")}
+    make_trainer(small_cnn, tiny_loaders, replace(SHORT, optimizer=optimizer)).run(show=False)
+    assert before
+    for name, layer in small_cnn.named_modules():
+        if name in before:
+            pruned = layer.weight_mask == 0
+            assert torch.equal(layer.weight_orig[pruned], before[name][pruned])
+            assert not torch.equal(layer.weight_orig[~pruned], before[name][~pruned])
+
+
+def test_precision_names():
+    cpu = torch.device("cpu")
+    assert resolve_precision("fp32", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
+    assert resolve_precision("auto", cpu) == ("bf16" if has_native_bf16(cpu) else "fp32")
+    assert set(PRECISIONS) == {"auto", "fp32", "bf16"}
+    with autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(cpu, "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_bf16_training_learns_and_keeps_float32_weights(small_cnn, tiny_loaders):
+    result = make_trainer(small_cnn, tiny_loaders, replace(SHORT, epochs=5), precision="bf16").run(show=False)
+    assert result.accuracy > 50 and all(p.dtype == torch.float32 for p in small_cnn.parameters())
+
+
+def test_the_published_pretraining_recipe():
+    assert (PRETRAIN.optimizer, PRETRAIN.lr, PRETRAIN.epochs, PRETRAIN.batch_size, PRETRAIN.schedule,
+            PRETRAIN.weight_decay, PRETRAIN.patience) == ("sgd", 0.1, 200, 128, "cosine", 5e-4, 30)

@@ -1,0 +1,56 @@
+"""Timing that can be trusted: warm-up, device synchronisation, repeats, median and spread, peak memory."""
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds over the repeats of one measurement."""
+
+    median: float
+    fastest: float
+    slowest: float
+    repeats: int
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON and CSV: seconds."""
+        return {"median_s": self.median, "fastest_s": self.fastest, "slowest_s": self.slowest, "repeats": self.repeats}
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all it was given (nothing to wait for on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(work: Callable[..., Any], device: torch.device, *, repeats: int = 5, warmup: int = 1,
+            prepare: Callable[[], Any] | None = None) -> Timing:
+    """Times ``work(prepare())`` (or ``work()`` without `prepare`, which is not timed) `repeats` times after a warm-up.
+
+    Raises ValueError unless repeats >= 1.
+    """
+    if repeats < 1:
+        raise ValueError("need at least one repeat")
+    seconds = []
+    for _ in range(warmup + repeats):
+        arguments = [] if prepare is None else [prepare()]
+        synchronise(device)
+        start = time.perf_counter()
+        work(*arguments)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    counted = seconds[warmup:]
+    return Timing(statistics.median(counted), min(counted), max(counted), repeats)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
