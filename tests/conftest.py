@@ -74,10 +74,10 @@ def run_script():
 
 
 def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:
-    """The process ended with exit code 2 and one line on stderr that holds all `words`."""
+    """The process ended with exit code 2 and one line on stderr (notes on the data aside) that holds all `words`."""
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
-    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    lines = [line for line in process.stderr.splitlines() if line.strip() and not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     for word in words:
         assert word in lines[0], f"'{word}' is missing in: {lines[0]}"

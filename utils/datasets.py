@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR-10 (torchvision's files, an image folder or a download) and the embedded photographs."""
+"""Where images come from: CIFAR-10 (torchvision's files, an image folder, a download) and the embedded photographs."""
 from __future__ import annotations
 
 import contextlib
@@ -26,6 +26,7 @@ from utils.image_folder import has_image_folder, load_image_folder
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000  # images
+_FOLDER, _ARCHIVE = "cifar-10-batches-py", "cifar-10-python.tar.gz"  # torchvision's names
 _ANSWER_S = 15  # how long the download server may stay silent
 _DOWNLOAD_FAULTS = (OSError, http.client.HTTPException, RuntimeError)  # no network, a broken answer, a wrong md5
 
@@ -94,10 +95,9 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
 
     What is there but damaged is an error (UserError), never a reason to look further.
     """
-    folder, archive = _torchvision_paths(data_dir)
-    if folder.is_dir():
+    if (data_dir / _FOLDER).is_dir():
         return _read_torchvision(data_dir)
-    if archive.is_file():
+    if (data_dir / _ARCHIVE).is_file():
         return _install(data_dir, _extract_placed)
     if has_image_folder(data_dir):
         return _read_image_folder(data_dir)
@@ -137,12 +137,6 @@ def _torchvision_class() -> type:
     return CIFAR10
 
 
-def _torchvision_paths(data_dir: Path) -> tuple[Path, Path]:
-    """Where torchvision keeps the extracted folder and the archive."""
-    cifar10 = _torchvision_class()
-    return data_dir / cifar10.base_folder, data_dir / cifar10.filename
-
-
 def _read_torchvision(data_dir: Path) -> ImageDataset:
     """Reads torchvision's extracted folder; UserError if a file is missing or fails torchvision's md5 check."""
     cifar10 = _torchvision_class()
@@ -150,10 +144,11 @@ def _read_torchvision(data_dir: Path) -> ImageDataset:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # newer numpy warns about how the files, of 2009, were pickled
             train, test = (cifar10(data_dir, train=train) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        folder, archive = _torchvision_paths(data_dir)
-        raise UserError(f"{folder} is incomplete or damaged (torchvision's checksums do not match); delete it, and "
-                        f"it is made anew from {archive.name} in {data_dir} or from a download") from error
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    except RuntimeError as error:
+        raise UserError(f"{data_dir / _FOLDER} is incomplete or damaged (torchvision's checksums do not match); delete "
+                        f"it, and it is made anew from {_ARCHIVE} in {data_dir} or from a download") from error
     arrays = [array for split in (train, test)
               for array in (np.ascontiguousarray(split.data), np.asarray(split.targets, dtype=np.int64))]
     return ImageDataset("cifar10", "torchvision", *arrays, classes=tuple(train.classes))
@@ -167,9 +162,8 @@ def _install(data_dir: Path, fill: Callable[[Path, Path], None]) -> ImageDataset
     with _temporary_folder(data_dir) as place:
         fill(data_dir, place)
         dataset = _read_torchvision(place)
-        folder, _ = _torchvision_paths(place)
         with contextlib.suppress(OSError):
-            os.replace(folder, data_dir / folder.name)
+            os.replace(place / _FOLDER, data_dir / _FOLDER)
     return dataset
 
 
@@ -188,10 +182,10 @@ def _extract_placed(data_dir: Path, place: Path) -> None:
     """Extracts the archive that the user placed in `data_dir`; UserError if it is damaged or the disk is full."""
     from torchvision.datasets.utils import check_integrity, extract_archive
 
-    _, archive = _torchvision_paths(data_dir)
-    if not check_integrity(archive, _torchvision_class().tgz_md5):
-        raise UserError(f"{archive} is incomplete or damaged (its md5 is not {_torchvision_class().tgz_md5}); "
-                        f"place it again, or delete it for a download")
+    archive, md5 = data_dir / _ARCHIVE, _torchvision_class().tgz_md5
+    if not check_integrity(archive, md5):
+        raise UserError(f"{archive} is incomplete or damaged (its md5 is not {md5}); place it again, or delete it for "
+                        f"a download")
     try:
         extract_archive(os.fspath(archive), os.fspath(place))
     except OSError as error:
@@ -210,7 +204,7 @@ def _download(data_dir: Path, place: Path) -> None:
     socket.setdefaulttimeout(_ANSWER_S)  # torchvision sets none: a dead connection would hang for ever
     try:
         with _quiet():
-            download_and_extract_archive(cifar10.url, os.fspath(place), filename=cifar10.filename, md5=cifar10.tgz_md5)
+            download_and_extract_archive(cifar10.url, os.fspath(place), filename=_ARCHIVE, md5=cifar10.tgz_md5)
     finally:
         socket.setdefaulttimeout(before)
 
@@ -245,14 +239,12 @@ def _require_answer(url: str) -> None:
 
 def _out_of_reach(data_dir: Path, reason: str) -> str:
     """The message when CIFAR-10 cannot be had: what was tried, each with why it failed, and the three ways on."""
-    cifar10 = _torchvision_class()
-    folder, archive = _torchvision_paths(data_dir)
     return (f"CIFAR-10 cannot be had. Tried:\n"
-            f"  - the folder {folder}: not there\n"
-            f"  - the archive {archive}: not there\n"
+            f"  - the folder {data_dir / _FOLDER}: not there\n"
+            f"  - the archive {data_dir / _ARCHIVE}: not there\n"
             f"  - an image folder {data_dir / 'train|test' / '<class>' / '*.png|jpg|jpeg'}: not there\n"
-            f"  - a download of {cifar10.url}: {reason}\n"
+            f"  - a download of {_torchvision_class().url}: {reason}\n"
             f"Ways on:\n"
-            f"  - place the archive {archive.name} in {data_dir}\n"
+            f"  - place the archive {_ARCHIVE} in {data_dir}\n"
             f"  - place an image folder train|test/<class>/* in {data_dir}\n"
             f"  - use --dataset photos, which needs no network")

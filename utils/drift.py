@@ -55,7 +55,8 @@ class BlockwiseFeatureExtractor:
                 handle.remove()
         if not seen:
             raise ValueError("the loader gave no batch")
-        return {name: scale_to_unit((sums[name] / seen).cpu().numpy()) for name in self.modules}
+        silent = torch.zeros(1, dtype=torch.float64)  # a layer that never runs (effnet has one) shows no drift
+        return {name: scale_to_unit((sums.get(name, silent) / seen).cpu().numpy()) for name in self.modules}
 
 
 def _adder(sums: dict[str, Tensor], name: str) -> Callable[..., None]:

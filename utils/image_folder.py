@@ -88,9 +88,10 @@ def _list_split(data_dir: Path, split: str) -> _Listing:
 
 def _list_class(data_dir: Path, place: str) -> list[_File]:
     """The image files in `data_dir/place`, sorted; hidden files and other file types are left out."""
+    suffixes = tuple(FORMATS)
     with _scan(data_dir / place) as entries:
         files = [_File(f"{place}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries
-                 if os.path.splitext(entry.name)[1].lower() in FORMATS and entry.name[0] != "." and not entry.is_dir()]
+                 if entry.name.lower().endswith(suffixes) and entry.name[0] != "." and not entry.is_dir()]
     if not files:
         raise UserError(f"the class folder {data_dir / place} has no images ({', '.join(FORMATS)})")
     return sorted(files)
@@ -122,7 +123,8 @@ def _targets(listing: _Listing) -> np.ndarray:
 
 def _format_names(files: Iterable[_File]) -> str:
     """The formats that the file names tell: 'JPEG', 'PNG' or 'JPEG and PNG'."""
-    return " and ".join(sorted({FORMATS[os.path.splitext(file.path)[1].lower()] for file in files}))
+    suffixes = {file.path[file.path.rindex("."):] for file in files}
+    return " and ".join(sorted({FORMATS[suffix.lower()] for suffix in suffixes}))
 
 
 # --- cache ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def model_loader(
     """
     if m_name not in MODELS:
         raise UserError(f"unknown model {m_name!r}; known models: {', '.join(MODELS)}")
-    # Weights are drawn on the CPU: fork and seed that generator alone: torch.manual_seed would move the GPUs' too.
+    # Weights are drawn on the CPU: fork and seed its generator alone (torch.manual_seed would move the GPUs' too).
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from utils.allocation import AllocationProblem
 
-SPARSITY_TICKS = (0.4, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+SPARSITY_TICKS = (0.4, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -92,7 +92,8 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
                   label=f"regrown: {row['method']}, {row['allocation']} ({kind} {end:.2f} %)")
     sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
-    sparsity_axis(axes, min(sparsities), max(sparsities))
+    if sparsities:
+        sparsity_axis(axes, min(sparsities), max(sparsities))
     axes.set(ylabel="accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -49,20 +49,21 @@ def exact_k_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None = 
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
     if not scores:
-        _check_count(k, 0)
+        check_count(k, 0)
         return []
-    scores = [s.detach().to(_common_dtype(scores)) for s in scores]
+    scores = [s.detach().to(common_dtype(scores)) for s in scores]
     on_cpu = all(s.device.type == "cpu" for s in scores)
     return (_host_masks if on_cpu else _device_masks)(scores, k, eligible)
 
 
-def _common_dtype(scores: list[Tensor]) -> torch.dtype:
+def common_dtype(scores: list[Tensor]) -> torch.dtype:
     """float32 where that loses nothing, else float64."""
     exact_in_float32 = (torch.float32, torch.bfloat16, torch.float16, torch.bool)
     return torch.float32 if all(s.dtype in exact_in_float32 for s in scores) else torch.float64
 
 
-def _check_count(k: int, available: int) -> None:
+def check_count(k: int, available: int) -> None:
+    """Raise ValueError if more positions are asked for than are eligible."""
     if k > available:
         raise ValueError(f"k = {k} is more than the {available} eligible positions")
 
@@ -99,7 +100,7 @@ def _host_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -> 
     candidates = [_candidates(flat, bound) for flat in flats]
     if bound is not None and sum(c.size for c in candidates) < k:  # the sample misled: look at every eligible score
         candidates = [_candidates(flat, None) for flat in flats]
-    threshold = _kth_largest(candidates, k)
+    threshold = kth_largest(candidates, k)
     masks = [_at_least(flat, threshold) for flat in flats]
     surplus = sum(int(np.count_nonzero(mask)) for mask in masks) - k
     marked = [flat.restore(mask) for flat, mask in zip(flats, masks, strict=True)]
@@ -134,10 +135,10 @@ def _candidates(flat: _Flat, bound: np.floating | None) -> np.ndarray:
     return flat.values[np.flatnonzero(mask)]  # few are True: 2x faster than indexing by the mask
 
 
-def _kth_largest(candidates: list[np.ndarray], k: int) -> np.floating:
+def kth_largest(candidates: list[np.ndarray], k: int) -> np.floating:
     """The k-th largest score (infinity for k = 0). Raises ValueError on NaN or fewer than k scores."""
     pool = np.concatenate(candidates)
-    _check_count(k, pool.size)
+    check_count(k, pool.size)
     if k:
         pool.partition(pool.size - k)
     top = pool[pool.size - k :] if k else pool.max(initial=-np.inf, keepdims=True)
@@ -177,7 +178,7 @@ def _device_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -
     has_nan, available = torch.stack([values.isnan().any().long(), allowed.sum()]).tolist()
     if has_nan:
         raise ValueError("scores contain NaN")
-    _check_count(k, available)
+    check_count(k, available)
     chosen = torch.zeros_like(allowed)
     if k:
         threshold = torch.topk(values, k, sorted=False).values.amin()

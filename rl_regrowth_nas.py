@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Stage 2a, reference-based regrowth: a controller decides how many weights return to each layer, a reference model
+which ones and with what values.
+
+Starts from the pruned checkpoint that `main.py --m_name ... --pruner magnitude --iter_end 1` leaves. Layers stand in
+the order of their SSIM drift; an episode is regrowth, a short finetuning and the validation accuracy as reward.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from utils import checkpoint, pipeline, regrowth_run
+from utils.regrowth import ReferenceBasedRegrowth
+from utils.regrowth_options import parse_regrowth_args, regrowth_parser
+from utils.regrowth_report import report
+from utils.run import Run, open_run, script
+from utils.seeding import derive_seed
+
+SAVE_DIR = "rl_regrow_savedir"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = regrowth_parser(__doc__, SAVE_DIR)
+    parser.add_argument("--reference_model", metavar="FILE|SPARSITY", help="model whose mask and weights are copied: a "
+                        "checkpoint, or the sparsity of one under the root, such as 0.95; default: the dense model")
+    return parse_regrowth_args(parser, argv)
+
+
+def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
+    """Loads the reference; what is active in it and pruned here returns first, largest reference weight first."""
+    reference = load_reference(run, args.reference_model, dense)
+    return lambda model: ReferenceBasedRegrowth(model, reference, seed=derive_seed(run.seed, "regrowth"))
+
+
+def load_reference(run: Run, name: str | None, dense: nn.Module) -> nn.Module:
+    """The reference model by file, by sparsity under the root, or the dense model; UserError if it cannot be loaded."""
+    if name is None:
+        return dense
+    try:
+        path = checkpoint.pruned_path(run.root, run.m_name, float(name))
+    except ValueError:
+        path = Path(name)
+    return pipeline.load_outcome(run, path).model
+
+
+METHOD = regrowth_run.Method(name="reference", save_dir=SAVE_DIR, search_stem="rl_training_checkpoint",
+                             best_file="best_allocation_{m_name}.pth", prepare=prepare, options=("reference_model",))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Finds an allocation, regrows by it, finetunes, reports."""
+    args = parse_args(argv)
+    run = open_run(args)
+    outcomes = regrowth_run.regrow(run, args, METHOD)
+    report(run, regrowth_run.save_folder(run, args, METHOD), outcomes)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,191 @@
+"""The two stage-2 scripts as a user runs them: artifacts, exact sparsity, search and resume, wrong input."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rl_regrowth_nas
+import rl_saliency_regrowth
+from tests.conftest import REPOSITORY
+from utils import checkpoint, regrowth_run
+from utils.analysis_utils import get_masks, set_masks
+from utils.errors import UserError
+from utils.model_loader import model_loader
+from utils.regrowth_record import RegrowthRecord
+from utils.seeding import generator
+
+N = 270_896  # prunable weights of resnet20
+KEPT, BACK = 2_709, 5_418  # at 0.99; 2 % of N
+SCRIPTS = {"rl_regrowth_nas.py": ("rl_regrow_savedir", "best_allocation_resnet20.pth", "rl_training_checkpoint"),
+           "rl_saliency_regrowth.py": ("rl_saliency_regrow_savedir", "best_saliency_allocation.pth",
+                                       "saliency_rl_checkpoint")}
+FEW = ["--ssim_batches", "1", "--finetune_epochs", "1"]
+
+
+def make_start(root: Path, schedule: str = "one-shot") -> None:
+    """A dense and a 0.99 magnitude-pruned resnet20 with run cards, as stage 1 leaves them, but untrained."""
+    model = model_loader("resnet20", seed=0)
+    checkpoint.save_checkpoint({"net": model.state_dict(), "acc": 10.0, "epoch": 1},
+                               checkpoint.dense_path(root, "resnet20"))
+    scores = {name: torch.rand(mask.shape, generator=generator(0, name)) for name, mask in get_masks(model).items()}
+    threshold = torch.cat([score.flatten() for score in scores.values()]).topk(KEPT).values[-1]
+    set_masks(model, {name: score >= threshold for name, score in scores.items()})
+    pruned = checkpoint.pruned_path(root, "resnet20", 0.99)
+    checkpoint.save_checkpoint(model.state_dict(), pruned)
+    card = {"sha256": checkpoint.file_digest(pruned), "test_acc": 11.0, "val_acc": 12.0, "sparsity": 0.99,
+            "surviving": KEPT, "total": N, "best_epoch": 1, "epochs": 1, "seconds": 1.0,
+            "config": {"pruner": "magnitude", "schedule": schedule, "seed": 0, "dataset": "tiny", "precision": "fp32"}}
+    checkpoint.save_json(card, checkpoint.card_path(pruned))
+
+
+@pytest.fixture
+def options(image_folder, tmp_path) -> list[str]:
+    make_start(tmp_path)
+    return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+            "--precision", "fp32", *FEW]
+
+
+@pytest.mark.parametrize("script_name", SCRIPTS)
+def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, options, tmp_path, run_script):
+    folder, best_name, stem = SCRIPTS[script_name]
+    process = run_script(script_name, *options, "--search_budget", "6", "--mini_finetune_epochs", "1", "2",
+                         "--num_epochs", "2", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "after regrowth" in process.stdout and "before           sparsity 0.9900" in process.stdout
+    folder = tmp_path / folder / "resnet20"
+    best = checkpoint.load_checkpoint(folder / best_name)
+    assert {"epoch", "reward", "accuracy", "allocation", "regrow_indices", "timestamp"} <= set(best)
+    assert sum(best["allocation"].values()) == BACK == sum(len(found) for found in best["regrow_indices"].values())
+    state = checkpoint.load_checkpoint(folder / "regrown_resnet20_0.97.pth")
+    assert sum(int(value.sum()) for name, value in state.items() if name.endswith("weight_mask")) == KEPT + BACK
+    start = checkpoint.load_checkpoint(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
+    for name, mask in start.items():
+        if name.endswith("weight_mask"):  # nothing that survived pruning was lost, nothing else returned
+            layer = name.removesuffix(".weight_mask")
+            new = torch.nonzero((state[name] - mask).flatten()).flatten()
+            assert torch.equal(new, best["regrow_indices"].get(layer, torch.empty(0, dtype=torch.int64)))
+    with open(folder / "search.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["epochs_spent"]) <= 6 and {row["fidelity"] for row in rows} == {"1", "2"}
+    assert all(sum(map(int, row["allocation"].split())) == BACK for row in rows)
+    for name in ("search.png", "regrowth_results.png", "regrowth_results.csv"):
+        assert (folder / name).stat().st_size > 100
+    assert list(folder.glob(f"{stem}_epoch_*.pth"))
+    card = json.loads((folder / "regrown_resnet20_0.97.json").read_text())
+    assert card["start_test_acc"] == 11.0 and 0 <= card["test_acc"] <= 100 and card["regrown"] == BACK
+
+
+@pytest.mark.parametrize("allocation", ["proportional", "uniform", "greedy", "erk", "random"])
+def test_every_allocation_rule_spends_the_same(allocation, options, tmp_path, capsys):
+    rl_regrowth_nas.main([*options, "--allocation", allocation, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
+    card = json.loads((tmp_path / "rl_regrow_savedir/resnet20/regrown_resnet20_0.98.json").read_text())
+    assert card["surviving"] == round(0.02 * N) and card["search_epochs"] == 0
+    rl_regrowth_nas.main([*options, "--allocation", allocation, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
+    assert "reusing" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"allocation .*asked.*--overwrite"):
+        other = "erk" if allocation == "greedy" else "greedy"
+        rl_regrowth_nas.main([*options, "--allocation", other, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
+
+
+def test_several_steps_each_start_from_the_model_before(options, tmp_path):
+    rl_saliency_regrowth.main([*options, "--allocation", "proportional", "--regrow_iterations", "2", "--regrow_step",
+                               "0.01", "--init_strategy", "magnitude", "--finetune_epochs", "0"])
+    folder = tmp_path / "rl_saliency_regrow_savedir/resnet20"
+    masks = [get_masks_of(path) for path in (checkpoint.pruned_path(tmp_path, "resnet20", 0.99),
+                                             folder / "step_1/regrown_resnet20_0.98.pth",
+                                             folder / "step_2/regrown_resnet20_0.97.pth")]
+    assert [int(mask.sum()) for mask in masks] == [KEPT, KEPT + 2_709, KEPT + 2 * 2_709]
+    assert all((before <= after).all() for before, after in zip(masks, masks[1:]))
+    record = RegrowthRecord.from_state_dict(checkpoint.load_checkpoint(folder / "step_2/best_saliency_allocation.pth"))
+    assert record.count == 2_709 and all((layer.steps == 2).all() for layer in record.layers.values())
+
+
+def get_masks_of(path: Path) -> torch.Tensor:
+    state = checkpoint.load_checkpoint(path)
+    return torch.cat([value.flatten() for name, value in state.items() if name.endswith("weight_mask")])
+
+
+def test_target_layers_and_max_ratio_limit_where_weights_return(options, tmp_path):
+    rl_regrowth_nas.main([*options, "--allocation", "greedy", "--target_layers", "layer3.*", "--max_ratio", "0.02",
+                          "--finetune_epochs", "0"])
+    folder = tmp_path / "rl_regrow_savedir/resnet20"
+    best = checkpoint.load_checkpoint(folder / "best_allocation_resnet20.pth")
+    assert all(name.startswith("layer3.") for name in best["allocation"])
+    state = checkpoint.load_checkpoint(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
+    for name, number in best["allocation"].items():
+        assert number <= 0.02 * int((state[f"{name}.weight_mask"] == 0).sum())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, image_folder, run_script):
+    search = ["--search_budget", "40", "--mini_finetune_epochs", "1", "--num_epochs", "8", "--finetune_epochs", "2"]
+    whole = tmp_path / "whole"
+    make_start(whole)
+    there = [str(whole) if word == str(tmp_path) else word for word in options]
+    assert run_script("rl_regrowth_nas.py", *there, *search).returncode == 0
+    folder = tmp_path / "rl_regrow_savedir/resnet20"
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *search],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*_epoch_2.pth")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -9), errors
+    if number == signal.SIGINT:
+        assert errors.strip().splitlines()[-1].endswith("--resume")
+    resumed = run_script("rl_regrowth_nas.py", *options, *search, "--resume")
+    assert resumed.returncode == 0 and "continuing the search" in resumed.stdout, resumed.stderr
+    other = whole / "rl_regrow_savedir/resnet20"
+    assert (folder / "regrown_resnet20_0.97.pth").read_bytes() == (other / "regrown_resnet20_0.97.pth").read_bytes()
+    best, expected = (checkpoint.load_checkpoint(place / "best_allocation_resnet20.pth") for place in (folder, other))
+    assert best["allocation"] == expected["allocation"] and best["reward"] == expected["reward"]
+
+
+def test_missing_prerequisites_name_the_command_that_makes_them(options, tmp_path, image_folder):
+    empty = tmp_path / "empty"
+    words = [str(empty) if word == str(tmp_path) else word for word in options]
+    with pytest.raises(UserError, match=r"make it with: python main.py --m_name resnet20 .*--root .*empty"):
+        rl_regrowth_nas.main(words)
+    with pytest.raises(UserError, match=r"--sparsity 0.98"):
+        rl_saliency_regrowth.main([*options, "--start_sparsity", "0.98"])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--starting_checkpoint", "iterative"], "one-shot|oneshot, pruned by magnitude, not iterative"),
+    (["--starting_checkpoint", "none.pth"], "no pruned checkpoint at none.pth"),
+    (["--target_sparsity", "0.995"], "not below --start_sparsity"),
+    (["--target_layers", "layer9.*"], "layer9.*layer3.2.conv2"),
+    (["--max_ratio", "0"], "--max_ratio"),
+    (["--mini_finetune_epochs", "3", "1"], "increasing"),
+    (["--search_budget", "2", "--mini_finetune_epochs", "9"], "budget"),
+    (["--reference_model", "0.95"], "no checkpoint at .*0.95"),
+])
+def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(UserError, match=said) as error:
+        rl_regrowth_nas.main([*options, *words])
+    assert "\n" not in str(error.value)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_a_dense_model_is_no_start(options, tmp_path):
+    with pytest.raises(UserError, match="is a dense model"):
+        rl_regrowth_nas.main([*options, "--starting_checkpoint", str(checkpoint.dense_path(tmp_path, "resnet20"))])
+
+
+def test_the_scripts_differ_in_method_only():
+    assert rl_regrowth_nas.METHOD.name == "reference" and rl_saliency_regrowth.METHOD.name == "saliency"
+    args = rl_saliency_regrowth.parse_args(["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"])
+    assert regrowth_run.prerequisite_command(args, "--pruner", "none") == \
+        "python main.py --m_name vgg16 --pruner none --data_dir x --seed 3"

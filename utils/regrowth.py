@@ -1,0 +1,387 @@
+"""Regrowth: how many pruned weights return, which ones, with which values; and a record that undoes or repeats it.
+
+Three steps that do not know each other: a rule of `SELECTORS` ranks the pruned positions of a layer, an initialiser of
+`INITIALISERS` gives the chosen ones their values, and `WeightRegrowth.apply_regrowth` writes them into the model. How
+many weights each layer gets (the allocation) is the caller's choice. Indices are flat: row-major in the weight's shape.
+"""
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.analysis_utils import count_pruned_params, overall_sparsity, prunable_layers
+from utils.errors import UserError
+from utils.positions import Positions, Ranking, map_tensors, random_indices, top_indices
+from utils.precision import autocast
+from utils.regrowth_record import LayerRecord, RegrowthRecord, masked_layers, write_weights
+from utils.seeding import derive_seed, generator
+
+# ---- targets, capacity, budget -------------------------------------------------------------------------------------
+
+
+def target_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[str]:
+    """Names of the prunable layers that match any of the patterns (exact names or `fnmatch`), in model order.
+
+    None means all. Raises UserError, with the known names, for a pattern that matches nothing.
+    """
+    names = list(prunable_layers(model))
+    chosen = set(names) if patterns is None else set()
+    for pattern in patterns or ():
+        matched = {name for name in names if name == pattern or fnmatchcase(name, pattern)}
+        if not matched:
+            raise UserError(f"no prunable layer is called or matches '{pattern}'; the model has: {', '.join(names)}")
+        chosen |= matched
+    return [name for name in names if name in chosen]
+
+
+def layer_capacities(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Pruned weights of each named layer. Raises ValueError for an unknown name or a layer without a mask."""
+    return {name: int((layer.weight_mask == 0).sum()) for name, layer in masked_layers(model, layers).items()}
+
+
+def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None,
+                    regrow_step: float | None = None) -> int:
+    """K, how many weights return; N is the number of prunable weights.
+
+    target_sparsity: the model is to end with exactly round((1 - target) * N) surviving weights, which is what pruning
+    to this sparsity keeps. regrow_step: K = round(step * N), which may exceed what is pruned: the caller's allocation
+    caps it. Raises UserError if nothing is pruned, the target is not below the model's sparsity, the step is not in
+    (0, 1], or K < 1; ValueError unless exactly one of the two is given.
+    """
+    if (target_sparsity is None) == (regrow_step is None):
+        raise ValueError("give either target_sparsity or regrow_step")
+    counts = count_pruned_params(model)
+    if not counts.pruned:
+        raise UserError("nothing is pruned in this model, so no weight can return; start from a pruned checkpoint")
+    if target_sparsity is not None:
+        if not 0 <= target_sparsity < counts.sparsity:
+            raise UserError(f"target sparsity {target_sparsity} is not below that of the model, {counts.sparsity:.6g}")
+        budget = round((1 - target_sparsity) * counts.total) - counts.surviving
+    else:
+        if not 0 < regrow_step <= 1:
+            raise UserError(f"regrow step {regrow_step} must be a fraction of all weights in (0, 1], such as 0.02")
+        budget = round(regrow_step * counts.total)
+    if budget < 1:
+        raise UserError(f"that step is less than one of the {counts.total} weights; ask for a larger one")
+    return budget
+
+
+# ---- saliency ------------------------------------------------------------------------------------------------------
+
+
+class SaliencyComputer:
+    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, in one pass over the loader.
+
+    What is averaged: s = theta^2 * (1/B) * sum over the B batches of g_b^2, where g_b is the gradient of the mean
+    cross-entropy of batch b. Every batch counts the same, also a smaller last one.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, precision: str = "fp32",
+                 max_batches: int | None = None, source: str = "dense"):
+        """loader: un-augmented (inputs, targets) batches; max_batches: how many of them at most (None: all).
+
+        source: what the model is. 'dense': it has no pruned weights. 'pruned': the gradient is with respect to the
+        effective weight, at every position, pruned ones included, and theta is `weight_orig`. Raises ValueError if the
+        model is not of this kind, or for max_batches < 1.
+        """
+        found = "pruned" if overall_sparsity(model) > 0 else "dense"
+        if source != found:
+            raise ValueError(f"source is {source!r}, but the model given is {found}")
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+        self.model, self.loader, self.precision, self.max_batches = model, loader, precision, max_batches
+        self.gradients: dict[str, Tensor] = {}  # |mean over batches of g_b|, what RigL ranks by; `compute` fills it
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> saliency, of the weight's shape and on its device; fills `gradients` in the same pass.
+
+        Batch normalisation uses its running statistics. Modes, statistics and `.grad` are left as they were. Raises
+        ValueError if the loader is empty.
+        """
+        layers, count = prunable_layers(self.model), 0
+        squares = [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
+        sums = [torch.zeros_like(square) for square in squares]
+        with _evaluating(self.model):
+            for inputs, targets in islice(self.loader, self.max_batches):
+                gradients = self._gradients(layers.values(), inputs, targets)
+                torch._foreach_addcmul_(squares, gradients, gradients)
+                torch._foreach_add_(sums, gradients)
+                count += 1
+        if not count:
+            raise ValueError("the loader has no batch to compute saliency from")
+        self.gradients = {name: total.div_(count).abs_() for name, total in zip(layers, sums, strict=True)}
+        return {name: square.div_(count).mul_(_stored_weight(layer).square())
+                for (name, layer), square in zip(layers.items(), squares, strict=True)}
+
+    @torch.enable_grad()
+    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
+        that its gradient is there at pruned positions too."""
+        with autocast(inputs.device, self.precision):
+            loss = F.cross_entropy(self.model(inputs), targets)
+        return torch.autograd.grad(loss, [layer.weight for layer in layers], materialize_grads=True)
+
+
+def _stored_weight(layer: nn.Module) -> Tensor:
+    return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What rules and initialisers look at besides the pruned model; each takes what it needs.
+
+    saliency, gradient: layer name -> tensor of the weight's shape; reference: a dense or pruned model of the same
+    architecture.
+    """
+
+    saliency: Mapping[str, Tensor] | None = None
+    gradient: Mapping[str, Tensor] | None = None
+    reference: nn.Module | None = None
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The layer's tensor of `kind` 'saliency' or 'gradient'. Raises ValueError if there is none."""
+        tensors = getattr(self, kind)
+        if tensors is None or name not in tensors:
+            raise ValueError(f"no {kind} is given for layer {name!r}")
+        return tensors[name]
+
+    def reference_layer(self, name: str, layer: nn.Module) -> nn.Module:
+        """The reference's counterpart of a layer. Raises ValueError if there is none of this name and shape."""
+        try:
+            counterpart = self.reference.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"no reference with a layer {name!r} is given") from error
+        if counterpart.weight.shape != layer.weight_mask.shape:
+            raise ValueError(f"{name}: the reference has weights of shape {tuple(counterpart.weight.shape)}")
+        return counterpart
+
+
+def _elementwise(ufunc: np.ufunc, operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The same function by NumPy on the CPU, where it is several times faster on large tensors, else by PyTorch."""
+    tensors = [tensor.detach() for tensor in tensors]
+    if tensors[0].device.type != "cpu":
+        return operation(*tensors)
+    return torch.from_numpy(ufunc(*(tensor.numpy() for tensor in tensors)))
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    return _elementwise(np.abs, torch.abs, values)
+
+
+def _by_saliency(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
+    return Ranking(evidence.tensor("saliency", name), layer.weight_mask)
+
+
+def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
+    """Pruned here and active in the reference, by the reference's |w|."""
+    reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
+    if hasattr(reference, "weight_mask"):
+        mask = _elementwise(np.greater_equal, torch.ge, mask, reference.weight_mask)  # free: 0 here and 1 there
+    return Ranking(_magnitude(_stored_weight(reference)), mask)
+
+
+def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
+    """|gradient|, as RigL grows (Evci et al., ICML 2020)."""
+    return Ranking(_magnitude(evidence.tensor("gradient", name)), layer.weight_mask)
+
+
+def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
+    """|weight_orig|: what the weight was when it was pruned."""
+    return Ranking(_magnitude(layer.weight_orig), layer.weight_mask)
+
+
+def _at_random(name: str, layer: nn.Module, evidence: Evidence) -> None:
+    """No opinion on any position: all are drawn."""
+
+
+# Where a rule has no opinion, the rest of a layer's budget is drawn at random.
+SELECTORS: dict[str, Callable[[str, nn.Module, Evidence], Ranking | None]] = {
+    "saliency": _by_saliency,
+    "reference": _by_reference,
+    "gradient": _by_gradient,
+    "magnitude": _by_magnitude,
+    "random": _at_random,
+}
+FILL = "random fill"  # the source of what another rule had no opinion on
+
+
+# ---- with which values: an initialiser is one function and one line in INITIALISERS ----------------------------------
+
+
+class Site(NamedTuple):
+    """Where weights return: n positions of one layer."""
+
+    name: str
+    layer: nn.Module
+    positions: Positions
+    previous: Tensor  # (n,), what `weight_orig` holds there
+    evidence: Evidence
+    seed: int  # of this layer and step
+
+
+def _zero(site: Site) -> Tensor:
+    return torch.zeros_like(site.previous)
+
+
+def _kaiming(site: Site) -> Tensor:
+    """N(0, 2 / fan_in), as `torch.nn.init.kaiming_normal_`."""
+    return _normal(site, math.sqrt(2 / _fans(site.layer)[0]))
+
+
+def _xavier(site: Site) -> Tensor:
+    """N(0, 2 / (fan_in + fan_out)), as `torch.nn.init.xavier_normal_`."""
+    return _normal(site, math.sqrt(2 / sum(_fans(site.layer))))
+
+
+def _keep(site: Site) -> Tensor:
+    return site.previous
+
+
+def _copy(site: Site) -> Tensor:
+    """The reference's weight; Kaiming where the reference itself is pruned and has none."""
+    reference = site.evidence.reference_layer(site.name, site.layer)
+    copied = site.positions.read(_stored_weight(reference))
+    if not hasattr(reference, "weight_mask"):
+        return copied
+    return torch.where(site.positions.read(reference.weight_mask) != 0, copied, _kaiming(site))
+
+
+def _fans(layer: nn.Module) -> tuple[int, int]:
+    """(fan_in, fan_out) of the dense tensor, as PyTorch defines them."""
+    outputs, inputs, *kernel = layer.weight_mask.shape
+    return inputs * math.prod(kernel), outputs * math.prod(kernel)
+
+
+def _normal(site: Site, std: float) -> Tensor:
+    """Drawn on the CPU, so that a seed means the same on every device."""
+    return torch.randn(len(site.previous), generator=generator(site.seed)).mul_(std).to(site.previous)
+
+
+INITIALISERS: dict[str, Callable[[Site], Tensor]] = {
+    "zero": _zero,
+    "kaiming": _kaiming,
+    "xavier": _xavier,
+    "magnitude": _keep,
+    "reference": _copy,
+}
+
+# ---- regrowth ------------------------------------------------------------------------------------------------------
+
+
+class WeightRegrowth:
+    """Regrows weights of a pruned model, in place, by one rule of `SELECTORS` and one of `INITIALISERS`."""
+
+    def __init__(self, model: nn.Module, rule: str, evidence: Evidence, init_strategy: str = "zero", seed: int = 0):
+        """Raises ValueError for an unknown rule or initialiser."""
+        for kind, name, registry in (("rule", rule, SELECTORS), ("initialisation", init_strategy, INITIALISERS)):
+            if name not in registry:
+                raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(registry)}")
+        self.model, self.rule, self.evidence = model, rule, evidence
+        self.init_strategy, self.seed = init_strategy, seed
+
+    def apply_regrowth(self, allocation: Mapping[str, int], step: int = 1) -> RegrowthRecord:
+        """Regrow exactly allocation[layer] weights in each named layer; the order of the names does not matter.
+
+        Raises ValueError, with the model unchanged, for an unknown layer, a negative count or one above the layer's
+        capacity, and missing or NaN evidence. `step` goes into the record and into what is drawn at random.
+        """
+        layers = masked_layers(self.model, allocation)
+        counts = {name: operator.index(count) for name, count in allocation.items() if count}
+        if any(count < 0 for count in counts.values()):
+            raise ValueError(f"an allocation must not be negative: {counts}")
+        rankings = [partial(SELECTORS[self.rule], name, layers[name], self.evidence) for name in counts]
+        device = next(self.model.parameters()).device
+        best = top_indices(rankings, list(counts.values()), device)
+        targets = [layers[name] for name in counts]
+        plans = map_tensors(partial(self._plan, step), device, counts, targets, counts.values(), best)
+        map_tensors(_carry_out, device, targets, plans)
+        return RegrowthRecord({name: plan.record for name, plan in zip(counts, plans, strict=True)}, _source_names())
+
+    def _plan(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None) -> _Plan:
+        """What will be written where in one layer; ranked: what the rule chose, None if it ranks nothing."""
+        indices, sources = self._fill(step, name, layer, count, ranked)
+        positions = Positions(indices)
+        previous = positions.read(layer.weight_orig)
+        site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
+        values = INITIALISERS[self.init_strategy](site)
+        steps = torch.full_like(sources, step, dtype=torch.int16)
+        return _Plan(positions, LayerRecord(indices, sources, steps, values, previous))
+
+    def _fill(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None
+              ) -> tuple[Tensor, Tensor]:
+        """`count` indices and their source codes: what the rule chose, and what is drawn where that is too little."""
+        own, drawn = (_source_names().index(source) for source in (self.rule, self.rule if ranked is None else FILL))
+        if ranked is None:
+            ranked = torch.empty(0, dtype=torch.int64, device=layer.weight_mask.device)
+        if len(ranked) == count:
+            return ranked, torch.full_like(ranked, own, dtype=torch.uint8)
+        taken = layer.weight_mask
+        if len(ranked):
+            taken = taken.clone()
+            Positions(ranked).write(taken, 1.0)
+        try:
+            rest = random_indices(taken, count - len(ranked), generator(self.seed, "positions", name, step))
+        except ValueError as error:
+            capacity = layer_capacities(self.model, [name])[name]
+            raise ValueError(f"{name}: {count} weights cannot return, its capacity is {capacity}") from error
+        sources = [torch.full_like(ranked, own), torch.full_like(rest, drawn)]
+        indices, order = torch.cat([ranked, rest]).sort()
+        return indices, torch.cat(sources)[order].to(torch.uint8)
+
+
+class _Plan(NamedTuple):
+    positions: Positions
+    record: LayerRecord
+
+
+def _carry_out(layer: nn.Module, plan: _Plan) -> None:
+    write_weights(layer, plan.positions, plan.record.values, active=True)
+
+
+def _source_names() -> tuple[str, ...]:
+    return (*SELECTORS, FILL)
+
+
+class SaliencyBasedRegrowth(WeightRegrowth):
+    """Regrows the pruned weights of highest saliency."""
+
+    def __init__(self, model: nn.Module, saliency: Mapping[str, Tensor], init_strategy: str = "zero", seed: int = 0,
+                 reference: nn.Module | None = None):
+        """saliency: layer name -> tensor of the weight's shape (`SaliencyComputer.compute`); reference: for
+        init_strategy 'reference'."""
+        super().__init__(model, "saliency", Evidence(saliency=saliency, reference=reference), init_strategy, seed)
+
+
+class ReferenceBasedRegrowth(WeightRegrowth):
+    """Regrows what is active in a reference model (dense or less pruned), largest |w| first, then a random fill."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, init_strategy: str = "reference", seed: int = 0):
+        """Filled positions of a pruned reference, which has no weight to copy there, start from Kaiming values."""
+        super().__init__(model, "reference", Evidence(reference=reference), init_strategy, seed)

@@ -1,0 +1,248 @@
+"""Stage 2: from a pruned checkpoint to a regrown one; everything that `rl_regrowth_nas.py` and
+`rl_saliency_regrowth.py` share. What they do not share, how weights are selected within a layer, is a `Method`.
+"""
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from utils import checkpoint, pipeline
+from utils.allocation import ALLOCATORS, AllocationProblem
+from utils.analysis_utils import clone_model, count_pruned_params, has_masks, prunable_layers
+from utils.drift import layer_drift
+from utils.errors import UserError
+from utils.pipeline import Outcome
+from utils.regrowth import WeightRegrowth, layer_capacities, regrowth_budget, target_layers
+from utils.regrowth_record import RegrowthRecord
+from utils.run import Run
+from utils.search_run import Found, search_allocation
+from utils.seeding import derive_seed, generator
+from utils.stage import Stage
+from utils.training import FINETUNE_FINAL, Trainer, evaluate
+
+DRIFT_BATCH_SIZE = 500  # images; both models see the same un-augmented training images
+Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows weights in this model
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells the two scripts apart: their names, and how weights are chosen within a layer.
+
+    prepare: ``prepare(run, args, pruned, dense)`` does what can be done once per step (loading the reference, computing
+    saliency) and returns the `Regrower`; options: the arguments that it reads, for run cards.
+    """
+
+    name: str
+    save_dir: str
+    search_stem: str
+    best_file: str
+    prepare: Callable[[Run, argparse.Namespace, nn.Module, nn.Module], Regrower]
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One regrowth: where it starts, how many weights return, where its artifacts go."""
+
+    number: int
+    start: Outcome
+    budget: int
+    sparsity_after: float
+    folder: Path
+    artifact: Path
+
+
+# --- where it starts -----------------------------------------------------------------------------------------------
+
+
+def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
+    """The shell command of stage 1 that makes what is missing, with the options of this run."""
+    command = ["python", "main.py", "--m_name", args.m_name, *words]
+    for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("root", Path(".")), ("seed", 0),
+                          ("val_split", 0.2)):
+        if getattr(args, name) != default:
+            command += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(command)
+
+
+def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
+    """The dense model of stage 1; UserError with the command that makes it when it is missing."""
+    path = checkpoint.dense_path(run.root, run.m_name)
+    if not path.is_file():
+        raise UserError(f"no dense checkpoint at {path}; make it with: "
+                        f"{prerequisite_command(args, '--pruner', 'magnitude', '--iter_end', '1')}")
+    return pipeline.load_outcome(run, path)
+
+
+def load_start(run: Run, args: argparse.Namespace) -> Outcome:
+    """The pruned model to start from: a path, or the checkpoint of `--start_sparsity` under the root.
+
+    UserError when it is missing (with the command that makes it), is of another kind than asked for (naming the kind
+    that is there), or is not a pruned model.
+    """
+    kind = args.starting_checkpoint
+    named = kind not in (None, "oneshot", "iterative")
+    path = Path(kind) if named else checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity)
+    if not path.is_file():
+        wanted = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
+                  "10" if kind == "iterative" else "1"]
+        hint = "" if named else f"; make it with: {prerequisite_command(args, *wanted)}"
+        raise UserError(f"no pruned checkpoint at {path}{hint}")
+    start = pipeline.load_outcome(run, path)
+    if not named:
+        _check_kind(start, kind)
+    if not has_masks(start.model):
+        raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
+    return start
+
+
+def _check_kind(start: Outcome, kind: str | None) -> None:
+    config = start.card.get("config", {})
+    there = config.get("schedule", "unknown").replace("-", "")
+    if kind is not None and there != kind:
+        made = f"{there}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
+        raise UserError(f"{start.artifact} is {made}, not {kind}; ask for what is there, give a path to "
+                        "--starting_checkpoint, or keep several under different --root folders")
+
+
+def plan_step(run: Run, args: argparse.Namespace, method: Method, start: Outcome, number: int) -> Step:
+    """Budget, sparsity and folder of step `number` of `--regrow_iterations`."""
+    counts = count_pruned_params(start.model)
+    if args.target_sparsity is None:
+        budget = regrowth_budget(start.model, regrow_step=args.regrow_step)
+    else:
+        left = args.regrow_iterations - number + 1
+        target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
+        budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
+    capacity = sum(_capacities(start.model, args).values())
+    after = 1.0 - (counts.surviving + min(budget, capacity)) / counts.total
+    folder = save_folder(run, args, method) / (f"step_{number}" if args.regrow_iterations > 1 else ".")
+    artifact = folder / f"regrown_{run.m_name}_{checkpoint.format_sparsity(after)}.pth"
+    return Step(number, start, budget, after, folder, artifact)
+
+
+def save_folder(run: Run, args: argparse.Namespace, method: Method) -> Path:
+    """`--save_dir`, or the method's default folder under the root."""
+    return args.save_dir or run.root / method.save_dir / run.m_name
+
+
+def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
+    """Weights that may return per target layer: `--max_ratio` of what is pruned there."""
+    capacities = layer_capacities(model, target_layers(model, args.target_layers))
+    return {name: int(args.max_ratio * capacity) for name, capacity in capacities.items()}
+
+
+def allocation_problem(run: Run, args: argparse.Namespace, step: Step, dense: nn.Module) -> AllocationProblem:
+    """Target layers in the order of their drift (lowest SSIM first) with capacities and sizes."""
+    model, capacities = step.start.model, _capacities(step.start.model, args)
+    drift = layer_drift(dense, model, list(capacities), run.train.unaugmented(DRIFT_BATCH_SIZE),
+                        precision=run.precision, max_batches=args.ssim_batches)
+    order = sorted(capacities, key=lambda name: drift[name])
+    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
+    return AllocationProblem(
+        layers=tuple(order), capacities=tuple(capacities[name] for name in order), budget=step.budget,
+        sizes=tuple(weights[name].numel() for name in order), fan=tuple(sum(weights[name].shape) for name in order),
+        drift=tuple(drift[name] for name in order))
+
+
+# --- one step ------------------------------------------------------------------------------------------------------
+
+
+def regrow(run: Run, args: argparse.Namespace, method: Method) -> list[Outcome]:
+    """All steps of a stage-2 script, each from the model before, then the report; returns the regrown models."""
+    dense, start = load_dense(run, args), load_start(run, args)
+    outcomes = [start]
+    for number in range(1, args.regrow_iterations + 1):
+        step = plan_step(run, args, method, outcomes[-1], number)
+        checkpoint.ensure_writable(step.folder)
+        outcomes.append(_regrow_step(run, args, method, step, dense))
+    return outcomes
+
+
+def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> dict[str, Any]:
+    """The arguments that determine a regrown model."""
+    names = ("allocation", "max_ratio", "target_layers", "ssim_batches", *method.options)
+    if args.allocation == "rl":
+        names += ("num_epochs", "batch_size", "learning_rate", "hidden_size", "reward_temperature", "start_beta",
+                  "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget")
+    options = {name: getattr(args, name) for name in names}
+    return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
+            "start": checkpoint.file_digest(step.start.artifact), "dense": checkpoint.file_digest(dense.artifact),
+            "recipe": final_recipe(args).as_dict(), **{key: str(value) if isinstance(value, Path) else value
+                                                       for key, value in options.items()}}
+
+
+def final_recipe(args: argparse.Namespace) -> Any:
+    """The published final finetuning (warm-up and cosine) with what the command line changes."""
+    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr)
+
+
+def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> Outcome:
+    config = step_config(run, args, method, step, dense)
+    stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
+    if stage.finished:
+        print(f"reusing {step.artifact}")
+        return pipeline.load_outcome(run, step.artifact)
+    started = time.perf_counter()
+    problem = allocation_problem(run, args, step, dense.model)
+    regrower = method.prepare(run, args, step.start.model, dense.model)
+    found = _find_allocation(run, args, method, step, problem, regrower, config)
+    before = evaluate(step.start.model, run.val, run.precision).accuracy
+    model, record = apply_allocation(step.start.model, problem, found.allocation, regrower, step.number)
+    regrown = evaluate(model, run.val, run.precision).accuracy
+    save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown / 100)
+    print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.4f} -> "
+          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} %")
+    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=derive_seed(run.seed, "final finetune"),
+                      precision=run.precision)
+    result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
+    stage.finish(model.state_dict(), run.card(
+        **pipeline.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,
+        sparsity_before=count_pruned_params(step.start.model).sparsity, regrown=record.count,
+        starting_checkpoint=str(step.start.artifact),
+        start_test_acc=step.start.card.get("test_acc"), allocation=dict(zip(problem.layers, found.allocation)),
+        drift=dict(zip(problem.layers, problem.drift)), search_epochs=found.epochs_spent, epochs=result.epochs,
+        best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    return Outcome(model, step.artifact, stage.card)
+
+
+def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: Step, problem: AllocationProblem,
+                     regrower: Regrower, config: Mapping[str, Any]) -> Found:
+    if args.allocation != "rl":
+        chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
+        return Found(chosen, None, 0, 0)
+
+    def episode(allocation: tuple[int, ...], seed: int, epochs: int) -> float:
+        """Reward of an allocation: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""
+        model, _ = apply_allocation(step.start.model, problem, allocation, regrower, step.number)
+        recipe = replace(final_recipe(args), epochs=epochs, schedule="constant", patience=None)
+        trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(seed, "episode"), precision=run.precision)
+        return trainer.run(show=False).accuracy / 100
+
+    return search_allocation(args, problem, episode, seed=derive_seed(run.seed, "search"), config=config,
+                             stem=step.folder / method.search_stem, sparsity=step.sparsity_after)
+
+
+def apply_allocation(pruned: nn.Module, problem: AllocationProblem, allocation: tuple[int, ...], regrower: Regrower,
+                     number: int) -> tuple[nn.Module, RegrowthRecord]:
+    """A copy of the pruned model with the allocation regrown in it, and the record of what returned."""
+    model = clone_model(pruned)
+    record = regrower(model).apply_regrowth(dict(zip(problem.layers, allocation)), step=number)
+    return model, record
+
+
+def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, record: RegrowthRecord,
+              accuracy: float) -> None:
+    """The best allocation with the record that replays it on the starting checkpoint (`RegrowthRecord`)."""
+    checkpoint.save_checkpoint({
+        "epoch": found.epoch, "reward": found.reward, "accuracy": accuracy,
+        "allocation": dict(zip(problem.layers, found.allocation)), **record.state_dict(),
+        "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(step.start.artifact),
+        "starting_digest": checkpoint.file_digest(step.start.artifact)}, step.folder / name)

@@ -1,0 +1,107 @@
+"""The controller's search as a script runs it: bar, CSV, figure, checkpoints, resume."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from utils import checkpoint, plots
+from utils.allocation import AllocationProblem
+from utils.controller import Evaluate, RegrowthPolicyGradient
+from utils.errors import UserError
+from utils.regrowth_options import search_config
+from utils.stage import differences
+
+
+class Found(NamedTuple):
+    """An allocation, its reward (None when nothing was searched), the epochs it took and the controller's update."""
+
+    allocation: tuple[int, ...]
+    reward: float | None
+    epochs_spent: int
+    epoch: int
+
+
+def search_path(stem: Path, epoch: int) -> Path:
+    """The controller checkpoint after `epoch` updates."""
+    return stem.with_name(f"{stem.name}_epoch_{epoch}.pth")
+
+
+def latest_search(stem: Path) -> Path | None:
+    """The controller checkpoint with the most updates, or None."""
+    found = {int(path.stem.rpartition("_")[2]): path for path in stem.parent.glob(f"{stem.name}_epoch_*.pth")
+             if path.stem.rpartition("_")[2].isdigit()}
+    return found[max(found)] if found else None
+
+
+class SearchLog:
+    """Bar, CSV and checkpoints of a running search."""
+
+    def __init__(self, search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
+                 sparsity: float):
+        """stem: path that artifact names begin with; config: of the step, kept in the checkpoints."""
+        self.search, self.stem, self.config, self.save_freq, self.sparsity = search, stem, config, save_freq, sparsity
+        self.table = stem.parent / "search.csv"
+        self.bar = tqdm(total=search.config.search_budget, desc="search", unit="epoch", dynamic_ncols=True,
+                        initial=search.history[-1]["epochs_spent"] if search.history else 0)
+
+    def episode(self, row: Mapping[str, Any]) -> None:
+        """A new row of the history."""
+        self.bar.update(row["epochs_spent"] - self.bar.n)
+        self.bar.set_postfix(episode=row["episode"], reward=f"{100 * row['reward']:.2f}%",
+                             best=f"{100 * row['best']:.2f}%", fidelity=row["fidelity"])
+        checkpoint.save_csv(self.rows(), self.table)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history as CSV rows: allocations as text, missing values empty, the sparsity that all have in common."""
+        rows = []
+        for row in self.search.history:
+            plain = {key: "" if value is None else value for key, value in row.items() if key != "allocation"}
+            rows.append({**plain, "sparsity": self.sparsity, "allocation": " ".join(map(str, row["allocation"]))})
+        return rows
+
+    def epoch(self, number: int) -> None:
+        """A controller update is done."""
+        if number % self.save_freq == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Saves the state at the last update boundary, with the trials finished since."""
+        state = self.search.snapshot()
+        checkpoint.save_checkpoint({"config": dict(self.config), "search": state},
+                                   search_path(self.stem, state["epoch"]))
+
+
+def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
+    """Takes up a saved search; UserError when the file is no search or was made with other arguments."""
+    state = checkpoint.load_checkpoint(path)
+    if not isinstance(state, dict) or not {"config", "search"} <= set(state):
+        raise UserError(f"{path} is not a controller checkpoint of this project")
+    if state["config"].get("start") != config["start"] or state["config"].get("method") != config["method"]:
+        raise UserError(f"{path} belongs to another run: {differences(state['config'], config)}")
+    search.load_state_dict(state["search"])
+    print(f"continuing the search of {path} after {search.epoch} updates")
+
+
+def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
+                      config: Mapping[str, Any], stem: Path, sparsity: float) -> Found:
+    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints.
+
+    Ctrl-C saves before it goes on upwards.
+    """
+    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
+    path = latest_search(stem) if args.resume == "latest" else args.resume and Path(args.resume)
+    if path:
+        load_search(search, path, config)
+    log = SearchLog(search, stem, config, args.save_freq, sparsity)
+    try:
+        result = search.run(log.episode, log.epoch)
+    finally:
+        log.bar.close()
+        log.save()
+    checkpoint.save_csv(log.rows(), log.table)
+    plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
+    return Found(result.allocation, result.reward, result.epochs_spent, search.epoch)
