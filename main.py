@@ -14,8 +14,18 @@ from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import pipeline
 from utils.errors import UserError
 from utils.pipeline import PruneStep
-from utils.run import (ArgumentParser, Run, add_model_option, add_overwrite_options, add_run_options, count, fraction,
-                       open_run, positive_float, positive_int, script)
+from utils.run import (
+    ArgumentParser,
+    add_model_option,
+    add_overwrite_options,
+    add_run_options,
+    count,
+    fraction,
+    open_run,
+    positive_float,
+    positive_int,
+    script,
+)
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
 
 
@@ -23,9 +33,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
     add_model_option(parser)
-    parser.add_argument("--pruner", choices=[*PRUNERS, "none"], default="magnitude", help="none stops after pretraining")
-    parser.add_argument("--sparsity", type=fraction, nargs="+", help="target sparsity, default 0.99; several values are "
-                        "a one-shot sweep from one dense model")
+    parser.add_argument("--pruner", choices=[*PRUNERS, "none"], default="magnitude",
+                        help="none stops after pretraining")
+    parser.add_argument("--sparsity", type=fraction, nargs="+",
+                        help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
     parser.add_argument("--amount", type=fraction, help="prune rate of each iteration, instead of --sparsity")
     parser.add_argument("--iter_start", type=positive_int, default=1,
                         help="first iteration; above 1 starts from the checkpoint of the iteration before")

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if regrown:
         save_csv(regrown, args.save_dir / f"{args.name}_regrowth.csv")
     plots.plot_bidirectional(pruning, regrown, figure, title=f"{args.m_name} on {pruning[0]['dataset']}")
-    print(f"{len(pruning)} pruned or dense and {len(regrown)} regrown models: {figure} and its tables in {args.save_dir}")
+    print(f"{len(pruning)} pruned or dense and {len(regrown)} regrown models: {figure}, tables in {args.save_dir}")
 
 
 if __name__ == "__main__":

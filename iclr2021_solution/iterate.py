@@ -19,8 +19,17 @@ from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader  # noq
 from utils import pipeline  # noqa: E402
 from utils.checkpoint import dense_path  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.run import (ArgumentParser, Run, add_overwrite_options, add_run_options, count, fraction,  # noqa: E402
-                       open_run, positive_int, script)
+from utils.run import (  # noqa: E402
+    ArgumentParser,
+    Run,
+    add_overwrite_options,
+    add_run_options,
+    count,
+    fraction,
+    open_run,
+    positive_int,
+    script,
+)
 from utils.training import Recipe  # noqa: E402
 
 

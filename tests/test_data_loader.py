@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data_loader import (PAD, BatchLoader, TestLoader, TestSetReadTwice, channel_statistics, loaders_from,
-                               split_indices)
+from utils.data_loader import (
+    PAD,
+    BatchLoader,
+    TestLoader,
+    TestSetReadTwice,
+    channel_statistics,
+    loaders_from,
+    split_indices,
+)
 from utils.errors import UserError
 
 MEAN, STD = np.zeros(3), np.ones(3)  # leaves pixel values as they are

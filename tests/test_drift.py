@@ -8,8 +8,14 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from utils.analysis_utils import clone_model
-from utils.drift import (BlockwiseFeatureExtractor, compute_block_ssim, layer_drift, map_similarity, normalised_maps,
-                         scale_to_unit)
+from utils.drift import (
+    BlockwiseFeatureExtractor,
+    compute_block_ssim,
+    layer_drift,
+    map_similarity,
+    normalised_maps,
+    scale_to_unit,
+)
 
 LAYERS = ["0", "4", "8"]  # two convolutions (32x32 and 8x8 maps) and the Linear of `small_cnn`
 
@@ -29,7 +35,7 @@ def test_normalised_maps_by_hand():
     # channel sums 1, 2, -1 with L1 norm 4; the second sample is all zeros and stays so
     assert maps.shape == (2, 3, 3)
     assert maps[0].flatten().tolist() == [0.25, 0.5, 0, 0, 0, 0, 0, 0, -0.25] and maps[1].abs().sum() == 0
-    small = normalised_maps(torch.tensor([[[[1.0, 1.0]], [[2.0, 0.0]]]]))  # a 1x2 map: the fallback keeps channels apart
+    small = normalised_maps(torch.tensor([[[[1.0, 1.0]], [[2.0, 0.0]]]]))  # 1x2: channels stay apart
     assert small.tolist() == [[0.25, 0.25, 0.5, 0.0]]
     assert normalised_maps(torch.tensor([[3.0, -1.0]])).tolist() == [[0.75, -0.25]]
 
@@ -41,7 +47,7 @@ def test_scaling_and_constant_maps():
 
 def test_identical_models_score_exactly_one_on_every_layer(small_cnn, tiny_loaders):
     scores = layer_drift(small_cnn, clone_model(small_cnn), LAYERS, tiny_loaders[1])
-    assert scores == {name: 1.0 for name in LAYERS}
+    assert scores == dict.fromkeys(LAYERS, 1.0)
 
 
 def test_parity_with_a_plain_skimage_computation(small_cnn, tiny_loaders):

@@ -167,7 +167,8 @@ def test_iterative_schedules_by_hand():
 def test_every_model_has_a_row_of_settings_and_ten_iterations_of_resnet20_end_at_99_percent():
     assert set(SETTINGS) == set(MODELS)
     _, amount, batch_size, opt_pre, opt_post = model_and_opt_loader("resnet20")
-    assert round((1 - amount) ** 10 * N) == round(0.01 * N) and checkpoint.format_sparsity(1 - (1 - amount) ** 10) == "0.99"
+    assert round((1 - amount) ** 10 * N) == round(0.01 * N)
+    assert checkpoint.format_sparsity(1 - (1 - amount) ** 10) == "0.99"
     assert (opt_pre.optimizer, opt_post.optimizer, opt_post.epochs, batch_size) == ("sgd", "adamw", 40, 100)
     with pytest.raises(UserError, match="resnet20"):
         model_and_opt_loader("lenet")

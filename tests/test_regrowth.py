@@ -14,9 +14,20 @@ from utils import regrowth
 from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.regrowth import (FILL, INITIALISERS, SELECTORS, Evidence, ReferenceBasedRegrowth, RegrowthRecord,
-                            SaliencyBasedRegrowth, SaliencyComputer, WeightRegrowth, layer_capacities, regrowth_budget,
-                            target_layers)
+from utils.regrowth import (
+    FILL,
+    INITIALISERS,
+    SELECTORS,
+    Evidence,
+    ReferenceBasedRegrowth,
+    RegrowthRecord,
+    SaliencyBasedRegrowth,
+    SaliencyComputer,
+    WeightRegrowth,
+    layer_capacities,
+    regrowth_budget,
+    target_layers,
+)
 
 
 def one_linear(weight: list[list[float]], mask: list[list[int]] | None = None) -> nn.Sequential:
@@ -160,13 +171,22 @@ def test_saliency_agrees_with_a_loop_over_batches(dense, tiny_loaders, source):
     plain = clone_model(dense).eval()  # the effective weights as ordinary parameters
     for name, layer in prunable_layers(plain).items():
         layer.weight.data.mul_(get_masks(model)[name])
-    sums = {name: 0.0 for name in found}
+    sums = dict.fromkeys(found, 0.0)
     for inputs, targets in batches:
         plain.zero_grad()
         F.cross_entropy(plain(inputs), targets).backward()
         sums = {name: total + plain.get_submodule(name).weight.grad ** 2 for name, total in sums.items()}
     for name, layer in prunable_layers(dense).items():
         torch.testing.assert_close(found[name], sums[name] / 2 * layer.weight.detach() ** 2)
+
+
+@pytest.mark.parametrize("source", ["dense", "pruned"])
+def test_a_layer_that_is_never_run_has_saliency_zero(source):
+    model = one_linear([[1.0, -2.0, 0.5], [0.25, 0.0, -1.0]])
+    model[0].register_module("unused", nn.Linear(3, 4))
+    model = model if source == "dense" else pruned_copy(model, density=0.5)
+    saliency = SaliencyComputer(model, linear_batches(), source=source).compute()
+    assert torch.equal(saliency["0.unused"], torch.zeros(4, 3)) and saliency["0"].any()
 
 
 def test_saliency_leaves_the_model_as_it_was(dense, tiny_loaders):

@@ -164,7 +164,7 @@ def greedy(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int
 
 
 def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
-    """ERK (Evci et al. 2020): a layer's regrown fraction ∝ (sum of the tensor's dims) / size, so its number ∝ the sum."""
+    """ERK (Evci et al. 2020): a layer's fraction ∝ (sum of the tensor's dims) / size, so its number ∝ the sum."""
     return tuple(apportion(problem.fan, problem.budget, problem.capacities))
 
 

@@ -55,7 +55,7 @@ def plain_training_epoch(model: nn.Module, loader: torch.utils.data.DataLoader,
 
 
 def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """LAMP (Lee et al., ICLR 2021) by sorting every layer and then all scores; bool masks of the `keep` best weights."""
+    """LAMP (Lee et al., ICLR 2021) by sorting every layer, then all scores; bool masks of the `keep` best weights."""
     scores = []
     for weight in weights:
         squares = weight.detach().flatten().double() ** 2

@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error below says it in one line
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error) or "Unsupported global" in str(error):
             raise UserError(f"{path} holds Python objects that would run code when loaded; refused, nothing was "
                             "executed. Only checkpoints of tensors and plain values can be read") from error
         raise UserError(f"{path} is not a readable PyTorch checkpoint (damaged or of another kind)") from error

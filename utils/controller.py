@@ -226,7 +226,7 @@ class RegrowthPolicyGradient:
         self._climb(self.ladder.final_promotion, on_episode)
         allocation, fidelity = leader = self.ladder.leader()
         self._set_boundary()
-        return SearchResult(allocation, self.ladder.rewards[leader], fidelity, len(self.history), self.ladder.spent)
+        return SearchResult(allocation, self.ladder.reward(leader), fidelity, len(self.history), self.ladder.spent)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues the search; tensors and plain containers. Meaningful between updates."""
@@ -234,7 +234,7 @@ class RegrowthPolicyGradient:
             "problem": asdict(self.problem), "config": asdict(self.config), "seed": self.seed,
             "agent": copy.deepcopy(self.agent.state_dict()), "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "sampler": self._sampler.get_state(), "epoch": self.epoch, "baseline": self.baseline,
-            "history": list(self.history), "rewards": dict(self.ladder.rewards), "known": {},
+            "history": list(self.history), "rewards": self.ladder.state_dict(), "known": {},
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -259,13 +259,13 @@ class RegrowthPolicyGradient:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._sampler.set_state(state["sampler"])
         self.epoch, self.baseline, self.history = state["epoch"], state["baseline"], list(state["history"])
-        self.ladder.rewards = dict(state["rewards"])
+        self.ladder.load_state_dict(state["rewards"])
         self._known = dict(state["known"])
         self._boundary = self.state_dict()
 
     def _set_boundary(self) -> None:
         self._boundary = self.state_dict()
-        self._known = {trial: reward for trial, reward in self._known.items() if trial not in self.ladder.rewards}
+        self._known = {trial: reward for trial, reward in self._known.items() if self.ladder.reward(trial) is None}
 
     def _try_deterministic(self, on_episode: Callable[[Row], None]) -> None:
         for name in WARM_START:
@@ -284,7 +284,7 @@ class RegrowthPolicyGradient:
         entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
         for trial, entropy in zip(trials, entropies.tolist(), strict=True):
             on_episode(self._episode(trial, "rl", entropy))
-        self._learn(rollout, [self.ladder.rewards[trial] for trial in trials])
+        self._learn(rollout, [self.ladder.reward(trial) for trial in trials])
         self.epoch += 1
         self._climb(self.ladder.promotion, on_episode)
         return True
@@ -308,11 +308,11 @@ class RegrowthPolicyGradient:
     def _episode(self, trial: Trial, source: str, entropy: float | None = None) -> Row:
         """Looks a trial up or trains it, and writes its row."""
         start = time.perf_counter()
-        cached = trial in self.ladder.rewards
-        reward = self.ladder.rewards[trial] = self._reward(trial)
+        cached = self.ladder.reward(trial) is not None
+        self.ladder.record(trial, self._reward(trial))
         seconds = time.perf_counter() - start  # for the report only; nothing depends on it
         allocation, fidelity = trial
-        best = max([reward] + [row["reward"] for row in self.history if row["fidelity"] == fidelity])
+        reward, best = self.ladder.reward(trial), max(self.ladder.rewards[fidelity].values())
         beta = None if entropy is None else self.config.beta(self.epoch)
         self.history.append({
             "episode": len(self.history) + 1, "epoch": self.epoch, "source": source, "reward": reward, "best": best,
@@ -323,8 +323,8 @@ class RegrowthPolicyGradient:
 
     def _reward(self, trial: Trial) -> float:
         """From the paid trials, from those an interrupted run had finished, or by training."""
-        if trial in self.ladder.rewards:
-            return self.ladder.rewards[trial]
+        if (paid := self.ladder.reward(trial)) is not None:
+            return paid
         if trial not in self._known:
             reward = float(self.evaluate(trial[0], self.seed, trial[1]))
             if not 0 <= reward <= 1:

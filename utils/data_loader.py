@@ -147,8 +147,8 @@ class TestLoader(BatchLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         if self.reads:
-            raise TestSetReadTwice(f"the test set has been read already ({', '.join(self.reads)}); choose models on the "
-                                   "validation set, or name the purpose: loader.read_as('...')")
+            raise TestSetReadTwice(f"the test set has been read already ({', '.join(self.reads)}); choose models on "
+                                   "the validation set, or name the purpose: loader.read_as('...')")
         self.reads.append("final report")
         return self._batches()
 

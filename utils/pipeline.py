@@ -173,12 +173,17 @@ def report(run: Run, outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
     Returns the table's rows (see `summary_rows`), of all artifacts of the model under the run's root.
     """
+    read_test(run, outcomes)
+    return write_summary(run)
+
+
+def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
+    """Reads the test set once for each model whose run card has no test accuracy yet, and writes it there."""
     for outcome in outcomes:
         if outcome.card and "test_acc" not in outcome.card:
             test = run.test.read_as(outcome.artifact.name)
             outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
             checkpoint.save_json(outcome.card, checkpoint.card_path(outcome.artifact))
-    return write_summary(run)
 
 
 def write_summary(run: Run) -> list[dict[str, Any]]:

@@ -82,8 +82,9 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
     _draw_pruning(axes, pruning)
     for number, row in enumerate(regrown):
         known = row["start_test_acc"] != "" and row["test_acc"] != ""
-        kind, keys = ("test", ("start_test_acc", "test_acc")) if known else ("validation", ("val_acc_before", "val_acc"))
-        start, end = (float(row[key]) for key in keys)
+        kind = "test" if known else "validation"
+        start, end = (float(row[key]) for key in (("start_test_acc", "test_acc") if known
+                                                  else ("val_acc_before", "val_acc")))
         color = f"C{4 + number % 6}"
         ends = (1 - float(row["sparsity"]), end), (1 - float(row["sparsity_before"]), start)
         axes.annotate("", *ends, arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.8,
@@ -112,7 +113,8 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
         rows = [row for row in history if row["fidelity"] == fidelity]
         episodes = [row["episode"] for row in rows]
         label = f"{fidelity} epoch{'s' if fidelity > 1 else ''}"
-        left.scatter(episodes, [100 * row["reward"] for row in rows], s=16, color=f"C{number}", label=f"reward, {label}")
+        left.scatter(episodes, [100 * row["reward"] for row in rows], s=16, color=f"C{number}",
+                     label=f"reward, {label}")
         left.step(episodes, [100 * row["best"] for row in rows], where="post", color=f"C{number}", alpha=0.5,
                   label=f"best, {label}")
     based = [row for row in history if row["baseline"] is not None and row["source"] == "rl"]
@@ -134,3 +136,44 @@ def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequenc
     axes.invert_yaxis()
     axes.set(xlabel="weights", xscale="symlog", title="best allocation, layers by SSIM (in brackets), lowest first")
     axes.legend(fontsize=8)
+
+
+def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], path: Path,
+                      title: str) -> None:
+    """Four panels: SSIM against the final and the immediate gain with trend and p, gain by layer in SSIM order, and
+    gain against capacity.
+
+    layers: rows of `single_layer_regrowth_analysis.by_layer`, in SSIM order; results: its correlations, the rows in
+    points (not per weight) are shown.
+    """
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure.suptitle(title)
+    (first, second), (third, fourth) = figure.subplots(2, 2)
+    shown = {row["gain"]: row for row in results if row["unit"] == "points"}
+    for axes, gain, words in ((first, "final_gain", "after finetuning, over the control (points)"),
+                              (second, "immediate_gain", "right after regrowth (points)")):
+        _scatter_trend(axes, [row["ssim"] for row in layers], [row[gain] for row in layers], shown[gain])
+        axes.set(xlabel="SSIM of the layer (lower: more drift)", ylabel=f"gain {words}")
+    positions = np.arange(len(layers))
+    colors = ["C1" if row["capped"] else "C0" for row in layers]
+    third.bar(positions, [row["final_gain"] for row in layers], color=colors)
+    third.set_xticks(positions, [row["layer"] for row in layers], rotation=90, fontsize=8)
+    third.set(ylabel="gain after finetuning, over the control (points)",
+              title="layers by SSIM, lowest first (orange: capped by its capacity)")
+    fourth.scatter([row["capacity"] for row in layers], [row["final_gain"] for row in layers], c=colors)
+    fourth.set(xscale="log", xlabel="capacity of the layer (pruned weights)",
+               ylabel="gain after finetuning, over the control (points)")
+    for axes in (first, second, third, fourth):
+        axes.grid(alpha=0.3)
+        axes.axhline(0, color="0.5", linewidth=0.8)
+    save_figure(figure, path)
+
+
+def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: Mapping[str, Any]) -> None:
+    axes.scatter(x, y)
+    if len(x) > 1 and np.ptp(x) > 0:
+        slope, intercept = np.polyfit(x, y, 1)
+        ends = np.array([min(x), max(x)])
+        axes.plot(ends, slope * ends + intercept, color="C3", linestyle="--")
+    axes.set_title(f"Pearson r = {result['pearson']:+.2f} (p = {result['pearson_p']:.3f}), "
+                   f"Spearman = {result['spearman']:+.2f} (p = {result['spearman_p']:.3f})", fontsize=10)

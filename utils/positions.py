@@ -166,9 +166,9 @@ def _host_top(rank: Callable[[], Ranking | None], count: int) -> Tensor | None:
     threshold = kth_largest([found], count)
     above = _from_memory(places[found > threshold], tensor)
     tied = _from_memory(places[found == threshold], tensor)
-    tied.sort()
+    tied.sort(kind="stable")  # fast on what is nearly in order
     chosen = np.concatenate([above, tied[: count - above.size]])
-    chosen.sort(kind="stable")  # fast on what is nearly in order
+    chosen.sort(kind="stable")
     return torch.from_numpy(chosen)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -126,12 +126,14 @@ class SaliencyComputer:
                 for (name, layer), square in zip(layers.items(), squares, strict=True)}
 
     @torch.enable_grad()
-    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
-        that its gradient is there at pruned positions too."""
+        that its gradient is there at pruned positions too; a layer that no forward pass uses has gradient 0."""
         with autocast(inputs.device, self.precision):
             loss = F.cross_entropy(self.model(inputs), targets)
-        return torch.autograd.grad(loss, [layer.weight for layer in layers], materialize_grads=True)
+        weights = [layer.weight for layer in layers]
+        found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
+        return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
 
 
 def _stored_weight(layer: nn.Module) -> Tensor:

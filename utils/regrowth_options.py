@@ -8,8 +8,16 @@ from pathlib import Path
 from utils.allocation import ALLOCATORS
 from utils.controller import SearchConfig
 from utils.errors import UserError
-from utils.run import (ArgumentParser, add_model_option, add_run_options, count, fraction, positive_float,
-                       positive_int, unit_interval)
+from utils.run import (
+    ArgumentParser,
+    add_model_option,
+    add_run_options,
+    count,
+    fraction,
+    positive_float,
+    positive_int,
+    unit_interval,
+)
 from utils.training import FINETUNE_FINAL
 
 
@@ -41,7 +49,8 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
                        help="insist on a kind of starting checkpoint, or name a file; default: the one that is there")
     amount = group.add_mutually_exclusive_group()
-    amount.add_argument("--target_sparsity", type=fraction, help="sparsity after the last step, instead of --regrow_step")
+    amount.add_argument("--target_sparsity", type=fraction,
+                        help="sparsity after the last step, instead of --regrow_step")
     amount.add_argument("--regrow_step", type=fraction, default=0.02,
                         help="weights that return in a step, as a fraction of all prunable weights")
     group.add_argument("--regrow_iterations", type=positive_int, default=1,
@@ -94,8 +103,8 @@ def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
     search_config(args)  # raises on values that do not go together
     if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
             and args.starting_checkpoint in (None, "oneshot", "iterative"):
-        raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity {args.start_sparsity}; "
-                        "regrowth makes a model denser")
+        raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "
+                        f"{args.start_sparsity}; regrowth makes a model denser")
     if args.max_ratio == 0:
         raise UserError("--max_ratio 0 lets no weight return; use a fraction up to 1")
     return args

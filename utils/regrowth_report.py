@@ -8,7 +8,6 @@ from typing import Any
 from utils import checkpoint, pipeline, plots
 from utils.pipeline import Outcome
 from utils.run import Run
-from utils.training import evaluate
 
 
 def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -16,11 +15,7 @@ def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
 
     outcomes: the starting model, then the regrown ones in order; folder: the run's `--save_dir`.
     """
-    for outcome in outcomes[1:]:
-        if outcome.card and "test_acc" not in outcome.card:
-            test = run.test.read_as(outcome.artifact.name)
-            outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
-            checkpoint.save_json(outcome.card, checkpoint.card_path(outcome.artifact))
+    pipeline.read_test(run, outcomes[1:])
     rows = [_row(run, outcome) for outcome in outcomes[1:] if outcome.card]
     checkpoint.save_csv(rows, folder / "regrowth_results.csv")
     plots.plot_bidirectional(pipeline.summary_rows(run.root, run.m_name), rows, folder / "regrowth_results.png",
@@ -55,7 +50,8 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
     for row in rows:
         test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
-        print(f"before           sparsity {row['sparsity_before']:.4f}  validation {row['val_acc_before']:.2f} %{test}\n"
+        print(f"before           sparsity {row['sparsity_before']:.4f}  validation {row['val_acc_before']:.2f} %"
+              f"{test}\n"
               f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %  "
               f"({row['regrown']:,} weights, {row['method']}, {row['allocation']})\n"
               f"after finetuning sparsity {row['sparsity']:.4f}  validation {row['val_acc']:.2f} %, "

@@ -7,13 +7,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-import torchvision
 from torch import nn
 
 from utils.checkpoint import ensure_writable
@@ -28,13 +27,20 @@ from utils.seeding import derive_seed
 # --- options -------------------------------------------------------------------------------------------------------
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, default values in the help, and no abbreviated flags."""
 
     def __init__(self, description: str | None = None):
         """description: usually the script's docstring."""
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
@@ -112,8 +118,9 @@ def resolve_device(name: str) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for run cards and results."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+    packages = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "scikit-image")}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"python": platform.python_version(), **packages, "device": hardware,
             "threads": torch.get_num_threads(), "system": platform.system()}
 
 
@@ -141,7 +148,6 @@ class Run:
     val: BatchLoader
     test: TestLoader
     command: str
-    started: float = field(default_factory=time.time)
 
     @property
     def data_label(self) -> str:

@@ -19,8 +19,8 @@ class Ladder:
 
     A candidate goes on while it is among the best 1/eta of those seen at its rung, without waiting for a rung to fill
     (asynchronous successive halving, Li et al., MLSys 2020). A trial is trained from the start, so it costs its epochs
-    whatever the candidate had before. `rewards` holds every paid trial in the order of payment: it is the cache and
-    the whole state of the ladder.
+    whatever the candidate had before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
+    payment: it is the cache and the whole state of the ladder.
 
     rungs: training lengths in epochs, increasing. Those that one candidate cannot climb to within the budget are left
     out. budget: epochs over all trials, or None for no limit. Raises UserError when it does not pay a single trial.
@@ -35,12 +35,22 @@ class Ladder:
         self.rungs = tuple(rung for level, rung in enumerate(rungs) if sum(rungs[:level + 1]) <= limit)
         self.eta = eta
         self.budget = budget
-        self.rewards: dict[Trial, float] = {}
+        self.rewards: dict[int, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
 
     @property
     def spent(self) -> int:
         """Epochs over all paid trials."""
-        return sum(epochs for _, epochs in self.rewards)
+        return sum(epochs * len(paid) for epochs, paid in self.rewards.items())
+
+    def reward(self, trial: Trial) -> float | None:
+        """What a trial gave, None if it was not paid for."""
+        allocation, epochs = trial
+        return self.rewards.get(epochs, {}).get(allocation)
+
+    def record(self, trial: Trial, reward: float) -> None:
+        """Pays for a trial; a second time changes nothing."""
+        allocation, epochs = trial
+        self.rewards.setdefault(epochs, {}).setdefault(allocation, reward)
 
     def affords(self, trials: Iterable[Trial], *, reserve: int | None = None) -> bool:
         """Whether the budget pays what is new among the trials and still holds the reserve afterwards.
@@ -50,14 +60,14 @@ class Ladder:
         """
         if self.budget is None:
             return True
-        cost = sum(epochs for _, epochs in set(trials) - self.rewards.keys())
+        cost = sum(trial[1] for trial in set(trials) if self.reward(trial) is None)
         kept = sum(self.rungs[1:]) if reserve is None else reserve
         return self.spent + cost + kept <= self.budget
 
     def ranked(self, epochs: int) -> list[Allocation]:
         """The candidates seen at a rung, best reward first, equals in the order they came."""
-        seen = [(reward, allocation) for (allocation, rung), reward in self.rewards.items() if rung == epochs]
-        return [allocation for _, allocation in sorted(seen, key=lambda pair: -pair[0])]
+        seen = self.rewards.get(epochs, {})
+        return sorted(seen, key=seen.__getitem__, reverse=True)
 
     def promotion(self) -> Trial | None:
         """The next trial while the search goes on, highest rung first; None when nobody has earned one."""
@@ -84,10 +94,19 @@ class Ladder:
 
     def leader(self) -> Trial:
         """The best candidate: highest rung reached, then reward, then first come. Raises ValueError if none is seen."""
-        if not self.rewards:
+        if self.spent == 0:
             raise ValueError("no candidate has been evaluated")
-        return max(self.rewards, key=lambda trial: (trial[1], self.rewards[trial]))
+        epochs = max(epochs for epochs, paid in self.rewards.items() if paid)
+        return self.ranked(epochs)[0], epochs
+
+    def state_dict(self) -> dict[int, dict[Allocation, float]]:
+        """A copy of `rewards`."""
+        return {epochs: dict(paid) for epochs, paid in self.rewards.items()}
+
+    def load_state_dict(self, rewards: dict[int, dict[Allocation, float]]) -> None:
+        """Takes up rewards of an earlier search; those of rungs that are not climbed here count as spent."""
+        self.rewards = {epochs: dict(rewards.get(epochs, {})) for epochs in {**dict.fromkeys(self.rungs), **rewards}}
 
     def _unpaid(self, allocations: Iterable[Allocation], level: int) -> Iterable[Trial]:
         trials = ((allocation, self.rungs[level]) for allocation in allocations)
-        return (trial for trial in trials if trial not in self.rewards)
+        return (trial for trial in trials if self.reward(trial) is None)

@@ -144,6 +144,8 @@ class Trainer:
         Raises RunFailed on a non-finite loss; what `on_epoch` has saved by then stays.
         """
         steps = len(self.train_loader)
+        if self.recipe.epochs == 0:
+            self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
         with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
                   disable=not show, dynamic_ncols=True, mininterval=0.5) as bar:
             while not self.finished:

@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""What is in a checkpoint; with --finetune, training goes on from it, on single weights where the options say so.
+
+Recognises models (dense, pruned, regrown), best allocations, controller checkpoints and interrupted stages, those of
+this project and the published formats. A best allocation is applied to its starting checkpoint before finetuning.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from utils import finetuning, inspection
+from utils.errors import UserError
+from utils.finetuning import Phase, Plan
+from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
+from utils.models import MODELS
+from utils.pipeline import Outcome
+from utils.run import (
+    ArgumentParser,
+    add_overwrite_options,
+    add_run_options,
+    open_run,
+    positive_float,
+    positive_int,
+    script,
+)
+from utils.training import FINETUNE_FINAL
+
+LR_ORIGINAL, LR_REGROWN = 1e-4, 1e-3
+PHASE_EPOCHS = 10, 30
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--file", type=Path, required=True, help="artifact to look at or to finetune")
+    parser.add_argument("--type", choices=["checkpoint", "best", "auto"], default="auto",
+                        help="insist on a best allocation, or on a checkpoint of any other kind")
+    parser.add_argument("--json", action="store_true", help="print the description as one JSON object")
+    parser.add_argument("--finetune", action="store_true", help="train from the artifact; the options below say how")
+    optional = _add_finetuning(parser)
+    add_run_options(parser)
+    add_overwrite_options(parser)
+    args = parser.parse_args(argv)
+    args.root = args.root.expanduser()
+    check_options(args, [*optional, "resume", "overwrite"])
+    return args
+
+
+def _add_finetuning(parser: argparse.ArgumentParser) -> list[str]:
+    """Adds the options of finetuning, which are None or False unless given; returns their names."""
+    group = parser.add_argument_group("finetuning")
+    single = group.add_mutually_exclusive_group()
+    options = [
+        group.add_argument("--model", "--m_name", dest="m_name", choices=list(MODELS), help="default: recognised"),
+        group.add_argument("--epochs", type=positive_int, help=f"default: {FINETUNE_FINAL.epochs}"),
+        group.add_argument("--lr", type=positive_float, help=f"learning rate, default: {FINETUNE_FINAL.lr}"),
+        group.add_argument("--patience", type=positive_int, help="epochs without a better validation accuracy before "
+                           f"training stops, default: {FINETUNE_FINAL.patience}"),
+        group.add_argument("--save_dir", type=Path, help="default: finetune_savedir/{m_name} under --root"),
+        group.add_argument("--starting_checkpoint", type=Path, metavar="FILE", help="pruned checkpoint that regrowth "
+                           "started from; default: the recorded one"),
+        group.add_argument("--reference_model", type=Path, metavar="FILE", help="values for a best allocation that has "
+                           "none; default: the dense model under --root"),
+        group.add_argument("--reset_bn_stats", action="store_true", help="estimate batch-norm statistics anew first"),
+        single.add_argument("--freeze_original", action="store_true", help="train regrown weights only"),
+        single.add_argument("--differential_lr", action="store_true", help="regrown weights at a rate of their own"),
+        single.add_argument("--progressive_unfreezing", action="store_true", help="regrown weights first, then all"),
+        group.add_argument("--lr_original", type=positive_float, help=f"of --differential_lr, default: {LR_ORIGINAL}"),
+        group.add_argument("--lr_regrown", type=positive_float, help=f"of --differential_lr, default: {LR_REGROWN}"),
+    ]
+    options += [group.add_argument(f"--phase{number}_epochs", type=positive_int,
+                                   help=f"of --progressive_unfreezing, default: {epochs}")
+                for number, epochs in enumerate(PHASE_EPOCHS, start=1)]
+    return [option.dest for option in options]
+
+
+def check_options(args: argparse.Namespace, finetuning_only: Sequence[str]) -> None:
+    """UserError for options that would have no effect or contradict each other."""
+    given = {name for name in finetuning_only if getattr(args, name)}
+    if given and not args.finetune:
+        raise UserError(f"--{min(given)} has no effect without --finetune")
+    if args.finetune and args.json:
+        raise UserError("--json describes a file; leave out --finetune, or --json")
+    for owner, options in (("differential_lr", {"lr_original", "lr_regrown"}),
+                           ("progressive_unfreezing", {"phase1_epochs", "phase2_epochs"})):
+        if given & options and not getattr(args, owner):
+            raise UserError(f"--{min(given & options)} has no effect without --{owner}")
+    if args.differential_lr and args.lr:
+        raise UserError("--differential_lr takes --lr_original and --lr_regrown; leave out --lr")
+    if args.progressive_unfreezing and args.epochs:
+        raise UserError("--progressive_unfreezing takes --phase1_epochs and --phase2_epochs; leave out --epochs")
+
+
+def phases(args: argparse.Namespace) -> tuple[Phase, ...]:
+    """The trainings of the command line, by the published final recipe with what the command line changes."""
+    recipe = replace(FINETUNE_FINAL, epochs=args.epochs or FINETUNE_FINAL.epochs, lr=args.lr or FINETUNE_FINAL.lr,
+                     patience=args.patience or FINETUNE_FINAL.patience)
+    if args.progressive_unfreezing:
+        first, second = args.phase1_epochs or PHASE_EPOCHS[0], args.phase2_epochs or PHASE_EPOCHS[1]
+        return Phase("regrown", replace(recipe, epochs=first)), Phase("all", replace(recipe, epochs=second))
+    if args.differential_lr:
+        recipe = replace(recipe, lr=args.lr_regrown or LR_REGROWN)
+        return (Phase("two rates", recipe, lr_original=args.lr_original or LR_ORIGINAL),)
+    return (Phase("regrown" if args.freeze_original else "all", recipe),)
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What the command line says about finetuning."""
+    return Plan(phases(args), args.reset_bn_stats, args.starting_checkpoint, args.reference_model, args.save_dir,
+                args.resume, args.overwrite)
+
+
+def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
+    """The model's name, by what is in the artifact or else in its starting checkpoint; UserError if unclear."""
+    if artifact.kind.is_best:
+        names = models_with_layers(artifact.content["regrow_indices"])
+        if len(names) == 1:
+            return names[0]
+        start = finetuning.find_start(artifact, args.starting_checkpoint, args.root)
+        weights = load_artifact(start).weights if start else {}
+    else:
+        weights = artifact.weights
+    guess = guess_model(weights)
+    if guess is None:
+        raise UserError(f"{artifact.path} does not tell which model it belongs to; name it with --model")
+    return guess[0]
+
+
+def print_report(outcome: Outcome) -> None:
+    """Accuracies before and after, and where the files are."""
+    card = outcome.card
+    if card:
+        test = f", test {card['test_acc']:.2f} %" if "test_acc" in card else ""
+        print(f"after finetuning: sparsity {card['sparsity']:.4f}, validation {card['val_acc_before']:.2f} % -> "
+              f"{card['val_acc']:.2f} %{test} (best of {card['epochs']} epochs: {card['best_epoch']})")
+    print(f"model, card and training log: {outcome.artifact.parent}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Describes the file, or finetunes from it."""
+    args = parse_args(argv)
+    artifact = load_artifact(args.file.expanduser(), args.type)
+    if not args.finetune:
+        description = inspection.describe(artifact)
+        print(json.dumps(description, indent=2) if args.json else inspection.render(description))
+        return
+    args.m_name = args.m_name or recognise_model(args, artifact)
+    print_report(finetuning.finetune(open_run(args), artifact, plan(args)))
+
+
+if __name__ == "__main__":
+    script(main)

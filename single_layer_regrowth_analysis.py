@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""The whole regrowth budget on one layer at a time: which layers repay it, and does SSIM drift predict which?
+
+From the pruned checkpoint, K = (start - target sparsity) of all weights return to one layer (fewer where its capacity
+is smaller), copied from the reference; accuracy right after and after finetuning. A row '(none)' is finetuned without
+regrowth, so that the gain of the weights can be told from the gain of training on.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from rl_regrowth_nas import load_reference
+from utils import checkpoint, plots, regrowth_run
+from utils.analysis_utils import clone_model
+from utils.correlation import correlate, verdict
+from utils.drift import layer_drift
+from utils.regrowth import ReferenceBasedRegrowth, layer_capacities, regrowth_budget, target_layers
+from utils.run import (
+    ArgumentParser,
+    Run,
+    add_model_option,
+    add_overwrite_options,
+    add_run_options,
+    count,
+    fraction,
+    open_run,
+    positive_float,
+    positive_int,
+    script,
+)
+from utils.seeding import derive_seed
+from utils.table import ResumableTable
+from utils.training import FINETUNE_FINAL, Trainer, evaluate
+
+CONTROL = "(none)"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = ArgumentParser(__doc__)
+    add_model_option(parser)
+    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
+    parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="sparsity that the budget would reach")
+    parser.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
+                        help="insist on a kind of starting checkpoint, or name a file")
+    parser.add_argument("--reference_model", metavar="FILE|SPARSITY",
+                        help="whose weights return; default: the dense model")
+    parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers by name or pattern; default: all")
+    parser.add_argument("--num_seeds", type=positive_int, default=1, help="finetunings of each layer")
+    parser.add_argument("--finetune_epochs", type=count, default=10, help="epochs of each finetuning")
+    parser.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr,
+                        help="its learning rate (AdamW)")
+    parser.add_argument("--ssim_batches", type=positive_int, default=10, help="batches of 500 images for the drift")
+    parser.add_argument("--save_dir", type=Path, help="default: single_layer_savedir/{m_name} under --root")
+    add_run_options(parser)
+    add_overwrite_options(parser)
+    return parser.parse_args(argv)
+
+
+def configuration(run: Run, args: argparse.Namespace, start: Path) -> dict[str, Any]:
+    """The arguments that every row depends on."""
+    return {**run.identity(), "start": checkpoint.file_digest(start), "target_sparsity": args.target_sparsity,
+            "reference_model": args.reference_model, "layers": args.layers, "ssim_batches": args.ssim_batches,
+            "finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr}
+
+
+def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, reference: nn.Module, layer: str, number: int,
+                 seed: int) -> tuple[float, float]:
+    """Validation accuracy (%) right after `number` weights returned to `layer`, and after finetuning.
+
+    Every layer sees the same order of the same images for a seed.
+    """
+    model = clone_model(start)
+    if number:
+        regrowth = ReferenceBasedRegrowth(model, reference, seed=derive_seed(run.seed, "single layer", seed))
+        regrowth.apply_regrowth({layer: number})
+    immediate = evaluate(model, run.val, run.precision).accuracy
+    recipe = replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=None)
+    if not recipe.epochs:
+        return immediate, immediate
+    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "single layer", seed),
+                      precision=run.precision)
+    return immediate, trainer.run(show=False).accuracy
+
+
+def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: nn.Module,
+                   table: ResumableTable) -> None:
+    """A row for every layer with capacity and every seed that the table does not have yet."""
+    capacities = layer_capacities(start, target_layers(start, args.layers))
+    capacities = {name: capacity for name, capacity in capacities.items() if capacity}
+    drift = layer_drift(dense, start, list(capacities), run.train.unaugmented(regrowth_run.DRIFT_BATCH_SIZE),
+                        precision=run.precision, max_batches=args.ssim_batches)
+    budget = regrowth_budget(start, target_sparsity=args.target_sparsity)
+    reference = load_reference(run, args.reference_model, dense)
+    before = evaluate(start, run.val, run.precision).accuracy
+    jobs = [(layer, seed) for layer in [CONTROL, *capacities] for seed in range(args.num_seeds)]
+    bar = tqdm([job for job in jobs if not table.has(*job)], desc="layers", unit="run", dynamic_ncols=True)
+    for layer, seed in bar:
+        capacity = capacities.get(layer, 0)
+        number = min(budget, capacity)
+        immediate, final = regrow_layer(run, args, start, reference, layer, number, seed)
+        bar.set_postfix(layer=layer, ssim=f"{drift.get(layer, 1.0):.2f}",
+                        val=f"{before:.2f}->{immediate:.2f}->{final:.2f}")
+        table.add({"layer": layer, "seed": seed, "ssim": drift.get(layer, 1.0), "capacity": capacity,
+                   "budget": budget, "regrown": number, "capped": int(number < budget), "val_acc_before": before,
+                   "val_acc_immediate": immediate, "val_acc_final": final, "immediate_gain": immediate - before,
+                   "final_gain": final - before}, run.card(data=run.data_label))
+
+
+def by_layer(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds, a row per layer in SSIM order; the final gain is over the control's of the same seed."""
+    control = {row["seed"]: row["final_gain"] for row in rows if row["layer"] == CONTROL}
+    means = []
+    for layer in dict.fromkeys(row["layer"] for row in rows if row["layer"] != CONTROL):
+        mine = [row for row in rows if row["layer"] == layer]
+        gain = sum(row["final_gain"] - control[row["seed"]] for row in mine) / len(mine)
+        means.append({**{key: mine[0][key] for key in ("layer", "ssim", "capacity", "regrown", "capped")},
+                      "immediate_gain": sum(row["immediate_gain"] for row in mine) / len(mine), "final_gain": gain})
+    return sorted(means, key=lambda row: row["ssim"])
+
+
+def correlations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """SSIM against both gains, per layer and per 1,000 regrown weights (capped layers receive fewer)."""
+    results = []
+    for gain, when in (("immediate_gain", "right after regrowth"), ("final_gain", "after finetuning")):
+        for unit, per in (("points", False), ("points per 1,000 weights", True)):
+            values = [row[gain] / (row["regrown"] / 1000 if per else 1) for row in layers]
+            found = correlate([row["ssim"] for row in layers], values)
+            results.append({"gain": gain, "unit": unit, **found,
+                            "verdict": verdict(found, "SSIM", f"gain {when} ({unit})")})
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures every layer, then correlates, draws and says what came out."""
+    args = parse_args(argv)
+    run = open_run(args)
+    dense, start = regrowth_run.load_dense(run, args), regrowth_run.load_start(run, args)
+    folder = args.save_dir or run.root / "single_layer_savedir" / run.m_name
+    table = ResumableTable(folder / "single_layer.csv", ("layer", "seed"), configuration(run, args, start.artifact),
+                           resume=args.resume, overwrite=args.overwrite)
+    measure_layers(run, args, start.model, dense.model, table)
+    layers = by_layer(table.rows)
+    results = correlations(layers)
+    checkpoint.save_csv(layers, folder / "by_layer.csv")
+    checkpoint.save_csv(results, folder / "correlations.csv")
+    plots.plot_single_layer(layers, results, folder / "single_layer.png", f"{run.m_name} on {run.data_label}")
+    for row in sorted(layers, key=lambda row: -row["final_gain"]):
+        print(f"{row['layer']:<28} SSIM {row['ssim']:6.3f}  {row['regrown']:>7,} weights  "
+              f"immediate {row['immediate_gain']:+6.2f}  final {row['final_gain']:+6.2f} points over the control")
+    print(*(row["verdict"] for row in results), f"tables and figure: {folder}", sep="\n")
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,93 @@
+"""The straightforward versions give the same answers as ours: only then is their speed a fair comparison."""
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from iclr2021_solution.tools.pruners import weight_pruner_loader
+from tests.conftest import make_images
+from tests.test_regrowth_scripts import make_start
+from utils.analysis_utils import get_masks, prunable_layers
+from utils.baselines import argsort_lamp_masks, elementwise_regrowth, plain_dataloader, plain_training_epoch
+from utils.selection import exact_k_mask
+from utils.timing import measure, peak_memory_mb
+
+CPU = torch.device("cpu")
+
+
+def test_argsort_lamp_equals_ours(small_cnn):
+    weights = [layer.weight.detach().clone() for layer in prunable_layers(small_cnn).values()]
+    total = sum(weight.numel() for weight in weights)
+    for amount in (0.3, 0.9, 0.99):
+        keep = round((1 - amount) * total)
+        expected = argsort_lamp_masks(weights, keep)
+        model = nn.Sequential(*[_fresh(weight) for weight in weights])
+        weight_pruner_loader("lamp")(model, amount)
+        assert all(torch.equal(a, b) for a, b in zip(get_masks(model).values(), expected))
+
+
+def _fresh(weight: torch.Tensor) -> nn.Module:
+    outputs, inputs = weight.shape[:2]
+    new = nn.Linear(inputs, outputs) if weight.dim() == 2 else nn.Conv2d(inputs, outputs, weight.shape[2:])
+    with torch.no_grad():
+        new.weight.copy_(weight)
+    return new
+
+
+def test_elementwise_regrowth_chooses_what_exact_k_chooses():
+    generator = torch.Generator().manual_seed(0)
+    weight, scores = torch.randn(6, 5, generator=generator), torch.randint(4, (6, 5), generator=generator).float()
+    mask = (torch.rand(6, 5, generator=generator) < 0.3).float()
+    expected = exact_k_mask(scores, 7, mask == 0)
+    before = mask.clone()
+    elementwise_regrowth(weight, mask, scores, 7)
+    assert torch.equal(mask.bool() & ~before.bool(), expected) and (weight[expected] == 0).all()
+
+
+def test_the_plain_loader_and_loop_train(small_cnn):
+    images, targets = make_images(8, 5, 0)
+    loader = plain_dataloader(images, targets, 8, [0.5] * 3, [0.25] * 3, workers=0)
+    inputs, labels = next(iter(loader))
+    assert inputs.shape == (8, 3, 32, 32) and labels.dtype == torch.int64 and len(loader) == 5
+    optimizer = torch.optim.SGD(small_cnn.parameters(), lr=0.05, momentum=0.9)
+    losses = [plain_training_epoch(small_cnn, loader, optimizer) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_measure_counts_only_the_work():
+    calls = []
+    timing = measure(lambda value: (calls.append(value), time.sleep(0.01)), CPU, repeats=3, warmup=2,
+                     prepare=lambda: time.sleep(0.03) or len(calls))
+    assert calls == [0, 1, 2, 3, 4] and timing.repeats == 3
+    assert 0.009 < timing.fastest <= timing.median <= timing.slowest and timing.fastest < 0.03
+    with pytest.raises(ValueError):
+        measure(lambda: None, CPU, repeats=0)
+    assert peak_memory_mb(CPU) > 10
+
+
+def test_speed_bars_measures_all_three(run_script, image_folder, tmp_path):
+    process = run_script("experiments/speed_bars.py", "--m_name", "resnet20", "--data_dir", image_folder, "--root",
+                         tmp_path, "--num_images", "64", "--num_runs", "1", "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    rows = json.loads((tmp_path / "speed_bars/speed_bars.json").read_text())["rows"]
+    assert [row["bar_ratio"] for row in rows] == [8, 3, 10]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["plain_median_s"] / row["ours_median_s"])
+        assert row["met"] == (row["ratio"] >= row["bar_ratio"]) and np.isfinite(row["ours"])
+
+
+def test_results_of_several_roots_are_gathered(tmp_path, run_script):
+    for root in ("one", "two"):
+        make_start(tmp_path / root)
+    process = run_script("experiments/collect_results.py", "--m_name", "resnet20", "--roots", tmp_path / "one",
+                         tmp_path / "two", "--save_dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "out/bidirectional_pruning.csv").read_text().count("magnitude") == 1  # the same model twice
+    assert (tmp_path / "out/bidirectional.png").stat().st_size > 1000
+    missing = run_script("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
+    assert missing.returncode == 2 and "run main.py first" in missing.stderr

@@ -1,0 +1,92 @@
+"""The single-layer study: statistics by hand, verdicts that follow the numbers, and the script with resume."""
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+import single_layer_regrowth_analysis as study
+from tests.test_regrowth_scripts import BACK, make_start
+from utils.correlation import correlate, verdict
+from utils.errors import UserError
+from utils.table import ResumableTable
+
+
+def test_correlations_by_hand():
+    found = correlate([1, 2, 3, 4, 5], [2, 4, 6, 8, 10])
+    assert found["pearson"] == pytest.approx(1) and found["spearman"] == pytest.approx(1)
+    assert found["pearson_p"] == pytest.approx(2 / 120, abs=0.005)  # the identity and its mirror among 5! orders
+    found = correlate([1, 2, 3, 4], [1, 8, 27, 1000])
+    assert found["spearman"] == pytest.approx(1) and found["pearson"] < 0.9
+    assert correlate([1, 1, 1], [1, 2, 3])["pearson_p"] == 1.0 and correlate([1, 2], [1, 2])["spearman_p"] == 1.0
+
+
+def test_false_positives_are_as_rare_as_promised():
+    random = np.random.RandomState(0)
+    hits = sum(correlate(random.rand(12), random.rand(12))["pearson_p"] < 0.05 for _ in range(100))
+    assert hits <= 11  # 5 expected; more than 11 has a chance of 1 %
+
+
+@pytest.mark.parametrize("numbers, words", [
+    ((-0.8, 0.001, -0.7, 0.01), "higher SSIM goes with lower gain"),
+    ((0.8, 0.001, 0.7, 0.01), "higher SSIM goes with higher gain"),
+    ((0.8, 0.001, 0.1, 0.6), "weak evidence only"), ((-0.8, 0.01, 0.7, 0.01), "weak evidence only"),
+    ((0.2, 0.4, 0.1, 0.6), "no evidence")])
+def test_the_verdict_follows_the_numbers(numbers, words):
+    result = dict(zip(("pearson", "pearson_p", "spearman", "spearman_p"), numbers), n=19)
+    assert verdict(result, "SSIM", "gain").startswith(words)
+
+
+def test_gains_are_means_over_seeds_above_the_control_of_the_same_seed():
+    base = {"capacity": 5, "regrown": 5, "capped": 0}
+    rows = [{"layer": layer, "seed": seed, "ssim": ssim, **base, "immediate_gain": immediate, "final_gain": final}
+            for layer, seed, ssim, immediate, final in (
+                (study.CONTROL, 0, 1.0, 0.0, 1.0), (study.CONTROL, 1, 1.0, 0.0, 2.0),
+                ("b", 0, 0.9, -1.0, 2.0), ("b", 1, 0.9, -3.0, 2.0),
+                ("a", 0, 0.2, 4.0, 6.0), ("a", 1, 0.2, 4.0, 4.0))]
+    layers = study.by_layer(rows)
+    assert [(row["layer"], row["immediate_gain"], row["final_gain"]) for row in layers] == \
+        [("a", 4.0, 3.5), ("b", -2.0, 0.5)]
+
+
+def test_a_table_can_be_continued_but_not_mixed(tmp_path):
+    path = tmp_path / "t.csv"
+    table = ResumableTable(path, ("name", "seed"), {"epochs": 3}, resume=False, overwrite=False)
+    table.add({"name": "a", "seed": 0, "value": 1 / 3}, {})
+    again = ResumableTable(path, ("name", "seed"), {"epochs": 3}, resume=True, overwrite=False)
+    assert again.rows == table.rows == [{"name": "a", "seed": 0, "value": 0.333333}]
+    assert again.has("a", 0) and not again.has("a", 1)
+    with pytest.raises(UserError, match="--resume"):
+        ResumableTable(path, ("name", "seed"), {"epochs": 3}, resume=False, overwrite=False)
+    with pytest.raises(UserError, match=r"epochs 3 \(asked: 4\)"):
+        ResumableTable(path, ("name", "seed"), {"epochs": 4}, resume=True, overwrite=False)
+
+
+def test_the_script_measures_every_layer_and_continues_after_a_stop(tmp_path, image_folder, monkeypatch, capsys):
+    make_start(tmp_path)
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+             "--precision", "fp32", "--layers", "layer1.*", "linear", "--finetune_epochs", "1", "--ssim_batches", "1"]
+    real, calls = study.regrow_layer, []
+
+    def stop_at_the_fourth(run, args, start, reference, layer, number, seed):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(run, args, start, reference, layer, number, seed)
+    monkeypatch.setattr(study, "regrow_layer", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(words)
+    with pytest.raises(UserError, match="--resume"):
+        study.main(words)
+    study.main([*words, "--resume"])
+    assert calls[3] == calls[4] and len(calls) == len(set(calls)) + 1 == 9  # control, 6 convolutions, linear
+    folder = tmp_path / "single_layer_savedir/resnet20"
+    with open(folder / "single_layer.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows][0] == study.CONTROL and len(rows) == 8
+    for row in rows[1:]:
+        capacity = int(row["capacity"])
+        assert int(row["regrown"]) == min(BACK, capacity) and int(row["capped"]) == (capacity < BACK)
+    assert (folder / "single_layer.png").stat().st_size > 1000 and (folder / "correlations.csv").exists()
+    assert "SSIM" in capsys.readouterr().out

@@ -1,0 +1,390 @@
+"""Finetune an artifact so that single weights, not layers, are frozen or have a learning rate of their own.
+
+The weights that regrowth returned are those the record of a best allocation lists or, for a regrown model, those that
+are active in it and pruned in the checkpoint that regrowth started from. All others are original weights.
+"""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from utils import checkpoint, pipeline
+from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
+from utils.data_loader import BatchLoader
+from utils.errors import UserError
+from utils.inspection import Artifact
+from utils.pipeline import Outcome
+from utils.positions import Positions
+from utils.precision import autocast
+from utils.regrowth_record import LayerRecord, RegrowthRecord
+from utils.run import Run
+from utils.seeding import derive_seed
+from utils.stage import Stage
+from utils.training import Recipe, Trainer, TrainResult, evaluate
+
+STATISTICS_BATCH_SIZE = 500  # images, un-augmented
+Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
+Constrain = Callable[[Optimizer], Any]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training with an optimizer of its own; `trained` is a name of `TRAINED`.
+
+    lr_original: learning rate of the original weights, where it differs from the recipe's.
+    """
+
+    trained: str
+    recipe: Recipe
+    lr_original: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with an artifact: the phases in order, and where everything is; as on the command line."""
+
+    phases: tuple[Phase, ...]
+    reset_bn_stats: bool = False
+    starting_checkpoint: Path | None = None
+    reference_model: Path | None = None
+    save_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def needs_regrown(self) -> bool:
+        """Whether it must be known which weights were regrown."""
+        return any(phase.trained != "all" for phase in self.phases)
+
+
+@dataclass
+class Source:
+    """The model to finetune, which of its weights were regrown (None: unknown), and the files it comes from."""
+
+    model: nn.Module
+    artifact: Path
+    regrown: Masks | None
+    start: Origin
+    reference: Path | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that regrowth started from, as far as it is known: its path and its SHA-256."""
+
+    path: str | None = None
+    digest: str | None = None
+
+
+# --- where the model comes from ------------------------------------------------------------------------------------
+
+
+def recorded_origin(artifact: Artifact) -> Origin:
+    """What a best allocation or the run card of a regrown model says about its starting checkpoint."""
+    if artifact.kind.is_best:
+        return Origin(artifact.content.get("starting_checkpoint"), artifact.content.get("starting_digest"))
+    card = checkpoint.read_card(artifact.path) or {}
+    return Origin(card.get("starting_checkpoint"), card.get("config", {}).get("start"))
+
+
+def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | None:
+    """The starting checkpoint: `given`, or the recorded one, as it was named or under `root`; None if none is known.
+
+    Raises UserError when it is missing, or is another file than the recorded digest says.
+    """
+    origin = recorded_origin(artifact)
+    if given is None and origin.path is None:
+        return None
+    candidates = [given] if given else [Path(str(origin.path)), root / str(origin.path)]
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        raise UserError(f"no starting checkpoint at {candidates[0]}, from which {artifact.path} was regrown; name it "
+                        "with --starting_checkpoint FILE")
+    right = [path for path in found if origin.digest in (None, checkpoint.file_digest(path))]
+    if not right:
+        raise UserError(f"{found[0]} is not the checkpoint that {artifact.path} was regrown from (its SHA-256 differs "
+                        "from the recorded one); name the right one with --starting_checkpoint FILE")
+    return right[0]
+
+
+def load_source(run: Run, artifact: Artifact, plan: Plan) -> Source:
+    """The artifact's model, a best allocation replayed on its starting checkpoint, with the regrown weights.
+
+    Raises UserError when it is another model's, something it needs is missing, or the plan needs to know the regrown
+    weights and they are unknown.
+    """
+    source = (_replay if artifact.kind.is_best else _load_model)(run, artifact, plan)
+    if plan.needs_regrown:
+        if source.regrown is None:
+            raise UserError(f"it is unknown which weights of {artifact.path} were regrown; name the checkpoint that "
+                            "regrowth started from with --starting_checkpoint FILE")
+        if not any(bool(mask.any()) for mask in source.regrown.values()):
+            raise UserError(f"{artifact.path} has no regrown weights: all that are active in it are active in "
+                            f"{source.start.path} too")
+    return source
+
+
+def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
+    if plan.reference_model is not None:
+        raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
+                        f"{artifact.kind.name} and has its own")
+    model = run.new_model()
+    load_model_state(model, artifact.weights, str(artifact.path))
+    if not (plan.needs_regrown or plan.starting_checkpoint):
+        return Source(model, artifact.path, None, recorded_origin(artifact))
+    start = find_start(artifact, plan.starting_checkpoint, run.root)
+    if start is None:
+        return Source(model, artifact.path, None, Origin())
+    if not has_masks(model):
+        raise UserError(f"{artifact.path} is a dense model without masks; no weight of it counts as regrown")
+    before = get_masks(_load_pruned(run, start))
+    regrown = {name: mask & ~before[name] for name, mask in get_masks(model).items()}
+    return Source(model, artifact.path, regrown, _origin(start))
+
+
+def _load_pruned(run: Run, path: Path) -> nn.Module:
+    model = pipeline.load_outcome(run, path).model
+    if not has_masks(model):
+        raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
+    return model
+
+
+def _origin(start: Path) -> Origin:
+    return Origin(str(start), checkpoint.file_digest(start))
+
+
+def _replay(run: Run, artifact: Artifact, plan: Plan) -> Source:
+    start = find_start(artifact, plan.starting_checkpoint, run.root)
+    if start is None:
+        raise UserError(f"{artifact.path} does not say which pruned checkpoint it is for; name it with "
+                        "--starting_checkpoint FILE")
+    model, reference = _load_pruned(run, start), None
+    if "regrow_values" not in artifact.content:
+        reference = plan.reference_model or checkpoint.dense_path(run.root, run.m_name)
+    elif plan.reference_model is not None:
+        raise UserError(f"{artifact.path} has the values of its regrown weights; leave --reference_model out")
+    values = reference and pipeline.load_outcome(run, reference).model
+    try:
+        record = record_from(artifact.content["regrow_indices"], model, values) if reference else \
+            RegrowthRecord.from_state_dict(artifact.content)
+        record.replay(model)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{artifact.path} does not fit {start}: {' '.join(str(error).split())}; name the right one "
+                        "with --starting_checkpoint FILE") from error
+    return Source(model, artifact.path, record.masks(model), _origin(start), reference)
+
+
+def record_from(indices: Mapping[str, Any], model: nn.Module, reference: nn.Module) -> RegrowthRecord:
+    """The record of a published allocation without values: the weights at the indices come back as in the reference.
+
+    indices: layer name -> positions, as a list, array or tensor of flat positions (n,) or of coordinates (n, weight's
+    dimensions); model: the pruned one. Raises ValueError (or what PyTorch raises) for an unknown layer or a position
+    outside of the weight.
+    """
+    layers, values, records = prunable_layers(model), prunable_layers(reference), {}
+    for name, where in indices.items():
+        if name not in layers:
+            raise ValueError(f"it names a layer '{name}', which the model does not have")
+        weight = layers[name].weight
+        positions = Positions(flat_indices(where, weight.shape).to(weight.device))
+        zeros = torch.zeros_like(positions.indices)
+        records[name] = LayerRecord(positions.indices, zeros.byte(), zeros.short() + 1,
+                                    positions.read(values[name].weight), positions.read(layers[name].weight_orig))
+    return RegrowthRecord(records, ("reference",))
+
+
+def flat_indices(where: Any, shape: torch.Size) -> Tensor:
+    """Ascending distinct flat indices, int64 (n,), of positions given flat (n,) or as coordinates (n, dimensions).
+
+    Raises ValueError (or what PyTorch raises) for positions outside of `shape`.
+    """
+    where = torch.as_tensor(where, dtype=torch.int64, device="cpu")
+    if where.dim() == 2:
+        limits = torch.tensor(shape)
+        if where.shape[1] != len(shape) or bool(((where < 0) | (where >= limits)).any()):
+            raise ValueError(f"coordinates outside of a weight of shape {tuple(shape)}")
+        where = torch.from_numpy(np.ravel_multi_index(tuple(where.T.numpy()), tuple(shape)))
+    if where.dim() != 1 or bool(((where < 0) | (where >= math.prod(shape))).any()):
+        raise ValueError(f"positions outside of a weight of shape {tuple(shape)}")
+    return where.unique()
+
+
+# --- which weights train -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a `Trainer` takes to train single weights: parameter groups, step hooks; and parameters left out of it."""
+
+    params: Any = None
+    constrain: Constrain | None = None
+    frozen: Sequence[nn.Parameter] = ()
+
+
+def train_all(model: nn.Module, regrown: Masks | None, phase: Phase) -> Training:
+    """Everything but the pruned weights trains, at one learning rate."""
+    return Training()
+
+
+def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
+    """Only regrown weights train; original weights, biases and affine parameters keep every bit.
+
+    During a step the held weights and their gradients are 0, so that no optimizer gathers momentum, second moments or
+    weight decay there; afterwards they get their values back. Running statistics of batch normalisation still adapt.
+    """
+    layers = prunable_layers(model)
+    pairs = [(layers[name].weight_orig, mask) for name, mask in regrown.items() if bool(mask.any())]
+    params = [param for param, _ in pairs]
+    keeps = [torch.empty_like(param).copy_(mask) for param, mask in pairs]
+
+    @torch.no_grad()
+    def hide_held(*_: object) -> None:
+        torch._foreach_mul_(params, keeps)
+        torch._foreach_mul_([param.grad for param in params], keeps)
+
+    def constrain(optimizer: Optimizer) -> None:
+        hold_weights(optimizer, pairs)
+        optimizer.register_step_pre_hook(hide_held)
+
+    trained = {id(param) for param in params}
+    return Training(params, constrain, [param for param in model.parameters() if id(param) not in trained])
+
+
+def train_at_two_rates(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
+    """Regrown weights move at the recipe's learning rate, all other parameters at `phase.lr_original`.
+
+    Within one tensor every element's update is scaled by the ratio of its rate to the recipe's: the updates of SGD and
+    AdamW, weight decay included, are proportional to the learning rate. Pruned weights have rate 0.
+    """
+    ratio = phase.lr_original / phase.recipe.lr
+    mixed, scales = [], []
+    for name, layer in prunable_layers(model).items():
+        mixed.append(layer.weight_orig)
+        scales.append(torch.where(regrown[name], 1.0, ratio * layer.weight_mask).to(layer.weight_orig))
+    before = [torch.empty_like(param) for param in mixed]
+
+    @torch.no_grad()
+    def remember(*_: object) -> None:
+        torch._foreach_copy_(before, mixed)
+
+    @torch.no_grad()
+    def scale_updates(*_: object) -> None:
+        torch._foreach_lerp_(before, mixed, scales)
+        torch._foreach_copy_(mixed, before)
+
+    def constrain(optimizer: Optimizer) -> None:
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(scale_updates)
+
+    whole = {id(param) for param in mixed}
+    rest = [param for param in model.parameters() if id(param) not in whole]
+    return Training([{"params": mixed}, {"params": rest, "lr": phase.lr_original}], constrain)
+
+
+TRAINED: dict[str, Callable[[nn.Module, Any, Phase], Training]] = {
+    "all": train_all, "regrown": train_regrown, "two rates": train_at_two_rates}
+
+
+def train_phase(source: Source, phase: Phase, make_trainer: Callable[..., Trainer],
+                fit: Callable[[Trainer], TrainResult]) -> TrainResult:
+    """One phase: ``make_trainer(params=..., constrain=...)`` builds the trainer of the model, `fit` runs it."""
+    training = TRAINED[phase.trained](source.model, source.regrown, phase)
+    trainer = make_trainer(params=training.params, constrain=training.constrain)
+    for param in training.frozen:  # spares the work for gradients that nobody uses
+        param.requires_grad_(False)
+    try:
+        return fit(trainer)
+    finally:
+        for param in training.frozen:
+            param.requires_grad_(True)
+
+
+@torch.no_grad()
+def reset_bn_stats(model: nn.Module, loader: BatchLoader, precision: str = "fp32") -> None:
+    """Estimates the running statistics of batch normalisation anew, as plain means over one pass of `loader`.
+
+    Nothing else changes; dropout stays off. Raises UserError for a model without batch normalisation.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
+    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean instead of a moving one
+        norm.train()
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        for inputs, _ in loader:
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)
+
+
+# --- the flow ------------------------------------------------------------------------------------------------------
+
+
+def finetune(run: Run, artifact: Artifact, plan: Plan) -> Outcome:
+    """Carries out the plan's phases; the last one leaves ``finetuned_{stem}.pth`` with its run card.
+
+    An earlier phase leaves ``finetuned_{stem}_phase_1.pth``. The test set is read once, for the final model.
+    """
+    source = load_source(run, artifact, plan)
+    folder = plan.save_dir or run.root / "finetune_savedir" / run.m_name
+    checkpoint.ensure_writable(folder)
+    for number in range(1, len(plan.phases) + 1):
+        last = number == len(plan.phases)
+        path = folder / f"finetuned_{artifact.path.stem}{'' if last else f'_phase_{number}'}.pth"
+        outcome = _run_phase(run, source, plan, number, path)
+        source = replace(source, model=outcome.model, artifact=path)
+    pipeline.read_test(run, [outcome])
+    return outcome
+
+
+def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) -> Outcome:
+    phase, reset = plan.phases[number - 1], plan.reset_bn_stats and number == 1
+    config = {"stage": "finetune", "phase": number, **run.identity(), "trained": phase.trained,
+              "source": checkpoint.file_digest(source.artifact), "start": source.start.digest, "reset_bn_stats": reset,
+              "reference": source.reference and checkpoint.file_digest(source.reference),
+              "lr_original": phase.lr_original, "recipe": phase.recipe.as_dict()}
+    stage = Stage(path, config, resume=plan.resume, overwrite=plan.overwrite)
+    if stage.finished:
+        print(f"reusing {path}")
+        return pipeline.load_outcome(run, path)
+    started, model = time.perf_counter(), source.model
+    facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
+    if reset:
+        reset_bn_stats(model, run.train.unaugmented(STATISTICS_BATCH_SIZE), run.precision)
+        facts["val_acc_after_bn_reset"] = evaluate(model, run.val, run.precision).accuracy
+    if source.regrown is not None:
+        facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())
+    _announce(phase, facts)
+    make_trainer = partial(Trainer, model, run.train, run.val, phase.recipe, precision=run.precision,
+                           seed=derive_seed(run.seed, "finetune", number))
+    result = train_phase(source, phase, make_trainer, lambda trainer: stage.fit(trainer, f"finetune {phase.trained}"))
+    stage.finish(model.state_dict(), run.card(
+        **pipeline.describe(model, result.accuracy), **facts, starting_checkpoint=source.start.path,
+        epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    return Outcome(model, path, stage.card)
+
+
+def _announce(phase: Phase, facts: Mapping[str, Any]) -> None:
+    print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
+    if "val_acc_after_bn_reset" in facts:
+        print(f"validation with new batch-norm statistics {facts['val_acc_after_bn_reset']:.2f} %")
+    if phase.trained == "regrown":
+        print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
+              "keep every bit, while the running statistics of batch normalisation adapt")

@@ -1,0 +1,390 @@
+"""Recognise and describe artifacts: those this project writes, and the published formats of the same things."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.checkpoint import load_checkpoint, model_state, read_card
+from utils.errors import UserError
+from utils.model_loader import model_loader
+from utils.models import MODELS
+from utils.regrowth_record import LayerRecord
+from utils.search import Ladder
+
+Sections = dict[str, Any]
+CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_pruning", "sparsity",
+              "sparsity_before", "regrown", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
+              "command")
+RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
+LISTED = 12  # longer lists are summarised
+
+# --- what a file is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of artifact: its name, whether a loaded file is one, and what is in it.
+
+    describe: content -> sections; it may raise KeyError, TypeError, ValueError and the like on damaged entries.
+    """
+
+    name: str
+    matches: Callable[[Any], bool]
+    describe: Callable[[Any], Sections]
+    is_best: bool = False  # what `--type best` asks for
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded file and what it was recognised as."""
+
+    path: Path
+    content: Any
+    kind: Kind
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of a model artifact. UserError for any other kind, saying what would be right."""
+        if self.kind not in MODEL_KINDS:
+            raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint "
+                            "or a best allocation")
+        return without_prefix(model_state(self.content, self.path))
+
+
+def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
+    """Loads and recognises a file without executing anything in it.
+
+    wanted: 'best' insists on a best allocation, 'checkpoint' on anything else, 'auto' takes both. Raises UserError for
+    a file that cannot be loaded, is no checkpoint, or is of another kind than wanted.
+    """
+    content = load_checkpoint(path)
+    kind = next((kind for kind in KINDS if kind.matches(content)), None)
+    if kind is None:
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of named entries")
+    if wanted != "auto" and kind.is_best != (wanted == "best"):
+        right = "--type checkpoint" if kind.is_best else "--type best needs a file with allocation and regrow_indices"
+        raise UserError(f"{path} is a {kind.name}, not what --type {wanted} asks for; use --type auto ({right})")
+    return Artifact(path, content, kind)
+
+
+def _holds(content: Any, *keys: str) -> bool:
+    return isinstance(content, Mapping) and set(keys) <= set(content)
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _has_masks(state: Mapping[str, Tensor]) -> bool:
+    return any(key.endswith("weight_mask") for key in state)
+
+
+def _is_search(content: Any) -> bool:
+    return _holds(content, "config", "search") and _holds(content["search"], "problem", "config", "history", "rewards")
+
+
+def _is_progress(content: Any) -> bool:
+    return _holds(content, "config", "trainer") and _holds(content["trainer"], "model", "epoch", "history")
+
+
+def _is_training_checkpoint(content: Any) -> bool:
+    return _holds(content, "net") and _is_state(content["net"])
+
+
+def _is_other(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
+
+
+# --- what a model's weights are ------------------------------------------------------------------------------------
+
+
+class LayerRow(NamedTuple):
+    """A prunable layer of a state dict; sparsity = pruned / weights."""
+
+    layer: str
+    shape: tuple[int, ...]
+    weights: int
+    active: int
+    sparsity: float
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the ``module.`` prefix of data-parallel training, where all names have it."""
+    shared = all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module.") if shared else key: value for key, value in state.items()}
+
+
+def layer_rows(state: Mapping[str, Tensor]) -> list[LayerRow]:
+    """One row for each Conv2d or Linear weight; without a mask, weights that are exactly 0 count as pruned."""
+    rows = []
+    for key, value in state.items():
+        if not key.endswith(("weight", "weight_orig")) or value.dim() not in (2, 4):
+            continue
+        stem = key.removesuffix("_orig").removesuffix("weight")
+        active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
+        weights = value.numel()
+        rows.append(LayerRow(stem.removesuffix("."), tuple(value.shape), weights, active,
+                             1 - active / weights if weights else 0.0))
+    return rows
+
+
+@lru_cache(maxsize=4 * len(MODELS))
+def _layout(name: str, classes: int) -> dict[str, torch.Size]:
+    """Names and shapes of a dense model's state dict."""
+    return {key: value.shape for key, value in model_loader(name, num_classes=classes, seed=0).state_dict().items()}
+
+
+def guess_model(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """Name and number of classes of the model whose state dict, dense or masked, has these names and shapes."""
+    shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: value.shape
+              for key, value in state.items() if not key.endswith("weight_mask")}
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    classes = matrices[-1][0] if matrices else 10  # every model ends in a linear classifier
+    return next(((name, classes) for name in MODELS if _layout(name, classes) == shapes), None)
+
+
+def models_with_layers(layers: Iterable[str]) -> list[str]:
+    """Names of the models that have all these prunable layers; only the one that has no others, if there is one."""
+    wanted, fitting = set(layers), []
+    for name in MODELS:
+        names = {key.removesuffix(".weight") for key, shape in _layout(name, 10).items()
+                 if key.endswith(".weight") and len(shape) in (2, 4)}
+        if names == wanted:
+            return [name]
+        if names > wanted:
+            fitting.append(name)
+    return fitting
+
+
+def describe_weights(state: Mapping[str, Tensor]) -> Sections:
+    """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict."""
+    state = without_prefix(state)
+    rows, guess = layer_rows(state), guess_model(state)
+    weights, active = sum(row.weights for row in rows), sum(row.active for row in rows)
+    return {"model": guess and guess[0], "classes": guess and guess[1], "masks": _has_masks(state),
+            "sparsity": 1 - active / weights if weights else 0.0, "weights": weights, "active": active,
+            "layers": [row._asdict() for row in rows], "warnings": list(_problems(state, rows))}
+
+
+def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable[str]:
+    masks = [value for key, value in state.items() if key.endswith("weight_mask")]
+    if any(bool(((mask != 0) & (mask != 1)).any()) for mask in masks):
+        yield "masks hold values other than 0 and 1"
+    if any(not bool(torch.isfinite(value).all()) for value in state.values()):
+        yield "there are values that are not finite"
+    if empty := [row.layer for row in rows if not row.active]:
+        yield f"nothing is left in {', '.join(empty)}"
+
+
+# --- what is in each kind ------------------------------------------------------------------------------------------
+
+
+def _describe_training_checkpoint(content: Mapping[str, Any]) -> Sections:
+    training = {key: content[key] for key in ("acc", "epoch") if key in content}
+    return {**describe_weights(content["net"]), "training": training, "arguments": content.get("args"),
+            "other entries": entry_rows(content, skip=("net", "acc", "epoch", "args"), depth=1)}
+
+
+def _describe_other(content: Mapping[str, Any]) -> Sections:
+    try:
+        weights = describe_weights(model_state(content, "file"))
+    except UserError:
+        weights = {}
+    return {**weights, "entries": entry_rows(content)}
+
+
+def _describe_progress(content: Mapping[str, Any]) -> Sections:
+    trainer, recipe = content["trainer"], content["config"].get("recipe", {})
+    training = {"epochs_done": trainer["epoch"], "epochs_planned": recipe.get("epochs"),
+                "best_val_acc": trainer.get("best_accuracy"), "best_epoch": trainer.get("best_epoch")}
+    return {**describe_weights(trainer["model"]), "training": training, "arguments": content["config"]}
+
+
+def _describe_search(content: Mapping[str, Any]) -> Sections:
+    search, history = content["search"], content["search"]["history"]
+    problem, settings = search["problem"], search["config"]
+    ladder = Ladder(settings["rungs"], settings["eta"])
+    ladder.load_state_dict(search["rewards"])
+    rewards = {"episodes": len(history), "updates": search["epoch"], "epochs_spent": ladder.spent,
+               "last": history[-1]["reward"] if history else None, "baseline": search["baseline"]}
+    columns = {"layer": problem["layers"], "weights": problem["sizes"], "capacity": problem["capacities"],
+               "drift_ssim": problem["drift"]}
+    if ladder.spent:
+        allocation, fidelity = leader = ladder.leader()
+        rewards |= {"best": ladder.reward(leader), "best_after_epochs": fidelity}
+        columns["regrown"] = allocation
+    return {**_model_by_layers(problem["layers"]), "rewards": rewards, "budget": problem["budget"],
+            "allocation": _rows(columns), "arguments": content["config"], "search settings": settings}
+
+
+def _describe_best(content: Mapping[str, Any]) -> Sections:
+    amounts, indices = allocation_by_layer(content), content["regrow_indices"]
+    rewards = {key: content[key] for key in ("reward", "accuracy", "epoch", "timestamp") if key in content}
+    origin = {key: content[key] for key in ("starting_checkpoint", "starting_digest") if key in content}
+    columns = {"layer": list(amounts), "regrown": list(amounts.values()),
+               "indices": [len(indices[name]) if name in indices else 0 for name in amounts]}
+    known = ("allocation", *rewards, *origin, *(f"regrow_{name}" for name in RECORD_ENTRIES))
+    return {**_model_by_layers(indices), "rewards": rewards, "regrown": sum(columns["indices"]), "start": origin,
+            "values recorded": "regrow_values" in content, "regrown by source": _sources(content),
+            "allocation": _rows(columns), "other entries": entry_rows(content, skip=known)}
+
+
+def _sources(content: Mapping[str, Any]) -> dict[str, int]:
+    """Regrown weights by what chose them, where the artifact records it."""
+    names, codes = content.get("regrow_source_names", []), content.get("regrow_sources", {}).values()
+    return {name: count for number, name in enumerate(names)
+            if (count := sum(int((layer == number).sum()) for layer in codes))}
+
+
+def allocation_by_layer(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The allocation of a best-allocation artifact by layer; a list is in the order of `regrow_indices`.
+
+    Layers that cannot be named are called ``#0``, ``#1``, ...
+    """
+    allocation, names = content["allocation"], list(content["regrow_indices"])
+    if isinstance(allocation, Mapping):
+        return {str(name): _number(amount) for name, amount in allocation.items()}
+    if len(names) != len(allocation):
+        names = [f"#{number}" for number in range(len(allocation))]
+    return dict(zip(names, map(_number, allocation), strict=True))
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
+
+
+def _model_by_layers(layers: Iterable[str]) -> Sections:
+    models = models_with_layers(layers)
+    return {"model": models[0]} if len(models) == 1 else {"model": None, "could be": models}
+
+
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+MODEL_KINDS = (
+    Kind("masked training checkpoint", lambda c: _is_training_checkpoint(c) and _has_masks(c["net"]),
+         _describe_training_checkpoint),
+    Kind("dense checkpoint", _is_training_checkpoint, _describe_training_checkpoint),
+    Kind("masked state dict (a pruned or regrown model)", lambda c: _is_state(c) and _has_masks(c), describe_weights),
+    Kind("dense state dict", lambda c: _is_state(c) and bool(layer_rows(c)), describe_weights),
+)
+KINDS = (  # the first that matches
+    Kind("best allocation", lambda c: _holds(c, "allocation", "regrow_indices"), _describe_best, is_best=True),
+    Kind("controller checkpoint", _is_search, _describe_search),
+    Kind("stage in progress", _is_progress, _describe_progress),
+    *MODEL_KINDS,
+    Kind("checkpoint of another project or version", _is_other, _describe_other),
+)
+
+# --- the description -----------------------------------------------------------------------------------------------
+
+
+def describe(artifact: Artifact) -> Sections:
+    """All that is known about an artifact as plain JSON values: what it is, its contents, and its run card's facts.
+
+    Raises UserError when its entries are not what its kind has.
+    """
+    header = {"file": str(artifact.path), "bytes": artifact.path.stat().st_size, "kind": artifact.kind.name}
+    try:
+        sections = artifact.kind.describe(artifact.content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
+    if card := read_card(artifact.path):
+        facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
+        sections |= {"run card": facts, "arguments": sections.get("arguments") or card.get("config")}
+    kept = {key: value for key, value in sections.items() if key == "model" or value not in (None, [], {})}
+    return plain({**header, **kept})
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: tensors and long lists in words, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        rows = value and isinstance(value[0], Mapping)
+        return [plain(item) for item in value] if rows or len(value) <= LISTED else _in_words(value)
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return plain(value.item()) if math.prod(value.shape) == 1 else _in_words(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def _in_words(value: Any) -> str:
+    """A tensor, array or long list in a few words."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if all(isinstance(item, (int, float)) for item in value):
+        return f"{len(value)} numbers, least {min(value):.6g}, largest {max(value):.6g}, last {value[-1]:.6g}"
+    return f"{len(value)} entries"
+
+
+def entry_rows(content: Mapping[str, Any], skip: Iterable[str] = (), depth: int = 2) -> list[dict[str, Any]]:
+    """One row (key, type, shape or size, value) for each entry; mappings are opened `depth` levels deep."""
+    rows = []
+    for key, value in content.items():
+        if key in skip:
+            continue
+        if isinstance(value, Mapping) and value and depth > 1:
+            rows += [{**row, "key": f"{key}.{row['key']}"} for row in entry_rows(value, depth=depth - 1)]
+            continue
+        shaped = isinstance(value, (Tensor, np.ndarray))
+        size = f"{len(value)}" if isinstance(value, (Mapping, list, tuple)) else ""
+        simple = plain(value) if not isinstance(value, Mapping) else ""
+        rows.append({"key": str(key), "type": str(value.dtype) if shaped else type(value).__name__,
+                     "shape": str(tuple(value.shape)) if shaped else size,
+                     "value": "" if shaped and value.ndim else simple})
+    return rows
+
+
+def render(description: Mapping[str, Any]) -> str:
+    """A description as text: a line for each plain value, then a block for each mapping and a table for rows."""
+    lines, blocks = [], []
+    for name, value in description.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            blocks += ["", name, *_table(value)]
+        elif isinstance(value, Mapping):
+            blocks += ["", name, *(f"  {key:<24} {_text(item)}" for key, item in _flat(value))]
+        elif name == "warnings":
+            lines += [f"warning: {item}" for item in value]
+        else:
+            lines.append(f"{name:<16} {_text(value)}")
+    return "\n".join(lines + blocks)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    cells = [names, *([_text(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    right = [all(isinstance(row.get(name), (int, float)) for row in rows) for name in names]
+    return ["  " + "  ".join(cell.rjust(width) if number else cell.ljust(width)
+                             for cell, width, number in zip(line, widths, right, strict=True)).rstrip()
+            for line in cells]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.4g}"
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
