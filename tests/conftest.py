@@ -56,7 +56,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_cnn() -> nn.Module:
-    """conv - batch norm - conv - linear for 32x32 RGB and five classes; 1,224 prunable weights."""
+    """conv - batch norm - conv - linear for 32x32 RGB and five classes; 952 prunable weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4),
                          nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
