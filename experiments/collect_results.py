@@ -43,6 +43,16 @@ def regrowth_rows(roots: Sequence[Path], m_name: str) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: (row["sparsity"], row["method"], row["allocation"], row["seed"]))
 
 
+def print_table(pruning: Sequence[dict[str, Any]], regrown: Sequence[dict[str, str]]) -> None:
+    """A line per model: how it was made, sparsity, accuracy on validation and test."""
+    lines = [(f"{row['pruner']} {row['schedule']}".strip().replace("none", "dense"), row) for row in pruning]
+    lines += [(f"regrown: {row['method']}, {row['allocation']}", row) for row in regrown]
+    print(f"{'model':<36} {'sparsity %':>10} {'val %':>8} {'test %':>8}")
+    for name, row in lines:
+        test = f"{float(row['test_acc']):8.2f}" if row["test_acc"] != "" else f"{'-':>8}"
+        print(f"{name:<36} {100 * float(row['sparsity']):10.2f} {float(row['val_acc']):8.2f} {test}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Gathers, writes, says where."""
     args = parse_args(argv)
@@ -54,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if regrown:
         save_csv(regrown, args.save_dir / f"{args.name}_regrowth.csv")
     plots.plot_bidirectional(pruning, regrown, figure, title=f"{args.m_name} on {pruning[0]['dataset']}")
+    print_table(pruning, regrown)
     print(f"{len(pruning)} pruned or dense and {len(regrown)} regrown models: {figure}, tables in {args.save_dir}")
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from utils.drift import BlockwiseFeatureExtractor, compute_block_ssim  # noqa: F401  (published under this module's name)
 from utils.errors import UserError
 
 

@@ -200,12 +200,13 @@ class RegrowthPolicyGradient:
         self.problem, self.evaluate, self.config, self.seed = problem, evaluate, config, seed
         self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"))
         self.optimizer = torch.optim.Adam(self.agent.parameters(), config.learning_rate)
-        self.ladder = Ladder(config.rungs, config.eta, config.search_budget)
+        self.ladder = Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)
         self.epoch = 0
         self.baseline: float | None = None
         self.history: list[Row] = []
         self._sampler = generator(seed, "controller", "actions")
-        self._known: dict[Trial, float] = {}
+        self._known: dict[Trial, float] = {}  # trained since the last boundary
+        self._on_episode: Callable[[Row], None] | None = None
         self._boundary = self.state_dict()
 
     def run(self, on_episode: Callable[[Row], None] | None = None,
@@ -216,14 +217,14 @@ class RegrowthPolicyGradient:
             on_episode: called with each new row of `history`.
             on_epoch: called after each controller update with the number of updates; `state_dict` may be taken here.
         """
-        on_episode = on_episode or (lambda row: None)
+        self._on_episode = on_episode
         if self.config.warm_start and not self.history:
-            self._try_deterministic(on_episode)
-        while self.epoch < self.config.num_epochs and self._update(on_episode):
+            self._try_deterministic()
+        while self.epoch < self.config.num_epochs and self._update():
             self._set_boundary()
             if on_epoch:
                 on_epoch(self.epoch)
-        self._climb(self.ladder.final_promotion, on_episode)
+        self._climb(self.ladder.final_promotion)
         allocation, fidelity = leader = self.ladder.leader()
         self._set_boundary()
         return SearchResult(allocation, self.ladder.reward(leader), fidelity, len(self.history), self.ladder.spent)
@@ -267,13 +268,13 @@ class RegrowthPolicyGradient:
         self._boundary = self.state_dict()
         self._known = {trial: reward for trial, reward in self._known.items() if self.ladder.reward(trial) is None}
 
-    def _try_deterministic(self, on_episode: Callable[[Row], None]) -> None:
+    def _try_deterministic(self) -> None:
         for name in WARM_START:
             trial = ALLOCATORS[name](self.problem, self._sampler), self.ladder.rungs[0]
             if self.ladder.affords([trial]):
-                on_episode(self._episode(trial, name))
+                self._episode(trial, name)
 
-    def _update(self, on_episode: Callable[[Row], None]) -> bool:
+    def _update(self) -> bool:
         """One batch, one step of the controller, promotions; False, and nothing changed, if the batch is too dear."""
         before = self._sampler.get_state()
         rollout = self.agent(self.problem, self.config.batch_size, self._sampler)
@@ -282,11 +283,11 @@ class RegrowthPolicyGradient:
             self._sampler.set_state(before)
             return False
         entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
-        for trial, entropy in zip(trials, entropies.tolist(), strict=True):
-            on_episode(self._episode(trial, "rl", entropy))
-        self._learn(rollout, [self.ladder.reward(trial) for trial in trials])
+        rewards = [self._episode(trial, "rl", entropy)
+                   for trial, entropy in zip(trials, entropies.tolist(), strict=True)]
+        self._learn(rollout, rewards)
         self.epoch += 1
-        self._climb(self.ladder.promotion, on_episode)
+        self._climb(self.ladder.promotion)
         return True
 
     def _learn(self, rollout: Rollout, rewards: list[float]) -> None:
@@ -301,25 +302,28 @@ class RegrowthPolicyGradient:
         self.optimizer.step()
         self.baseline = self.config.baseline_decay * baseline + (1 - self.config.baseline_decay) * mean
 
-    def _climb(self, next_trial: Callable[[], Trial | None], on_episode: Callable[[Row], None]) -> None:
+    def _climb(self, next_trial: Callable[[], Trial | None]) -> None:
         while (trial := next_trial()) is not None:
-            on_episode(self._episode(trial, "promotion"))
+            self._episode(trial, "promotion")
 
-    def _episode(self, trial: Trial, source: str, entropy: float | None = None) -> Row:
-        """Looks a trial up or trains it, and writes its row."""
+    def _episode(self, trial: Trial, source: str, entropy: float | None = None) -> float:
+        """Looks a trial up or trains it, writes its row and returns its reward."""
         start = time.perf_counter()
         cached = self.ladder.reward(trial) is not None
-        self.ladder.record(trial, self._reward(trial))
+        reward = self._reward(trial)
+        self.ladder.record(trial, reward)
         seconds = time.perf_counter() - start  # for the report only; nothing depends on it
         allocation, fidelity = trial
-        reward, best = self.ladder.reward(trial), max(self.ladder.rewards[fidelity].values())
+        best = max(self.ladder.rewards[fidelity].values())
         beta = None if entropy is None else self.config.beta(self.epoch)
         self.history.append({
             "episode": len(self.history) + 1, "epoch": self.epoch, "source": source, "reward": reward, "best": best,
             "baseline": self.baseline, "entropy": entropy, "beta": beta, "fidelity": fidelity, "cached": int(cached),
             "epochs_spent": self.ladder.spent, "seconds": seconds, "allocation": allocation,
         })
-        return self.history[-1]
+        if self._on_episode:
+            self._on_episode(self.history[-1])
+        return reward
 
     def _reward(self, trial: Trial) -> float:
         """From the paid trials, from those an interrupted run had finished, or by training."""

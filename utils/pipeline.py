@@ -181,7 +181,7 @@ def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
     """Reads the test set once for each model whose run card has no test accuracy yet, and writes it there."""
     for outcome in outcomes:
         if outcome.card and "test_acc" not in outcome.card:
-            test = run.test.read_as(outcome.artifact.name)
+            test = run.test.read_as(str(outcome.artifact))
             outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
             checkpoint.save_json(outcome.card, checkpoint.card_path(outcome.artifact))
 

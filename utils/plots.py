@@ -177,3 +177,27 @@ def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: M
         axes.plot(ends, slope * ends + intercept, color="C3", linestyle="--")
     axes.set_title(f"Pearson r = {result['pearson']:+.2f} (p = {result['pearson_p']:.3f}), "
                    f"Spearman = {result['spearman']:+.2f} (p = {result['spearman_p']:.3f})", fontsize=10)
+
+
+def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """A line per arm: mean paired difference to the control with its t interval (thin) and bootstrap interval (thick).
+
+    results: rows of `experiments.matched_compute.compare`; infinite intervals (a single seed) are left out.
+    """
+    figure = Figure(figsize=(8, 0.4 * len(results) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    colors = {"better": "C2", "worse": "C3", "indistinguishable": "0.4"}
+    for position, row in enumerate(results):
+        color = colors[row["verdict"]]
+        if np.isfinite(row["t_low"]):
+            axes.plot([row["t_low"], row["t_high"]], [position] * 2, color=color, linewidth=1)
+            axes.plot([row["bootstrap_low"], row["bootstrap_high"]], [position] * 2, color=color, linewidth=4,
+                      alpha=0.5)
+        axes.plot(row["mean"], position, marker="o", color=color)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_yticks(range(len(results)), [f"{row['arm']} ({row['verdict']})" for row in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy over one-shot pruning (points); thin: 95 % t interval, thick: bootstrap",
+             title=title)
+    axes.grid(alpha=0.3, axis="x")
+    save_figure(figure, path)

@@ -32,6 +32,8 @@ def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
                        help="epochs after the weights have returned (AdamW, 5 %% warm-up, cosine)")
     group.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr,
                        help="learning rate, also of the mini-finetuning in the search")
+    group.add_argument("--patience", type=positive_int, default=FINETUNE_FINAL.patience,
+                       help="epochs without a better validation accuracy before it stops")
     add_run_options(parser)
     group = parser.add_argument_group("artifacts")
     group.add_argument("--save_dir", type=Path, help=f"default: {save_dir}/{{m_name}} under --root")

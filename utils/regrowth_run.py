@@ -25,7 +25,7 @@ from utils.run import Run
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
 from utils.stage import Stage
-from utils.training import FINETUNE_FINAL, Trainer, evaluate
+from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate
 
 DRIFT_BATCH_SIZE = 500  # images; both models see the same un-augmented training images
 Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows weights in this model
@@ -179,9 +179,9 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
                                                        for key, value in options.items()}}
 
 
-def final_recipe(args: argparse.Namespace) -> Any:
+def final_recipe(args: argparse.Namespace) -> Recipe:
     """The published final finetuning (warm-up and cosine) with what the command line changes."""
-    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr)
+    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=args.patience)
 
 
 def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> Outcome:

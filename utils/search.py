@@ -22,17 +22,19 @@ class Ladder:
     whatever the candidate had before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
     payment: it is the cache and the whole state of the ladder.
 
-    rungs: training lengths in epochs, increasing. Those that one candidate cannot climb to within the budget are left
-    out. budget: epochs over all trials, or None for no limit. Raises UserError when it does not pay a single trial.
+    rungs: training lengths in epochs, increasing. eta: see above. budget: epochs over all trials, None for no limit.
+    batch: candidates that arrive together. Rungs that the best of one batch could not climb to within the budget are
+    left out. Raises UserError when the budget does not even pay one batch at the first rung.
     """
 
-    def __init__(self, rungs: Sequence[int], eta: int, budget: int | None = None):
+    def __init__(self, rungs: Sequence[int], eta: int, budget: int | None = None, batch: int = 1):
         """An empty ladder."""
-        if budget is not None and budget < rungs[0]:
-            raise UserError(f"a search budget of {budget} epochs does not pay one candidate, which takes {rungs[0]}; "
-                            "raise the budget or shorten the first rung")
         limit = math.inf if budget is None else budget
-        self.rungs = tuple(rung for level, rung in enumerate(rungs) if sum(rungs[:level + 1]) <= limit)
+        if batch * rungs[0] > limit:
+            raise UserError(f"a search budget of {budget} epochs does not pay one batch: {batch} candidates for "
+                            f"{rungs[0]} epochs take {batch * rungs[0]}; raise the budget or lower the others")
+        self.rungs = tuple(rung for level, rung in enumerate(rungs)
+                           if batch * rungs[0] + sum(rungs[1:level + 1]) <= limit)
         self.eta = eta
         self.budget = budget
         self.rewards: dict[int, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
