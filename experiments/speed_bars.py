@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ from utils.baselines import argsort_lamp_masks, plain_dataloader, plain_training
 from utils.checkpoint import save_csv, save_json  # noqa: E402
 from utils.data_loader import BatchLoader, channel_statistics  # noqa: E402
 from utils.model_loader import model_loader  # noqa: E402
-from utils.run import ArgumentParser, Run, add_model_option, add_run_options, open_run, positive_int, script  # noqa: E402
-from utils.timing import Timing, measure  # noqa: E402
+from utils.run import (  # noqa: E402
+    ArgumentParser,
+    Run,
+    add_model_option,
+    add_run_options,
+    open_run,
+    positive_int,
+    script,
+)
+from utils.timing import Timing, measure_in_turn  # noqa: E402
 from utils.training import PRETRAIN, Trainer  # noqa: E402
 
 
@@ -56,7 +65,8 @@ def loader_row(run: Run, ours: BatchLoader, plain: torch.utils.data.DataLoader, 
     def consume(loader: Any) -> None:
         for _ in loader:
             pass
-    timings = [measure(lambda loader=loader: consume(loader), run.device, repeats=repeats) for loader in (ours, plain)]
+    works = [partial(consume, loader) for loader in (ours, plain)]
+    timings = measure_in_turn(works, run.device, repeats=repeats)
     return compare("loader with augmentation", ours.num_images, "images/s", *timings, bar_ratio=8)
 
 
@@ -72,7 +82,7 @@ def training_row(run: Run, ours: BatchLoader, plain: torch.utils.data.DataLoader
     def slow(model: nn.Module) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         plain_training_epoch(model.to(memory_format=torch.contiguous_format), plain, optimizer)
-    timings = [measure(work, run.device, repeats=repeats, prepare=run.new_model) for work in (fast, slow)]
+    timings = measure_in_turn([fast, slow], run.device, repeats=repeats, prepare=run.new_model)
     return compare(f"training {run.m_name} ({run.precision})", ours.num_images, "images/s", *timings, bar_ratio=3)
 
 
@@ -85,8 +95,8 @@ def lamp_row(run: Run, repeats: int) -> dict[str, Any]:
         weights = [layer.weight for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         argsort_lamp_masks(weights, round(0.01 * sum(weight.numel() for weight in weights)))
     pruner = weight_pruner_loader("lamp")
-    timings = [measure(work, run.device, repeats=repeats, prepare=new_vgg16)
-               for work in (lambda model: pruner(model, 0.99), plain)]
+    timings = measure_in_turn([lambda model: pruner(model, 0.99), plain], run.device, repeats=repeats,
+                              prepare=new_vgg16)
     return compare("LAMP 0.99 on vgg16", 1, "prunings/s", *timings, bar_ratio=10)
 
 

@@ -94,7 +94,8 @@ class RegrowthAgent(nn.Module):
         return Rollout(actions, log_probs, entropies, decides, allocations)
 
     def _ratios(self, actions: Tensor) -> list[float]:
-        return [action / (self.action_space_size - 1) for action in actions.tolist()]
+        highest = self.action_space_size - 1
+        return [action / highest for action in actions.tolist()]
 
 
 def _features(problem: AllocationProblem, position: int, remaining: Sequence[int]) -> Tensor:
@@ -161,7 +162,7 @@ class SearchConfig:
         """Weight of the entropy bonus: linear from start_beta to end_beta over the first decay_fraction of updates."""
         span = self.decay_fraction * self.num_epochs
         progress = min(1.0, epoch / span) if span > 0 else 1.0
-        return self.start_beta + (self.end_beta - self.start_beta) * progress
+        return (1 - progress) * self.start_beta + progress * self.end_beta
 
 
 class SearchResult(NamedTuple):
@@ -241,7 +242,7 @@ class RegrowthPolicyGradient:
     def snapshot(self) -> dict[str, Any]:
         """The state at the last update boundary, with the trials finished since, for saving at any moment (Ctrl-C).
 
-        A search resumed from it repeats the interrupted update but trains none of those trials again.
+        A search that loads it repeats the interrupted update but trains none of those trials again.
         """
         return {**self._boundary, "known": dict(self._known)}
 

@@ -1,7 +1,6 @@
 """Stage 1: pretrain, prune, finetune and report, shared by `main.py` and `iclr2021_solution/iterate.py`."""
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -92,7 +91,6 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     if stage.finished:
         return _reuse(run, stage)
     model = run.new_model()
-    started = time.perf_counter()
     trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "pretrain"),
                       precision=run.precision)
     result = stage.fit(trainer, f"pretrain {run.m_name}")
@@ -100,7 +98,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
     stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
-                                   best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+                                   best_epoch=result.best_epoch, seconds=trainer.seconds))
     return Outcome(model, artifact, stage.card)
 
 
@@ -118,7 +116,6 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     if stage.finished:
         return _reuse(run, stage)
     model = clone_model(parent.model)
-    started = time.perf_counter()
     seed = derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
     prune_to(model, step.sparsity, pruner, seed)
     after_prune = evaluate(model, run.val, run.precision).accuracy
@@ -128,7 +125,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     result = stage.fit(trainer, label)
     stage.finish(model.state_dict(), run.card(
         **describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
-        best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+        best_epoch=result.best_epoch, seconds=trainer.seconds))
     return Outcome(model, artifact, stage.card)
 
 

@@ -37,7 +37,7 @@ def sparsity_axis(axes: Axes, lowest: float, highest: float) -> None:
 def plot_pruning(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Accuracy against sparsity, a line per pruner and schedule, the dense model as a dashed line.
 
-    rows: as of `utils.pipeline.summary_rows`; test accuracy is drawn where every row of a line has it, else validation.
+    rows: as of `utils.pipeline.summary_rows`; test accuracy is drawn where every row has it, else validation.
     """
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
@@ -52,22 +52,17 @@ def plot_pruning(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
 
 
 def _draw_pruning(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Test accuracy where every model has it, else validation: never one beside the other."""
+    kind, column = ("test", "test_acc") if all(row["test_acc"] != "" for row in rows) else ("validation", "val_acc")
     for row in rows:
         if row["pruner"] == "none":
-            value, kind = _accuracy([row])
-            axes.axhline(value[0], color="0.4", linestyle="--", label=f"dense ({kind} {value[0]:.2f} %)")
+            value = float(row[column])
+            axes.axhline(value, color="0.4", linestyle="--", label=f"dense ({kind} {value:.2f} %)")
     pruned = [row for row in rows if row["pruner"] != "none"]
     for number, key in enumerate(sorted({(row["pruner"], row["schedule"]) for row in pruned})):
         line = [row for row in pruned if (row["pruner"], row["schedule"]) == key]
-        values, kind = _accuracy(line)
-        axes.plot([1 - float(row["sparsity"]) for row in line], values, marker="o", color=f"C{number}",
-                  label=f"{key[0]}, {key[1]} ({kind})")
-
-
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, str]:
-    kind = "test" if all(row["test_acc"] != "" for row in rows) else "validation"
-    key = {"test": "test_acc", "validation": "val_acc"}[kind]
-    return np.array([float(row[key]) for row in rows]), kind
+        axes.plot([1 - float(row["sparsity"]) for row in line], [float(row[column]) for row in line], marker="o",
+                  color=f"C{number}", label=f"{key[0]}, {key[1]} ({kind})")
 
 
 def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[Mapping[str, Any]], path: Path,

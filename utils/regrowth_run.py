@@ -199,7 +199,7 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     regrown = evaluate(model, run.val, run.precision).accuracy
     save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown / 100)
     print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.4f} -> "
-          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} %")
+          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} % before finetuning")
     trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=derive_seed(run.seed, "final finetune"),
                       precision=run.precision)
     result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")

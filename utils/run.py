@@ -196,6 +196,6 @@ def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     except KeyboardInterrupt:
         command = shlex.join(["python", *sys.argv])
         again = command if "--resume" in sys.argv or "-r" in sys.argv else f"{command} --resume"
-        print(f"\ninterrupted; finished epochs are saved. Continue with: {again}", file=sys.stderr)
+        print(f"\ninterrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,18 @@ def measure(work: Callable[..., Any], device: torch.device, *, repeats: int = 5,
         seconds.append(time.perf_counter() - start)
     counted = seconds[warmup:]
     return Timing(statistics.median(counted), min(counted), max(counted), repeats)
+
+
+def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
+                    prepare: Callable[[], Any] | None = None) -> list[Timing]:
+    """`measure` for several versions of one thing, in turn (A B A B ...), so that a machine whose speed drifts treats
+    them alike. Returns a `Timing` for each."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(warmup + repeats):
+        for mine, work in zip(seconds, works):
+            once = measure(work, device, repeats=1, warmup=0, prepare=prepare)
+            mine.extend([once.median] if number >= warmup else [])
+    return [Timing(statistics.median(mine), min(mine), max(mine), repeats) for mine in seconds]
 
 
 def peak_memory_mb(device: torch.device) -> float:

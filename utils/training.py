@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -147,7 +148,7 @@ class Trainer:
         if self.recipe.epochs == 0:
             self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
         with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
-                  disable=not show, dynamic_ncols=True, mininterval=0.5) as bar:
+                  disable=not show, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
             while not self.finished:
                 row = self._run_epoch(bar)
                 self._keep_best(row["val_acc"])
@@ -166,6 +167,11 @@ class Trainer:
         """Whether all epochs are done or the patience is spent."""
         waited = self.epoch - self.best_epoch
         return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited >= self.recipe.patience)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, validation not included, over all processes that an interrupted training took."""
+        return sum(row["seconds"] for row in self.history)
 
     def _run_epoch(self, bar: tqdm) -> dict[str, float]:
         start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]

@@ -1,0 +1,374 @@
+"""The search on problems whose answer is known: no network is trained here."""
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.controller import RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
+from utils.errors import UserError
+from utils.search import Ladder
+
+SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
+
+
+def small_problem(capacities: tuple[int, ...] = (6, 8, 5, 7, 4), budget: int = 12) -> AllocationProblem:
+    """Layers half pruned."""
+    layers = tuple(f"layer{i}" for i in range(len(capacities)))
+    return AllocationProblem(layers, capacities, budget, tuple(max(1, 2 * c) for c in capacities), (3,) * len(layers))
+
+
+class Trainer:
+    """Stands for mini-finetuning: a reward from a hash of its arguments; counts its calls, can be interrupted."""
+
+    def __init__(self, stop_at: int | None = None):
+        self.calls: list[tuple] = []
+        self.stop_at = stop_at
+
+    def __call__(self, allocation: tuple[int, ...], seed: int, epochs: int) -> float:
+        assert all(type(part) is int for part in (*allocation, seed, epochs))
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls.append((allocation, epochs))
+        return np.random.default_rng([seed, epochs, *allocation]).uniform(0.4, 0.6)
+
+
+class Toy:
+    """An enumerable problem: quadratic around a random best point, noisy where trained for few epochs."""
+
+    def __init__(self, seed: int):
+        self.problem = small_problem()
+        self.space = [point for point in itertools.product(*(range(c + 1) for c in self.problem.capacities))
+                      if sum(point) == self.problem.spend]
+        rng, points = np.random.default_rng(seed), np.array(self.space)
+        truth = 0.9 - 0.01 * ((points - points[rng.integers(len(points))]) ** 2).sum(axis=1)
+        self.rewards = {}
+        for epochs in (1, 3, 9):
+            seen = truth - 0.1 / epochs + 0.02 / epochs * rng.standard_normal(len(points))
+            self.rewards[epochs] = dict(zip(self.space, seen.clip(0, 1).tolist(), strict=True))
+
+    def __call__(self, allocation: tuple[int, ...], seed: int, epochs: int) -> float:
+        return self.rewards[epochs][allocation]
+
+    def best(self) -> tuple[int, ...]:
+        """By exhaustive evaluation at the top rung."""
+        return max(self.space, key=self.rewards[9].__getitem__)
+
+    def random_rewards(self, count: int) -> list[float]:
+        """Of random allocations after one epoch."""
+        draws = torch.Generator().manual_seed(0)
+        return [self(ALLOCATORS["random"](self.problem, draws), 0, 1) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def toy_searches() -> list[tuple[Toy, RegrowthPolicyGradient, tuple]]:
+    """(toy, search, result) over 12 seeds, each with a budget of 20 % of the exhaustive evaluation."""
+    searches = []
+    for seed in range(12):
+        toy = Toy(seed)
+        config = SearchConfig(num_epochs=100, batch_size=16, learning_rate=2e-2, hidden_size=16, eta=4,
+                              reward_temperature=0.02, start_beta=4.0, end_beta=2.0,
+                              search_budget=9 * len(toy.space) // 5)
+        search = RegrowthPolicyGradient(toy.problem, toy, config, seed)
+        searches.append((toy, search, search.run()))
+    return searches
+
+
+def test_finds_the_best_allocation_within_a_fifth_of_exhaustive_evaluation(toy_searches):
+    for toy, _, result in toy_searches:
+        assert len(toy.space) == 1055 and result.epochs_spent <= 0.2 * 9 * 1055
+        assert result.fidelity == 9 and result.reward == toy.rewards[9][result.allocation]
+        assert sum(reward > result.reward for reward in toy.rewards[9].values()) < 10  # the best 1 % at the very least
+    assert sum(result.allocation == toy.best() for toy, _, result in toy_searches) >= 10
+
+
+def test_controller_beats_random_allocation_on_as_many_evaluations(toy_searches):
+    gains = []
+    for toy, search, _ in toy_searches:
+        rewards = [row["reward"] for row in search.history if row["source"] == "rl"]
+        gains.append(np.mean(rewards[-64:]) - np.mean(toy.random_rewards(len(rewards))))
+    assert min(gains) > 0  # on every seed
+    assert np.mean(gains) > 10 * np.std(gains, ddof=1) / math.sqrt(len(gains))
+    assert np.mean(gains) > 0.15
+
+
+def test_agent_reports_the_allocations_and_probabilities_of_its_actions():
+    problem, agent = small_problem(), RegrowthAgent(hidden_size=8)
+    rollout = agent(problem, 20, torch.Generator().manual_seed(3))
+    assert rollout.actions.shape == rollout.log_probs.shape == rollout.entropies.shape == (20, 5)
+    assert rollout.actions.min() == 0 and rollout.actions.max() == 10
+    for actions, allocation in zip(rollout.actions.tolist(), rollout.allocations, strict=True):
+        assert allocation == ratios_to_allocation([a / 10 for a in actions], problem.capacities, problem.budget)
+    assert (rollout.log_probs <= 0).all() and (rollout.entropies <= math.log(11) + 1e-6).all()
+
+
+def test_agent_with_zero_weights_chooses_uniformly():
+    agent = RegrowthAgent(action_space_size=4, hidden_size=8)
+    for parameter in agent.parameters():
+        torch.nn.init.zeros_(parameter)
+    rollout = agent(small_problem((50,) * 3, 150), 400, torch.Generator().manual_seed(0))
+    live = rollout.decides
+    assert torch.allclose(rollout.log_probs[live], torch.tensor(-math.log(4)))
+    assert torch.allclose(rollout.entropies[live], torch.tensor(math.log(4)))
+    assert (rollout.actions.flatten().bincount() / 1200 - 0.25).abs().max() < 0.05  # 4 standard errors
+
+
+def test_an_action_without_effect_carries_no_gradient():
+    rollout = RegrowthAgent(hidden_size=8)(small_problem((0, 5, 5), 3), 50, torch.Generator().manual_seed(0))
+    assert not rollout.decides[:, 0].any() and rollout.decides[:, 1].all()
+    assert torch.equal(rollout.decides[:, 2], rollout.actions[:, 1] < 9)  # 0.9 of 3 rounds to all 3
+    assert (rollout.log_probs[~rollout.decides] == 0).all() and (rollout.entropies[~rollout.decides] == 0).all()
+    assert (rollout.log_probs[rollout.decides] < 0).all()
+
+
+def test_agent_follows_its_seed_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    first, again, other = (RegrowthAgent(seed=seed) for seed in (1, 1, 2))
+    first(small_problem(), 4, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert all(0.1 < parameter.abs().max() <= 64 ** -0.5 for parameter in first.parameters())
+
+
+def test_entropy_weight_by_hand():
+    config = SearchConfig(num_epochs=10)  # falls over the first 4 updates
+    assert [config.beta(epoch) for epoch in range(6)] == pytest.approx([0.4, 0.31, 0.22, 0.13, 0.04, 0.04])
+    assert SearchConfig(num_epochs=10, decay_fraction=0.0).beta(0) == 0.04
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([0.5, 0.51, 0.4, 1.0, 0.0])
+    expected = torch.tensor([0.0, 2.0, -20.0, 100.0, -100.0])  # ± 0.5 / 0.005 is just the limit
+    assert torch.allclose(scaled_advantages(rewards, 0.5, 0.005), expected, atol=1e-4)
+    assert scaled_advantages(torch.tensor([1.0, 0.0]), 0.2, 0.001).tolist() == [100.0, -100.0]
+
+
+def test_baseline_is_a_moving_average_that_starts_at_the_first_mean():
+    rewards = iter([0.2, 0.4, 0.6, 0.8, 0.5, 0.7])
+    config = SearchConfig(num_epochs=3, batch_size=2, rungs=(1,), search_budget=None, warm_start=False)
+    search = RegrowthPolicyGradient(small_problem((900,) * 4, 1000), lambda *_: next(rewards), config, seed=0)
+    search.run()
+    # first mean 0.3, which stays 0.3; 0.9 * 0.3 + 0.1 * 0.7 = 0.34; 0.9 * 0.34 + 0.1 * 0.6 = 0.366
+    assert [row["baseline"] for row in search.history] == pytest.approx([None, None, 0.3, 0.3, 0.34, 0.34])
+    assert search.baseline == pytest.approx(0.366)
+    assert [row["best"] for row in search.history] == [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
+
+
+def test_one_update_follows_the_gradient_of_the_stated_objective():
+    search = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=5)
+    search.baseline = 0.5
+    rollout = search.agent(search.problem, 2, torch.Generator().manual_seed(1))
+    log_p, entropy = rollout.log_probs.sum(dim=1), rollout.entropies.sum(dim=1)
+    # Advantages (0.51 - 0.5) / 0.005 = 2 and (0.485 - 0.5) / 0.005 = -3; the mean over two episodes.
+    loss = -(2 * log_p[0] - 3 * log_p[1]) / 2 - 0.4 * (entropy[0] + entropy[1]) / 2
+    expected = torch.autograd.grad(loss, list(search.agent.parameters()), retain_graph=True)
+    search._learn(rollout, [0.51, 0.485])
+    for parameter, gradient in zip(search.agent.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-4)
+    assert search.baseline == pytest.approx(0.9 * 0.5 + 0.1 * 0.4975)
+
+
+def climb(ladder: Ladder, next_trial, reward) -> list:
+    """Pays for promotions until there is none; returns the trials."""
+    trials = []
+    while (trial := next_trial()) is not None:
+        ladder.record(trial, reward(trial))
+        trials.append(trial)
+    return trials
+
+
+def test_ladder_promotes_the_best_third_of_every_rung():
+    ladder = Ladder((1, 3, 9), eta=3)
+    for i in range(8):
+        ladder.record(((i,), 1), i / 10)
+
+    def value(trial):
+        return trial[0][0] / 10
+
+    assert climb(ladder, ladder.promotion, value) == [((7,), 3), ((6,), 3)]  # 8 // 3
+    ladder.record(((8,), 1), 0.65)
+    assert climb(ladder, ladder.promotion, value) == [((8,), 3), ((8,), 9)]  # 3 at rung two: its best to the top
+    assert ladder.spent == 9 * 1 + 3 * 3 + 9
+    assert climb(ladder, ladder.final_promotion, value) == []  # 3 of 9 and 1 of 3 are up already
+    assert ladder.leader() == ((8,), 9)  # the only one at the top
+
+
+def test_the_final_ladder_takes_a_leader_to_the_top_and_spends_what_is_left():
+    ladder = Ladder((1, 3, 9), eta=3, budget=20)
+    for i in range(4):
+        ladder.record(((i,), 1), i / 10)
+    # 2 of 4 go on (a third, rounded up); on the second rung the order turns round; 1 epoch of 20 is left.
+    assert climb(ladder, ladder.final_promotion, lambda trial: 1 - trial[0][0] / 10) == [
+        ((3,), 3), ((2,), 3), ((2,), 9)]
+    assert ladder.spent == 19 and ladder.leader() == ((2,), 9)
+    ladder.budget = 1000
+    climb(ladder, ladder.final_promotion, lambda trial: 0.5)
+    assert ladder.spent == 4 * (1 + 3 + 9)
+
+
+def test_new_candidates_leave_the_way_to_the_top_open():
+    ladder = Ladder((1, 3, 9), eta=3, budget=20)
+    for i in range(4):
+        ladder.record(((i,), 1), i / 10)
+    new = [((i,), 1) for i in range(4, 8)]
+    assert ladder.affords(new)  # 4 + 4 are 8, and 12 of 20 take one of them up
+    assert ladder.affords(new + new + [((0,), 1)])  # doubles and what was paid for cost nothing
+    assert not ladder.affords([*new, ((8,), 1)])
+    assert Ladder((1, 3, 9), eta=3).affords(new * 1000)
+
+
+@pytest.mark.parametrize(("budget", "rungs"), [(None, (1, 3, 9)), (13, (1, 3, 9)), (12, (1, 3)), (3, (1,))])
+def test_rungs_that_the_budget_cannot_reach_are_left_out(budget, rungs):
+    assert Ladder((1, 3, 9), 3, budget).rungs == rungs
+
+
+def test_equal_rewards_are_ranked_by_arrival():
+    ladder = Ladder((1, 2), eta=2)
+    for i in (3, 1, 2):
+        ladder.record(((i,), 1), 0.5)
+    assert ladder.ranked(1) == [(3,), (1,), (2,)] and ladder.leader() == ((3,), 1)
+    with pytest.raises(ValueError, match="no candidate"):
+        Ladder((1,), 2).leader()
+
+
+@pytest.mark.parametrize("budget", [6, 13, 14, 40, 60, 61, 200])
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_the_budget_is_never_exceeded_and_the_winner_was_at_the_top(budget, warm_start):
+    trainer = Trainer()
+    config = SearchConfig(num_epochs=30, batch_size=3, hidden_size=8, search_budget=budget, warm_start=warm_start)
+    search = RegrowthPolicyGradient(small_problem(), trainer, config, seed=1)
+    result = search.run()
+    assert result.epochs_spent == sum(epochs for _, epochs in trainer.calls) <= budget
+    assert result.fidelity == search.ladder.rungs[-1] == (9 if budget >= 15 else 3)
+    assert [row["epochs_spent"] for row in search.history] == sorted(row["epochs_spent"] for row in search.history)
+    assert search.history[-1]["epochs_spent"] == result.epochs_spent
+
+
+def test_a_repeated_allocation_is_looked_up():
+    trainer = Trainer()
+    problem = small_problem((1, 1), 1)  # two allocations in all
+    search = RegrowthPolicyGradient(problem, trainer, SMALL, seed=0)
+    search.run()
+    assert len(trainer.calls) == len(set(trainer.calls)) <= 2 * 3
+    assert sum(1 - row["cached"] for row in search.history) == len(trainer.calls)
+    rows = [row for row in search.history if row["source"] == "rl"]
+    assert len(rows) == 24 and {row["allocation"] for row in rows} == {(1, 0), (0, 1)}
+    assert len({(row["allocation"], row["reward"]) for row in rows}) == 2
+
+
+@pytest.mark.parametrize(("capacities", "budget"), [((0, 0), 5), ((3, 4), 0), ((2, 0, 3), 99)])
+def test_a_problem_with_one_solution_is_searched_without_complaint(capacities, budget):
+    result = RegrowthPolicyGradient(small_problem(capacities, budget), Trainer(), SMALL, seed=0).run()
+    assert result.allocation == tuple(min(c, budget) for c in capacities) and result.fidelity == 9
+    assert result.epochs_spent == 1 + 3 + 9
+
+
+def test_single_fidelity_is_the_published_search():
+    trainer = Trainer()
+    config = SearchConfig(num_epochs=4, batch_size=2, rungs=(50,), search_budget=None, warm_start=False)
+    search = RegrowthPolicyGradient(small_problem(), trainer, config, seed=0)
+    result = search.run()
+    assert {epochs for _, epochs in trainer.calls} == {50} and result.fidelity == 50 and result.episodes == 8
+    assert {row["source"] for row in search.history} == {"rl"}
+    assert result.reward == max(row["reward"] for row in search.history)
+
+
+def test_warm_start_adds_candidates_and_leaves_the_controller_alone():
+    configs = (SearchConfig(num_epochs=5, hidden_size=8, search_budget=None, warm_start=warm) for warm in (True, False))
+    warm, cold = (RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=4) for config in configs)
+    warm.run()
+    cold.run()
+    assert [row["source"] for row in warm.history[:4]] == ["proportional", "uniform", "greedy", "erk"]
+    assert warm.history[2]["allocation"] == (6, 6, 0, 0, 0)
+    for a, b in zip(warm.agent.parameters(), cold.agent.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def without_seconds(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def assert_same_search(a: RegrowthPolicyGradient, b: RegrowthPolicyGradient) -> None:
+    assert without_seconds(a.history) == without_seconds(b.history)
+    assert a.baseline == b.baseline and a.epoch == b.epoch and a.ladder.rewards == b.ladder.rewards
+    assert torch.equal(a.state_dict()["sampler"], b.state_dict()["sampler"])
+    for x, y in zip(a.agent.parameters(), b.agent.parameters(), strict=True):
+        assert torch.equal(x, y)
+    for x, y in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True):
+        assert all(torch.equal(x[key], y[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("budget", [None, 90])
+def test_resume_from_any_update_is_bit_for_bit(tmp_path, budget):
+    config = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=budget)
+    straight = RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=2)
+    states = [straight.state_dict()]
+    result = straight.run(on_epoch=lambda epoch: states.append(straight.state_dict()))
+    assert len(states) > 4
+    for number, state in enumerate([*states, straight.state_dict()]):
+        save_checkpoint(state, tmp_path / f"{number}.pth")
+        resumed = RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=2)
+        resumed.load_state_dict(load_checkpoint(tmp_path / f"{number}.pth"))
+        assert resumed.run() == result
+        assert_same_search(straight, resumed)
+
+
+def test_an_interrupted_search_repeats_no_training():
+    straight = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=3)
+    straight.run()
+    total = len(straight.evaluate.calls)
+    for stop_at in (0, 2, 5, 17, total - 5, total - 1):
+        stopped = RegrowthPolicyGradient(small_problem(), Trainer(stop_at), SMALL, seed=3)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run()
+        resumed = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=3)
+        resumed.load_state_dict(stopped.snapshot())
+        resumed.run()
+        assert_same_search(straight, resumed)
+        assert len(resumed.evaluate.calls) == total - stop_at
+
+
+def test_a_search_can_go_on_for_longer_but_not_be_another_one():
+    search = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=0)
+    search.run()
+
+    def resumed(problem=search.problem, seed=0, **change):
+        other = RegrowthPolicyGradient(problem, Trainer(), SearchConfig(**{**vars(SMALL), **change}), seed)
+        other.load_state_dict(search.state_dict())
+        return other
+
+    longer = resumed(num_epochs=12)
+    longer.run()
+    assert longer.epoch == 12 and not set(longer.evaluate.calls) & set(search.evaluate.calls)
+    for change, complaint in [({"eta": 4}, r"eta 3 \(asked: 4\)"), ({"seed": 1}, r"seed 0 \(asked: 1\)"),
+                              ({"problem": small_problem(budget=11)}, r"budget 12 \(asked: 11\)")]:
+        with pytest.raises(UserError, match=complaint):
+            resumed(**change)
+
+
+@pytest.mark.parametrize("reward", [93.5, -0.1, float("nan")])
+def test_a_reward_that_is_no_fraction_is_refused(reward):
+    with pytest.raises(ValueError, match="fraction"):
+        RegrowthPolicyGradient(small_problem(), lambda *_: reward, SMALL, seed=0).run()
+
+
+@pytest.mark.parametrize("change", [
+    {"num_epochs": 0}, {"batch_size": 0}, {"action_space_size": 1}, {"eta": 1}, {"learning_rate": 0.0},
+    {"reward_temperature": -1.0}, {"decay_fraction": 1.5}, {"baseline_decay": -0.1}, {"rungs": ()}, {"rungs": (3, 1)},
+    {"rungs": (0, 1)}, {"rungs": (2, 2)},
+])
+def test_impossible_configurations_are_refused_by_name(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        SearchConfig(**change)
+
+
+def test_a_budget_below_one_batch_is_refused():
+    config = SearchConfig(batch_size=3, rungs=(50,), search_budget=149)
+    with pytest.raises(UserError, match="3 candidates for 50 epochs take 150"):
+        RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=0)
