@@ -1,0 +1,448 @@
+"""Per-class saliency: closed forms, explicit loops, Hutchinson against exact Hessians, counts by hand, a smoke run."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import REPOSITORY
+from utils import saliency_analysis, saliency_plots
+from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
+from utils.checkpoint import dense_path, save_checkpoint
+from utils.class_saliency import (
+    ClassSaliency,
+    WeightFunction,
+    compute_class_saliency,
+    diagonal_probes,
+    gradient_saliency,
+    hessian_saliency,
+)
+from utils.data_loader import BatchLoader
+from utils.errors import UserError
+from utils.model_loader import model_loader
+from utils.saliency_analysis import analyse, class_sample, count_few_class, noise_warning, same_scale, verdict
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def linear_problem(images: int = 7, inputs: int = 4, classes: int = 3) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A softmax classifier with its inputs and targets."""
+    torch.manual_seed(3)
+    model, inputs_ = nn.Linear(inputs, classes), torch.randn(images, inputs)
+    return model, inputs_, torch.arange(images) % 3
+
+
+def image_batches() -> list[tuple[Tensor, Tensor]]:
+    """Two batches of random images of five classes; class 4 has none."""
+    random = torch.Generator().manual_seed(1)
+    batches = []
+    for targets in ([0, 1, 2, 3, 0], [1, 1, 3]):
+        inputs = torch.randn(len(targets), 3, 32, 32, generator=random).to(memory_format=torch.channels_last)
+        batches.append((inputs, torch.tensor(targets)))
+    return batches
+
+
+def trained_statistics(model: nn.Module) -> nn.Module:
+    """The model in training mode with batch-norm statistics that are not the identity."""
+    random = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=random))
+            module.running_var.copy_(torch.rand(module.num_features, generator=random) + 0.5)
+    return model.train()
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Equal but for float32 rounding, whose size goes by the largest value of the layer."""
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def prune_some(model: nn.Module, fraction: float = 0.6) -> nn.Module:
+    random = torch.Generator().manual_seed(4)
+    set_masks(model, {name: torch.rand(layer.weight.shape, generator=random) > fraction
+                      for name, layer in prunable_layers(model).items()})
+    return model
+
+
+# --- per-image gradients -------------------------------------------------------------------------------------------
+
+
+def test_closed_form_of_a_linear_classifier():
+    model, inputs, targets = linear_problem()
+    found = gradient_saliency(model, [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])], 3)
+    with torch.no_grad():
+        errors = torch.softmax(model(inputs), 1) - F.one_hot(targets, 3)  # dl/dlogits of softmax cross-entropy
+        gradients = errors[:, :, None] * inputs[:, None, :]  # (p - y) x^T
+        for label in range(3):
+            own = gradients[targets == label]
+            torch.testing.assert_close(found["gradient"].matrices[""][label], own.abs().mean(0).flatten())
+            expected = own.square().mean(0) * model.weight.square()
+            torch.testing.assert_close(found["fisher"].matrices[""][label], expected.flatten())
+    assert found["fisher"].images == [(targets == label).sum() for label in range(3)]
+    assert found["fisher"].probes is None and found["fisher"].matrices[""].dtype == torch.float32
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_agrees_with_single_image_backward_passes(small_cnn, pruned):
+    model = trained_statistics(small_cnn)
+    model = prune_some(model) if pruned else model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = image_batches()
+    found = gradient_saliency(model, batches, 5)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    plain = clone_model(model).eval()
+    layers, masks = prunable_layers(plain), get_masks(plain)
+    expected = {name: torch.zeros(2, 5, layer.weight.numel()) for name, layer in layers.items()}
+    counts = torch.zeros(5)
+    for inputs, targets in batches:
+        for image, target in zip(inputs, targets):
+            loss = F.cross_entropy(plain(image[None]), target[None])
+            for name, gradient in zip(layers, torch.autograd.grad(loss, [layer.weight for layer in layers.values()])):
+                expected[name][0, target] += gradient.abs().flatten()
+                expected[name][1, target] += gradient.square().flatten()
+            counts[target] += 1
+    assert found["gradient"].images == counts.tolist() and counts[4] == 0
+    for name, layer in layers.items():
+        means = expected[name] / counts.clamp_min(1)[:, None]
+        fisher = means[1] * layer.weight.detach().square().flatten()
+        assert_same(found["gradient"].matrices[name], means[0])
+        assert_same(found["fisher"].matrices[name], fisher)
+        if pruned:  # theta = 0 there, though the loss has a gradient
+            gone = ~masks[name].flatten()
+            assert found["fisher"].matrices[name][:, gone].count_nonzero() == 0
+            assert found["gradient"].matrices[name][:, gone].count_nonzero() > 0
+
+
+def test_chunks_do_not_change_the_result(small_cnn):
+    batches = image_batches()
+    whole = gradient_saliency(small_cnn, batches, 5)
+    for chunk in (1, 2, 3):
+        parts = gradient_saliency(small_cnn, batches, 5, chunk=chunk)
+        for measure, saliency in parts.items():
+            for name, matrix in saliency.matrices.items():
+                assert_same(matrix, whole[measure].matrices[name])
+
+
+class CountedLoader(list):
+    """Batches that count how often they are iterated over."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_one_pass_for_all_classes_equals_a_pass_for_each(small_cnn):
+    batches = CountedLoader(image_batches())
+    together = gradient_saliency(small_cnn, batches, 5)
+    assert batches.passes == 1
+    for label in range(4):
+        own = [(inputs[targets == label], targets[targets == label]) for inputs, targets in batches]
+        alone = gradient_saliency(small_cnn, [batch for batch in own if len(batch[1])], 5)
+        for measure in ("gradient", "fisher"):
+            for name, matrix in together[measure].matrices.items():
+                assert_same(matrix[label], alone[measure].matrices[name][label])
+
+
+def test_published_interface():
+    model, inputs, targets = linear_problem()
+    both = gradient_saliency(model, [(inputs, targets)], 3)
+    for second_order, measure in ((False, "gradient"), (True, "fisher")):
+        found = compute_class_saliency(model, [(inputs, targets)], 3, use_second_order=second_order)
+        assert found.measure == measure and torch.equal(found.matrices[""], both[measure].matrices[""])
+
+
+def test_an_empty_loader_is_an_error():
+    model = linear_problem()[0]
+    for compute in (gradient_saliency, hessian_saliency):
+        with pytest.raises(ValueError, match="no image"):
+            compute(model, [], 3)
+
+
+def test_chunk_size_follows_the_memory():
+    network, image = WeightFunction(model_loader("vgg16", seed=0)), torch.zeros(1, 3, 32, 32)
+    gradient = 4 * 14_715_584  # bytes
+    chunk = network.chunk_size(image)
+    assert 2 <= chunk <= (1 << 30) / (2 * gradient)
+    assert network.chunk_size(image, memory=1) == 1 and network.chunk_size(image, memory=1 << 40) == 64
+
+
+# --- the Hessian ---------------------------------------------------------------------------------------------------
+
+
+def test_a_diagonal_quadratic_is_exact_with_one_probe():
+    curvature = {"a": torch.tensor([[2.0, -3.0]]), "b": torch.tensor([0.0, 5.0, 0.25])}
+    weights = {name: torch.randn_like(value) for name, value in curvature.items()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return sum((0.5 * curvature[name] * values[name] ** 2).sum() for name in values)
+    (estimate,) = diagonal_probes(loss, weights, 1, torch.Generator().manual_seed(0))
+    for name, value in curvature.items():
+        torch.testing.assert_close(estimate[name], value)
+
+
+def test_hutchinson_against_the_exact_diagonal_of_a_tiny_network():
+    torch.manual_seed(5)
+    inputs, targets = torch.randn(6, 3), torch.randint(3, (6,))
+    weights = {"first": torch.randn(4, 3), "second": torch.randn(3, 4)}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.tanh(inputs @ values["first"].T) @ values["second"].T, targets)
+    exact = torch.autograd.functional.hessian(
+        lambda flat: loss({"first": flat[:12].view(4, 3), "second": flat[12:].view(3, 4)}),
+        torch.cat([weight.flatten() for weight in weights.values()]))
+    probes = [torch.cat([estimate["first"].flatten(), estimate["second"].flatten()])
+              for estimate in diagonal_probes(loss, weights, 2000, torch.Generator().manual_seed(0))]
+    # the variance of z_i (Hz)_i is the sum of the squared off-diagonal entries of the row
+    deviation = (exact.square().sum(1) - exact.diagonal().square()).clamp_min(0).sqrt()
+    stacked = torch.stack(probes)
+    assert ((stacked.mean(0) - exact.diagonal()).abs() <= 4.5 * deviation / 2000**0.5 + 1e-6).all()
+    torch.testing.assert_close(stacked.std(0), deviation, rtol=0.1, atol=1e-3)
+
+
+def test_hessian_saliency_of_a_linear_classifier_in_closed_form():
+    model, inputs, targets = linear_problem(images=40)
+    found = hessian_saliency(model, [(inputs[:25], targets[:25]), (inputs[25:], targets[25:])], 3, probes=150, group=4)
+    with torch.no_grad():
+        p = torch.softmax(model(inputs), 1)
+        diagonal = (p * (1 - p))[:, :, None] * inputs.square()[:, None, :]  # d2l / dW_kd^2 of one image
+    for label in range(3):
+        own = targets == label
+        exact = 0.5 * (diagonal[own].mean(0) * model.weight.detach().square()).flatten()
+        error = (found.matrices[""][label] - exact).square().mean().sqrt()
+        # `noise` also counts how much the images differ, so that it is no less than the error of the signs
+        assert error <= 3 * found.noise[""][label] * found.matrices[""][label].square().mean().sqrt()
+        assert error <= 0.1 * exact.square().mean().sqrt()
+        groups = sum(-(-int(own[part].sum()) // 4) for part in (slice(25), slice(25, None)))
+        assert found.images[label] == own.sum() and found.probes[label] == 150 * groups
+
+
+def test_reported_errors_are_the_spread_over_seeds():
+    model, inputs, _ = linear_problem()
+    batch = (inputs[:1].expand(24, -1), torch.ones(24, dtype=torch.int64))  # one image: the signs alone differ
+    runs = [hessian_saliency(model, [batch], 3, probes=2, group=2, seed=seed) for seed in range(40)]
+    estimates = torch.stack([run.matrices[""][1] for run in runs])
+    spread = estimates.var(0).mean().sqrt()
+    reported = np.mean([run.noise[""][1] * float(run.matrices[""][1].square().mean().sqrt()) for run in runs])
+    assert reported == pytest.approx(float(spread), rel=0.2)
+    of_means = np.mean([run.mean_error[""][1] for run in runs])
+    assert of_means == pytest.approx(float(estimates.mean(1).std()), rel=0.3)
+    assert not torch.equal(estimates[0], estimates[1])
+    again = hessian_saliency(model, [batch], 3, probes=2, group=2, seed=0)
+    assert torch.equal(again.matrices[""][1], estimates[0]) and again.probes == [0, 24, 0]
+    single = hessian_saliency(model, [batch], 3, probes=1, group=24)
+    assert np.isnan(single.noise[""][1]) and single.matrices[""][[0, 2]].count_nonzero() == 0
+
+
+def test_hessian_saliency_of_a_pruned_network_is_zero_where_pruned(small_cnn):
+    model = prune_some(trained_statistics(small_cnn))
+    found = hessian_saliency(model, image_batches(), 5)
+    for name, mask in get_masks(model).items():
+        assert found.matrices[name][:, ~mask.flatten()].count_nonzero() == 0
+        assert found.matrices[name][:4].count_nonzero() > 0
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_few_class_counts_by_hand():
+    values = np.array([[9, 0, 0, 8, 1],
+                       [9, 7, 0, 8, 1],
+                       [9, 7, 0, 0, 1]])
+    counts = count_few_class(values, percentile=55, few_classes=2)
+    # sorted: five 0, three 1, two 7, two 8, three 9; the 55th percentile lies at rank 7.7 of 0..14
+    assert counts.threshold == pytest.approx(1 + 0.7 * 6)
+    # above it: weight 0 for all three classes, 1 for classes 1 and 2, 3 for classes 0 and 1
+    assert counts.important.tolist() == [2, 3, 2] and counts.important_any == 3
+    assert counts.few.tolist() == [1, 2, 1] and counts.few_any == 2
+    assert count_few_class(values, 55, few_classes=1).few_any == 0
+    empty = count_few_class(np.zeros((3, 0)), 90, 2)
+    assert np.isnan(empty.threshold) and empty.few.tolist() == [0, 0, 0] and empty.important_any == 0
+
+
+def test_few_class_counts_against_a_loop():
+    for seed in range(5):
+        values = np.random.RandomState(seed).rand(6, 50) ** 3
+        counts = count_few_class(values, 80, 2)
+        above = [[label for label in range(6) if values[label, weight] > counts.threshold] for weight in range(50)]
+        assert sum(len(labels) for labels in above) == 60  # 20 % of 300 values
+        few = [labels for labels in above if 1 <= len(labels) <= 2]
+        assert counts.few_any == len(few) and counts.important_any == sum(bool(labels) for labels in above)
+        assert counts.few.tolist() == [sum(label in labels for labels in few) for label in range(6)]
+
+
+def test_same_scale_ignores_the_size_of_a_class():
+    values = np.array([[1.0, 3.0], [10.0, 30.0], [0.0, 0.0], [-1.0, 3.0]])
+    assert same_scale(values).tolist() == [[0.5, 1.5], [0.5, 1.5], [0, 0], [-0.5, 1.5]]
+
+
+def by_hand() -> tuple[ClassSaliency, dict[str, Tensor]]:
+    """Two classes; layer `a` has four weights, one of them pruned, layer `b` two, `c` only pruned ones."""
+    matrices = {"a": torch.tensor([[1.0, 2.0, 99.0, 3.0], [4.0, 4.0, 99.0, 4.0]]),
+                "b": torch.tensor([[1.0, 3.0], [2.0, 2.0]]), "c": torch.tensor([[5.0], [5.0]])}
+    masks = {"a": torch.tensor([[True, True], [False, True]]), "b": torch.ones(2, dtype=torch.bool),
+             "c": torch.zeros(1, dtype=torch.bool)}
+    return ClassSaliency("gradient", matrices, [10, 20]), masks
+
+
+def test_statistics_by_hand():
+    by_class, by_layer = analyse(*by_hand(), ["cat", "dog"], percentile=50, few_classes=1)
+    rows = {(row["layer"], row["class"]): row for row in by_class}
+    assert list(rows) == list(product("abc", ["cat", "dog"]))
+    cat = rows["a", "cat"]
+    assert (cat["weights"], cat["pruned"], cat["images"]) == (3, 1, 10) and rows["a", "dog"]["images"] == 20
+    assert (cat["mean"], cat["median"], cat["max"]) == (2, 2, 3) and cat["std"] == pytest.approx((2 / 3) ** 0.5)
+    assert cat["share"] == 6 / 10 and rows["b", "cat"]["share"] == 4 / 10 and rows["a", "dog"]["share"] == 12 / 16
+    # layer a: the median of 1 2 3 4 4 4 is 3.5, which only the dog's weights exceed
+    assert cat["important"] == 0 and rows["a", "dog"]["few_class"] == 3
+    assert rows["c", "cat"]["weights"] == 0 and np.isnan(rows["c", "cat"]["mean"]) and rows["c", "cat"]["share"] == 0
+    layer = by_layer[0]
+    assert (layer["threshold"], layer["important"], layer["few_class"]) == (3.5, 3, 3)
+    assert (layer["few_class_cat"], layer["few_class_dog"]) == (0, 3)
+    # on one scale the rows are .5 1 1.5 and 1 1 1: only the cat's last weight is above the median, 1
+    assert (layer["important_scaled"], layer["few_class_scaled"]) == (1, 1)
+    assert "noise" not in cat and by_layer[2]["important"] == 0
+
+
+def layer_row(important: int, few: int, scaled: tuple[int, int], **per_class: int) -> dict[str, int]:
+    return {"important": important, "few_class": few, "important_scaled": scaled[0], "few_class_scaled": scaled[1],
+            **{f"few_class_{name}": number for name, number in per_class.items()}}
+
+
+def test_the_verdict_follows_the_numbers():
+    classes = ["cat", "dog", *"cdefghij"]
+    counts = dict.fromkeys(classes, 5) | {"cat": 40, "dog": 1}
+    rows = [layer_row(60, 30, (50, 1), **counts), layer_row(40, 20, (50, 2), **counts)]
+    text = verdict(rows, classes, 90, 3)
+    assert "100 weights" in text and "50 of them (50.0%)" in text and "it is 3.0%" in text
+    assert "serve most classes" in text and "'cat' (80)" in text and "'dog' (2)" in text
+    assert "98.0%" in text  # (P(1) + P(2) + P(3)) / (1 - P(0)) of a binomial with 10 draws at 0.1
+    assert "share part" in verdict([layer_row(9, 9, (10, 5), **counts)], classes, 90, 3)
+    assert "serve few classes" in verdict([layer_row(9, 9, (10, 10), **counts)], classes, 90, 3)
+    assert verdict([layer_row(0, 0, (0, 0), **counts)], classes, 90, 3) == "no weight stands out for any class"
+
+
+def test_a_noisy_estimate_is_called_noise():
+    row = {"noise": 0.9, "probes": 12}
+    assert "relative standard error 0.90 with 12" in noise_warning([row, {**row, "probes": 13}])
+    assert noise_warning([{**row, "noise": 0.1}] * 3) is None and noise_warning([{"mean": 1.0}]) is None
+    assert "unknown" in noise_warning([{**row, "noise": float("nan")}])
+
+
+def test_class_sample_is_balanced_unaugmented_and_reproducible(tiny_dataset, tiny_loaders):
+    train = tiny_loaders[0]
+    sample = class_sample(train, 4, seed=0)
+    targets = torch.cat([labels for _, labels in sample])
+    assert targets.tolist() == sorted(list(range(5)) * 4) and sample.num_images == 20
+    again, other = class_sample(train, 4, seed=0), class_sample(train, 4, seed=1)
+    assert torch.equal(again.images, sample.images) and not torch.equal(other.images, sample.images)
+    stored = {image.numpy().tobytes() for image in train.images}
+    assert all(image.numpy().tobytes() in stored for image in sample.images)
+    assert class_sample(train, 0, seed=0).num_images == train.num_images == 160
+    assert train.augment and isinstance(sample, BatchLoader) and not sample.augment and not sample.shuffle
+
+
+# --- figures and the script ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_figures_of_difficult_rows(tmp_path, signed):
+    """Zeros, a layer without weights, a class without images, negative values, more than ten classes."""
+    random, rows = np.random.RandomState(0), []
+    for layer, name in product(range(4), "abcdefghijkl"):
+        numbers = np.sort(random.randn(5) if signed else random.rand(5) ** 4) * (name != "a")
+        numbers = numbers if layer != 3 else np.full(5, np.nan)
+        extra = {"mean_error": 0.1} if signed else {}
+        rows.append({"layer": f"layer{layer}", "class": name, "weights": 5, "mean": numbers.mean(), **extra,
+                     **dict(zip(("q05", "q25", "median", "q75", "q95"), numbers))})
+    saliency_plots.plot_distributions(rows, tmp_path / "d.png", "title", "nats")
+    saliency_plots.plot_layer_means(rows, tmp_path / "l.png", "title", "nats")
+    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", "title")
+    for name in "dlh":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def save_model(root: Path, model: nn.Module) -> Path:
+    path = dense_path(root, "resnet20")
+    save_checkpoint({"net": model.state_dict(), "acc": 10.0, "epoch": 1}, path)
+    return path
+
+
+def run_module(*words: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TQDM_MININTERVAL": "60"}
+    return subprocess.run([sys.executable, "-m", "utils.saliency_analysis", *map(str, words)], cwd=REPOSITORY,
+                          env=environment, text=True, capture_output=True, timeout=240)
+
+
+@pytest.fixture
+def tiny_options(image_folder, tmp_path) -> list[str]:
+    return list(map(str, ["--m_name", "resnet20", "--data_dir", image_folder, "--root", tmp_path, "--device", "cpu"]))
+
+
+def test_measures_come_in_turn(small_cnn, tiny_loaders, tiny_dataset):
+    run = SimpleNamespace(data=tiny_dataset, seed=0)
+    sample = class_sample(tiny_loaders[0], 3, seed=0)
+    for measures in (["gradient", "fisher", "hessian"], ["fisher"], ["hessian"]):
+        args = SimpleNamespace(measure=measures, chunk=4, probes=2)
+        found = list(saliency_analysis.compute(run, args, small_cnn, sample))
+        assert [saliency.measure for saliency in found] == measures
+        assert all(saliency.images == [3] * 5 for saliency in found)
+        assert found[-1].probes == ([2] * 5 if measures[-1] == "hessian" else None)
+
+
+def test_the_module_runs_and_leaves_tables_figures_and_card(tiny_options, tmp_path):
+    model = prune_some(model_loader("resnet20", seed=0), fraction=0.9)
+    save_model(tmp_path, model)
+    process = run_module(*tiny_options, "--samples_per_class", 1, "--measure", "hessian")
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "saliency_analysis" / "resnet20"
+    assert str(folder) in process.stdout and "hessian: single weights are mostly noise" in process.stdout
+    for name in ("distributions", "layers", "heatmap"):
+        assert (folder / f"hessian_{name}.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "hessian_by_class.csv") as file:
+        rows = list(csv.DictReader(file))
+    kept = {name: int(mask.sum()) for name, mask in get_masks(model).items()}
+    assert len(rows) == 22 * 10 and all(int(row["weights"]) == kept[row["layer"]] for row in rows)
+    assert {row["probes"] for row in rows} == {"2"} and {row["images"] for row in rows} == {"1"}
+    for name in {row["class"] for row in rows}:
+        assert sum(float(row["share"]) for row in rows if row["class"] == name) == pytest.approx(1, abs=1e-3)
+    with open(folder / "hessian_few_classes.csv") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == list(kept)
+    assert not (folder / "gradient_by_class.csv").exists()
+    card = json.loads((folder / "saliency_analysis.json").read_text())
+    assert card["measures"]["hessian"]["probes"] == [2] * 10 and card["measures"]["hessian"]["images"] == [1] * 10
+    assert card["sparsity"] == pytest.approx(0.9, abs=0.01) and card["precision"] == "fp32"
+
+
+def test_user_errors(tiny_options, tmp_path):
+    with pytest.raises(UserError, match="make it with: python main.py --m_name resnet20 --pruner none .*--root"):
+        saliency_analysis.main(tiny_options)
+    save_model(tmp_path, model_loader("resnet20", num_classes=7))
+    for words, message in ((["--few_classes", "10"], "not few of 10 classes"),
+                           (["--threshold_percentile", "100"], "below 100"),
+                           (["--precision", "bf16"], "fp32 only"),
+                           (["--checkpoint", str(tmp_path / "none.pth")], "no checkpoint at"),
+                           ([], "does not fit this model")):
+        with pytest.raises(UserError, match=message):
+            saliency_analysis.main([*tiny_options, *words])
+    assert not (tmp_path / "saliency_analysis").exists()
