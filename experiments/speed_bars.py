@@ -118,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, resumable=False)

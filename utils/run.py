@@ -186,14 +186,20 @@ def open_run(args: argparse.Namespace) -> Run:
                command=shlex.join(["python", *sys.argv]))
 
 
-def script(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
-    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130."""
+def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True) -> NoReturn:
+    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
+
+    resumable: whether the script has `--resume`.
+    """
     try:
         main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        if not resumable:
+            print("\ninterrupted; run the same command again", file=sys.stderr)
+            sys.exit(130)
         command = shlex.join(["python", *sys.argv])
         again = command if "--resume" in sys.argv or "-r" in sys.argv else f"{command} --resume"
         print(f"\ninterrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
