@@ -69,14 +69,13 @@ def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
     return [part.view(weight.shape) for part, weight in zip(mask.split([w.numel() for w in weights]), weights)]
 
 
-def elementwise_regrowth(weight: Tensor, mask: Tensor, scores: Tensor, k: int) -> None:
-    """Regrows the k best-scored pruned weights of one layer with value 0, one index at a time; in place.
+def elementwise_regrowth(weight: Tensor, mask: Tensor, scores: Tensor, values: Tensor, k: int) -> None:
+    """Regrows the k best-scored pruned weights of one layer one index at a time, as the published scripts do; in place.
 
-    weight, mask (1 active, 0 pruned), scores: CPU tensors of one shape.
+    weight, mask (1 active, 0 pruned), scores and values (what a weight returns with): contiguous tensors of one shape.
     """
-    flat_mask, flat_scores, flat_weight = mask.view(-1), scores.reshape(-1), weight.view(-1)
-    pruned = [i for i in range(flat_mask.numel()) if flat_mask[i].item() == 0]
-    pruned.sort(key=lambda i: -flat_scores[i].item())
-    for i in pruned[:k]:
-        flat_mask[i] = 1.0
-        flat_weight[i] = 0.0
+    flat_mask, flat_weight, flat_values = mask.view(-1), weight.view(-1), values.view(-1)
+    candidates = torch.where(flat_mask == 0, scores.view(-1), -torch.inf)
+    for index in torch.topk(candidates, k).indices.tolist():
+        flat_mask[index] = 1.0
+        flat_weight[index] = flat_values[index]

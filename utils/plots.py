@@ -174,6 +174,38 @@ def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: M
                    f"Spearman = {result['spearman']:+.2f} (p = {result['spearman_p']:.3f})", fontsize=10)
 
 
+def plot_benchmark(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Left: a bar per method, its stages stacked (seconds); right: every stage by itself on a log axis, median with
+    fastest and slowest.
+
+    rows: method, stage, median_s, fastest_s, slowest_s; the same stages in the same order for every method.
+    """
+    methods, stages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "stage"))
+    table = {(row["method"], row["stage"]): row for row in rows}
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    for number, method in enumerate(methods):
+        start = 0.0
+        for color, stage in enumerate(stages):
+            seconds = table[method, stage]["median_s"]
+            left.barh(method, seconds, left=start, color=f"C{color}", label=None if number else stage)
+            start += seconds
+        values, fastest, slowest = (np.array([table[method, stage][key] for stage in stages])
+                                    for key in ("median_s", "fastest_s", "slowest_s"))
+        places = np.arange(len(stages)) + 0.8 * (number - (len(methods) - 1) / 2) / len(methods)
+        right.errorbar(places, values, [values - fastest, slowest - values], fmt="o", capsize=3, color=f"C{number}",
+                       label=method)
+    left.invert_yaxis()
+    left.set(xlabel="seconds of one episode (medians, stacked)", title="end to end")
+    left.legend(fontsize=8)
+    right.set_xticks(range(len(stages)), stages, rotation=20, fontsize=8)
+    right.set(yscale="log", ylabel="seconds", title="each stage: median, fastest and slowest")
+    right.grid(alpha=0.3, axis="y")
+    right.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """A line per arm: mean paired difference to the control with its t interval (thin) and bootstrap interval (thick).
 

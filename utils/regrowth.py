@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from utils.analysis_utils import count_pruned_params, overall_sparsity, prunable_layers
+from utils.analysis_utils import count_pruned_params, prunable_layers
 from utils.errors import UserError
 from utils.positions import Positions, Ranking, map_tensors, random_indices, top_indices
-from utils.precision import autocast
 from utils.regrowth_record import LayerRecord, RegrowthRecord, masked_layers, write_weights
+from utils.saliency import SaliencyComputer, stored_weight  # noqa: F401  (SaliencyComputer: published under this name)
 from utils.seeding import derive_seed, generator
 
 # ---- targets, capacity, budget -------------------------------------------------------------------------------------
@@ -76,80 +73,6 @@ def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None,
     if budget < 1:
         raise UserError(f"that step is less than one of the {counts.total} weights; ask for a larger one")
     return budget
-
-
-# ---- saliency ------------------------------------------------------------------------------------------------------
-
-
-class SaliencyComputer:
-    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, in one pass over the loader.
-
-    What is averaged: s = theta^2 * (1/B) * sum over the B batches of g_b^2, where g_b is the gradient of the mean
-    cross-entropy of batch b. Every batch counts the same, also a smaller last one.
-    """
-
-    def __init__(self, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, precision: str = "fp32",
-                 max_batches: int | None = None, source: str = "dense"):
-        """loader: un-augmented (inputs, targets) batches; max_batches: how many of them at most (None: all).
-
-        source: what the model is. 'dense': it has no pruned weights. 'pruned': the gradient is with respect to the
-        effective weight, at every position, pruned ones included, and theta is `weight_orig`. Raises ValueError if the
-        model is not of this kind, or for max_batches < 1.
-        """
-        found = "pruned" if overall_sparsity(model) > 0 else "dense"
-        if source != found:
-            raise ValueError(f"source is {source!r}, but the model given is {found}")
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches must be at least 1, got {max_batches}")
-        self.model, self.loader, self.precision, self.max_batches = model, loader, precision, max_batches
-        self.gradients: dict[str, Tensor] = {}  # |mean over batches of g_b|, what RigL ranks by; `compute` fills it
-
-    def compute(self) -> dict[str, Tensor]:
-        """Layer name -> saliency, of the weight's shape and on its device; fills `gradients` in the same pass.
-
-        Batch normalisation uses its running statistics. Modes, statistics and `.grad` are left as they were. Raises
-        ValueError if the loader is empty.
-        """
-        layers, count = prunable_layers(self.model), 0
-        squares = [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
-        sums = [torch.zeros_like(square) for square in squares]
-        with _evaluating(self.model):
-            for inputs, targets in islice(self.loader, self.max_batches):
-                gradients = self._gradients(layers.values(), inputs, targets)
-                torch._foreach_addcmul_(squares, gradients, gradients)
-                torch._foreach_add_(sums, gradients)
-                count += 1
-        if not count:
-            raise ValueError("the loader has no batch to compute saliency from")
-        self.gradients = {name: total.div_(count).abs_() for name, total in zip(layers, sums, strict=True)}
-        return {name: square.div_(count).mul_(_stored_weight(layer).square())
-                for (name, layer), square in zip(layers.items(), squares, strict=True)}
-
-    @torch.enable_grad()
-    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
-        that its gradient is there at pruned positions too; a layer that no forward pass uses has gradient 0."""
-        with autocast(inputs.device, self.precision):
-            loss = F.cross_entropy(self.model(inputs), targets)
-        weights = [layer.weight for layer in layers]
-        found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
-        return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
-
-
-def _stored_weight(layer: nn.Module) -> Tensor:
-    return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module has its own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
@@ -206,7 +129,7 @@ def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
     if hasattr(reference, "weight_mask"):
         mask = _elementwise(np.greater_equal, torch.ge, mask, reference.weight_mask)  # free: 0 here and 1 there
-    return Ranking(_magnitude(_stored_weight(reference)), mask)
+    return Ranking(_magnitude(stored_weight(reference)), mask)
 
 
 def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
@@ -269,7 +192,7 @@ def _keep(site: Site) -> Tensor:
 def _copy(site: Site) -> Tensor:
     """The reference's weight; Kaiming where the reference itself is pruned and has none."""
     reference = site.evidence.reference_layer(site.name, site.layer)
-    copied = site.positions.read(_stored_weight(reference))
+    copied = site.positions.read(stored_weight(reference))
     if not hasattr(reference, "weight_mask"):
         return copied
     return torch.where(site.positions.read(reference.weight_mask) != 0, copied, _kaiming(site))
@@ -297,6 +220,13 @@ INITIALISERS: dict[str, Callable[[Site], Tensor]] = {
 # ---- regrowth ------------------------------------------------------------------------------------------------------
 
 
+class Chosen(NamedTuple):
+    """Weights of one layer that are to return, (n,) each, by ascending index."""
+
+    indices: Tensor  # int64, flat (row-major) in the weight
+    sources: Tensor  # uint8, codes into `RegrowthRecord.source_names`
+
+
 class WeightRegrowth:
     """Regrows weights of a pruned model, in place, by one rule of `SELECTORS` and one of `INITIALISERS`."""
 
@@ -314,6 +244,10 @@ class WeightRegrowth:
         Raises ValueError, with the model unchanged, for an unknown layer, a negative count or one above the layer's
         capacity, and missing or NaN evidence. `step` goes into the record and into what is drawn at random.
         """
+        return self.write(self.select(allocation, step), step)
+
+    def select(self, allocation: Mapping[str, int], step: int = 1) -> dict[str, Chosen]:
+        """The first half of `apply_regrowth`: which weights return in each layer. Changes nothing."""
         layers = masked_layers(self.model, allocation)
         counts = {name: operator.index(count) for name, count in allocation.items() if count}
         if any(count < 0 for count in counts.values()):
@@ -322,28 +256,33 @@ class WeightRegrowth:
         device = next(self.model.parameters()).device
         best = top_indices(rankings, list(counts.values()), device)
         targets = [layers[name] for name in counts]
-        plans = map_tensors(partial(self._plan, step), device, counts, targets, counts.values(), best)
-        map_tensors(_carry_out, device, targets, plans)
-        return RegrowthRecord({name: plan.record for name, plan in zip(counts, plans, strict=True)}, _source_names())
+        chosen = map_tensors(partial(self._fill, step), device, counts, targets, counts.values(), best)
+        return dict(zip(counts, chosen, strict=True))
 
-    def _plan(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None) -> _Plan:
-        """What will be written where in one layer; ranked: what the rule chose, None if it ranks nothing."""
-        indices, sources = self._fill(step, name, layer, count, ranked)
-        positions = Positions(indices)
+    def write(self, chosen: Mapping[str, Chosen], step: int = 1) -> RegrowthRecord:
+        """The second half of `apply_regrowth`: initial values, masks and weights of what `select` chose."""
+        layers = masked_layers(self.model, chosen)
+        device = next(self.model.parameters()).device
+        plans = map_tensors(partial(self._plan, step), device, layers, layers.values(), chosen.values())
+        map_tensors(_carry_out, device, layers.values(), plans)
+        return RegrowthRecord({name: plan.record for name, plan in zip(layers, plans, strict=True)}, _source_names())
+
+    def _plan(self, step: int, name: str, layer: nn.Module, chosen: Chosen) -> _Plan:
+        """What will be written where in one layer."""
+        positions = Positions(chosen.indices)
         previous = positions.read(layer.weight_orig)
         site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
         values = INITIALISERS[self.init_strategy](site)
-        steps = torch.full_like(sources, step, dtype=torch.int16)
-        return _Plan(positions, LayerRecord(indices, sources, steps, values, previous))
+        steps = torch.full_like(chosen.sources, step, dtype=torch.int16)
+        return _Plan(positions, LayerRecord(*chosen, steps, values, previous))
 
-    def _fill(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None
-              ) -> tuple[Tensor, Tensor]:
-        """`count` indices and their source codes: what the rule chose, and what is drawn where that is too little."""
+    def _fill(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None) -> Chosen:
+        """What the rule ranked (None: nothing), and what is drawn at random where that is too little."""
         own, drawn = (_source_names().index(source) for source in (self.rule, self.rule if ranked is None else FILL))
         if ranked is None:
             ranked = torch.empty(0, dtype=torch.int64, device=layer.weight_mask.device)
         if len(ranked) == count:
-            return ranked, torch.full_like(ranked, own, dtype=torch.uint8)
+            return Chosen(ranked, torch.full_like(ranked, own, dtype=torch.uint8))
         taken = layer.weight_mask
         if len(ranked):
             taken = taken.clone()
@@ -355,7 +294,7 @@ class WeightRegrowth:
             raise ValueError(f"{name}: {count} weights cannot return, its capacity is {capacity}") from error
         sources = [torch.full_like(ranked, own), torch.full_like(rest, drawn)]
         indices, order = torch.cat([ranked, rest]).sort()
-        return indices, torch.cat(sources)[order].to(torch.uint8)
+        return Chosen(indices, torch.cat(sources)[order].to(torch.uint8))
 
 
 class _Plan(NamedTuple):

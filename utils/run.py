@@ -170,17 +170,18 @@ class Run:
                 "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     """Checks device and output folder, then loads the data; UserError in one line for whatever cannot be used.
 
-    args: a namespace with the options of `add_run_options` and `m_name`. Nothing but an empty folder is written.
+    args: a namespace with the options of `add_run_options` and `m_name`; data: instead of what the options name.
+    Nothing but an empty folder is written.
     """
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     root = args.root.expanduser()
     ensure_writable(root)
     torch.backends.cudnn.benchmark = True  # fixed batch shapes: let cuDNN choose its fastest kernels
-    data = load_dataset(args.dataset, args.data_dir.expanduser())
+    data = data or load_dataset(args.dataset, args.data_dir.expanduser())
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
     return Run(args.m_name, args.seed, args.val_split, device, precision, root, data, train, val, test,
                command=shlex.join(["python", *sys.argv]))

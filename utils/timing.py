@@ -4,7 +4,8 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,30 @@ def measure(work: Callable[..., Any], device: torch.device, *, repeats: int = 5,
         work(*arguments)
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    counted = seconds[warmup:]
-    return Timing(statistics.median(counted), min(counted), max(counted), repeats)
+    return summarise(seconds[warmup:])
+
+
+def summarise(seconds: Sequence[float]) -> Timing:
+    """Median and extremes of one measurement's repeats. Raises ValueError (statistics) for none."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+class StageClock:
+    """Seconds of the named stages of one pass; the device is waited for at the ends of each."""
+
+    def __init__(self, device: torch.device):
+        """A clock without stages."""
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what runs inside; a name used twice adds up."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
@@ -58,7 +81,7 @@ def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *
         for mine, work in zip(seconds, works):
             once = measure(work, device, repeats=1, warmup=0, prepare=prepare)
             mine.extend([once.median] if number >= warmup else [])
-    return [Timing(statistics.median(mine), min(mine), max(mine), repeats) for mine in seconds]
+    return [summarise(mine) for mine in seconds]
 
 
 def peak_memory_mb(device: torch.device) -> float:

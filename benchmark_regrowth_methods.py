@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""What each step of a regrowth episode costs, by both methods: loading, SSIM drift, evidence (gradients or reference),
+selection, mask update with initial values, mini-finetuning; and our versions against straightforward ones.
+
+The published setting is --m_name vgg16 at 0.99, from which 147,156 weights return. Without the checkpoints of stage 1
+(or with --synthetic) untrained weights and random images are timed, which takes as long.
+"""
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import rl_regrowth_nas
+import rl_saliency_regrowth
+from iclr2021_solution.tools.pruners import weight_pruner_loader
+from utils import benchmark, checkpoint, plots
+from utils import benchmark_report as report
+from utils.errors import UserError
+from utils.run import (
+    ArgumentParser,
+    Run,
+    add_model_option,
+    add_run_options,
+    environment,
+    fraction,
+    positive_int,
+    script,
+)
+from utils.timing import peak_memory_mb
+
+METHODS = {"reference": rl_regrowth_nas.METHOD, "saliency": rl_saliency_regrowth.METHOD}
+
+
+def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_images: int) -> None:
+    """What is timed, shared with quick_benchmark.py; the numbers are the defaults."""
+    add_model_option(parser)
+    parser.add_argument("--num_runs", type=positive_int, default=num_runs, help="repeats of an episode that count")
+    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
+    parser.add_argument("--target_sparsity", type=fraction, default=0.98, help="sparsity after regrowth")
+    parser.add_argument("--num_images", type=positive_int, default=num_images,
+                        help="training images, of which --val_split validate; an epoch of mini-finetuning")
+    parser.add_argument("--synthetic", action="store_true", help="untrained weights and random images")
+    add_run_options(parser)
+
+
+def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that the stage-2 scripts would have, with their defaults for what the benchmark does not set.
+
+    UserError for sparsities that leave nothing to regrow.
+    """
+    words = ["--m_name", args.m_name, "--start_sparsity", args.start_sparsity, "--target_sparsity",
+             args.target_sparsity]
+    theirs = rl_saliency_regrowth.parse_args([str(word) for word in words])
+    return argparse.Namespace(**{**vars(theirs), **vars(args), "reference_model": None, "save_dir": None})
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = ArgumentParser(__doc__)
+    add_setting_options(parser, num_runs=5, num_images=8_000)
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="benchmark.json of an earlier run: print ratios")
+    parser.add_argument("--save_dir", type=Path, help="default: benchmark/{m_name} under --root")
+    args = parser.parse_args(argv)
+    if args.num_images < 200:
+        raise UserError(f"--num_images {args.num_images} is too few to time an epoch; use 200 or more")
+    return args
+
+
+def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[str, list], dict[str, Any]]:
+    """Seconds per method, repeat and stage after a warm-up episode of each, and the last episode of each method.
+
+    The methods take turns; every finished episode is a row of `log`.
+    """
+    options = stage2_arguments(args)
+    seconds: dict[str, list] = {name: [] for name in METHODS}
+    last, rows = {}, []
+    jobs = [(number, name) for number in range(args.num_runs + 1) for name in METHODS]
+    for number, name in tqdm(jobs, desc="episodes", unit="episode", dynamic_ncols=True):
+        last[name] = benchmark.run_episode(run, options, METHODS[name])
+        if number:  # the first is the warm-up
+            seconds[name].append(last[name].seconds)
+            rows.append({"run": number, "method": name, **last[name].seconds})
+            checkpoint.save_csv(rows, log)
+    return seconds, last
+
+
+def compare_with_plain(run: Run, args: argparse.Namespace, episodes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Ours against the straightforward versions: regrowth by both methods, loader, training epoch, LAMP."""
+    repeats = min(args.num_runs, 5)
+    rows = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
+    ours, plain = benchmark.loaders_to_compare(run)
+    rows += [benchmark.loader_row(ours, plain, repeats), benchmark.training_row(run, ours, plain, repeats),
+             benchmark.lamp_row(weight_pruner_loader("lamp"), run.device, repeats)]
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times, compares, writes, says which bars are met."""
+    args = parse_args(argv)
+    stage2_arguments(args)  # raises on sparsities that do not go together
+    earlier = report.load_earlier(args.compare) if args.compare else None
+    folder = args.save_dir or args.root.expanduser() / "benchmark" / args.m_name
+    checkpoint.ensure_writable(folder)
+    partial = folder / "episodes.partial.csv"
+    with tempfile.TemporaryDirectory() as temporary:
+        run = benchmark.open_benchmark(args, Path(temporary))
+        seconds, episodes = time_episodes(run, args, partial)
+        comparisons = compare_with_plain(run, args, episodes)
+    stages, bars = report.stage_rows(seconds), benchmark.bars(run, comparisons)
+    weights = sum(next(iter(episodes.values())).allocation.values())
+    setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,
+               "target_sparsity": args.target_sparsity, "regrown": weights, "num_images": args.num_images,
+               "precision": run.precision, "threads": environment(run.device)["threads"]}
+    checkpoint.save_csv(stages, folder / "stages.csv")
+    checkpoint.save_csv(comparisons, folder / "comparisons.csv")
+    card = run.card(setting=setting, stages=stages, comparisons=comparisons, bars=bars,
+                    peak_memory_mb=peak_memory_mb(run.device))
+    checkpoint.save_json(card, folder / "benchmark.json")
+    partial.replace(folder / "episodes.csv")
+    device = card["environment"]["device"]
+    title = f"{args.m_name} on {device}, {run.precision}: {weights:,} weights return"
+    plots.plot_benchmark([row for row in stages if row["stage"] != report.TOTAL], folder / "benchmark.png", title)
+    print(f"\n{title}\n{run.data_label}, torch {card['environment']['torch']}, {setting['threads']} threads, "
+          f"{args.num_runs} runs, peak memory {card['peak_memory_mb']:,.0f} MB")
+    report.print_stages(stages)
+    report.print_comparisons(comparisons)
+    report.print_bars(bars)
+    if earlier:
+        report.print_changes(earlier, setting, device, stages, comparisons)
+    print(f"\ntables, figure and benchmark.json: {folder}")
+
+
+if __name__ == "__main__":
+    script(main, resumable=False)

@@ -1,0 +1,154 @@
+"""The two benchmarks: they time what the scripts do, ratios and bars follow the figures, files can be compared."""
+from __future__ import annotations
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import benchmark_regrowth_methods as script
+from tests.conftest import assert_user_error
+from tests.test_regrowth_scripts import make_start
+from utils import benchmark
+from utils import benchmark_report as report
+from utils.analysis_utils import clone_model, get_masks
+from utils.timing import StageClock, Timing, summarise
+
+SMALL = ["--m_name", "resnet20", "--num_images", "200", "--num_runs", "2", "--device", "cpu", "--precision", "fp32"]
+
+
+def arguments(tmp_path, *words):
+    return script.parse_args([*SMALL, "--root", str(tmp_path), *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """One episode of each method over synthetic weights and data."""
+    root = tmp_path_factory.mktemp("benchmark")
+    args = arguments(root, "--synthetic")
+    run = benchmark.open_benchmark(args, root)
+    return run, {name: benchmark.run_episode(run, script.stage2_arguments(args), method)
+                 for name, method in script.METHODS.items()}
+
+
+def test_an_episode_times_every_stage_and_moves_the_whole_budget(episodes):
+    run, by_method = episodes
+    for episode in by_method.values():
+        assert tuple(episode.seconds) == benchmark.STAGES
+        assert sum(episode.allocation.values()) == round(0.02 * 270_896) - round(0.01 * 270_896)
+        assert all(seconds >= 0 for seconds in episode.seconds.values()) and episode.seconds["mini-finetuning"] > 0.05
+        assert sum(int(mask.sum()) for mask in get_masks(episode.start).values()) == 2_709
+    assert by_method["reference"].allocation == by_method["saliency"].allocation
+    assert by_method["saliency"].seconds["evidence"] > by_method["reference"].seconds["evidence"]
+
+
+def test_the_loop_that_ours_is_measured_against_regrows_the_same_weights(episodes):
+    for episode in episodes[1].values():
+        regrowth = episode.regrower(clone_model(episode.start))
+        parts = benchmark._plain_tensors(regrowth, episode.allocation)
+        benchmark._elementwise(episode.allocation, parts)
+        regrowth.apply_regrowth(episode.allocation)
+        masks = get_masks(regrowth.model)
+        for name, (_, mask, _, _) in zip(episode.allocation, parts, strict=True):
+            assert torch.equal(mask.bool(), masks[name]), name
+
+
+def test_update_row_leaves_the_start_as_it_was(episodes):
+    run, by_method = episodes
+    episode = by_method["reference"]
+    before = {name: value.clone() for name, value in episode.start.state_dict().items()}
+    row = benchmark.update_row("reference", episode, run.device, repeats=2)
+    assert row["ratio"] == pytest.approx(row["plain_median_s"] / row["ours_median_s"]) and row["ours_repeats"] == 10
+    assert row["ours"] == pytest.approx(2_709 / row["ours_median_s"])
+    assert all(torch.equal(value, before[name]) for name, value in episode.start.state_dict().items())
+
+
+def row(name, ours, plain, work=1.0):
+    return benchmark.compared(name, Timing(ours, ours, ours, 3), Timing(plain, plain, plain, 3), work, "u")
+
+
+@pytest.mark.parametrize("m_name, device, precision, expected", [
+    ("vgg16", "cpu", "bf16", [("regrowth, a", "ms", 29.0, True), ("regrowth, a", "x the loop", 110.0, True),
+                              ("loader", "images/s", 50_000.0, True), ("loader", "x the DataLoader", 7.0, False),
+                              ("LAMP 0.99, vgg16", "s", 0.6, False),
+                              ("LAMP 0.99, vgg16", "x the argsort", 10.0, True)]),
+    ("vgg16", "cuda", "bf16", [("regrowth, a", "ms", 29.0, False), ("regrowth, a", "x the loop", 110.0, True),
+                               ("training vgg16", "s for 40,000 images", 40.0, False)]),
+    ("resnet20", "cpu", "fp32", [("loader", "images/s", 50_000.0, True), ("loader", "x the DataLoader", 7.0, False),
+                                 ("LAMP 0.99, vgg16", "s", 0.6, False),
+                                 ("LAMP 0.99, vgg16", "x the argsort", 10.0, True)])])
+def test_bars_by_hand(m_name, device, precision, expected):
+    run = SimpleNamespace(m_name=m_name, device=torch.device(device), precision=precision)
+    rows = [row("regrowth, a", 0.029, 3.19), row("loader", 0.1, 0.7, 5_000), row(f"training {m_name}", 1, 2, 1_000),
+            row("LAMP 0.99, vgg16", 0.6, 6.0)]
+    found = [(bar["bar"], bar["unit"], pytest.approx(bar["value"]), bar["met"]) for bar in benchmark.bars(run, rows)]
+    assert found == expected
+
+
+def test_the_training_bars_are_for_resnet20_with_bf16_on_a_cpu():
+    run = SimpleNamespace(m_name="resnet20", device=torch.device("cpu"), precision="bf16")
+    met = benchmark.bars(run, [row("training resnet20", 1, 3, 1_200)])
+    missed = benchmark.bars(run, [row("training resnet20", 1, 2.9, 1_199)])
+    assert [bar["met"] for bar in met] == [True, True] and [bar["met"] for bar in missed] == [False, False]
+
+
+def test_stage_rows_by_hand():
+    rows = report.stage_rows({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 4.0}, {"x": 2.0, "y": 9.0}]})
+    assert [(row["stage"], row["median_s"], row["fastest_s"], row["slowest_s"], row["repeats"]) for row in rows] == \
+        [("x", 2.0, 1.0, 3.0, 3), ("y", 4.0, 2.0, 9.0, 3), (report.TOTAL, 7.0, 3.0, 11.0, 3)]
+
+
+def test_a_clock_adds_up_stages():
+    clock = StageClock(torch.device("cpu"))
+    for _ in range(2):
+        with clock.stage("a"):
+            sum(range(1000))
+    assert list(clock.seconds) == ["a"] and clock.seconds["a"] > 0
+    assert summarise([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+
+
+def test_first_images_are_taken_evenly(tiny_dataset):
+    few = benchmark.first_images(tiny_dataset, 10)
+    assert len(few.train_images) == 10 and sorted(set(few.train_targets)) == [0, 1, 2, 3, 4]
+    assert len(benchmark.first_images(tiny_dataset, 10**6).train_images) == 200
+
+
+def test_the_benchmark_writes_everything_and_compares(tmp_path, image_folder, run_script):
+    make_start(tmp_path)
+    words = [*SMALL[:2], *SMALL[4:], "--num_images", "80", "--data_dir", image_folder, "--root", tmp_path]
+    refused = run_script("benchmark_regrowth_methods.py", *words)
+    assert_user_error(refused, "--num_images 80", "200")
+    words[words.index("80")] = "200"
+    process = run_script("benchmark_regrowth_methods.py", *words)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "benchmark/resnet20"
+    made = json.loads((folder / "benchmark.json").read_text())
+    assert made["setting"]["data"] == "cifar10, image folder (PNG)" and made["setting"]["regrown"] == 2_709
+    assert {row["measurement"] for row in made["comparisons"]} == \
+        {"regrowth, reference", "regrowth, saliency", "loader", "training resnet20", "LAMP 0.99, vgg16"}
+    assert made["peak_memory_mb"] > 100 and (folder / "benchmark.png").stat().st_size > 1000
+    with open(folder / "episodes.csv") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["1", "1", "2", "2"]
+    assert not (folder / "episodes.partial.csv").exists()
+    again = run_script("benchmark_regrowth_methods.py", *words, "--synthetic", "--compare", folder / "benchmark.json",
+                       "--save_dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert "the runs differ: data was" in again.stdout and "reference / selection" in again.stdout
+    wrong = run_script("benchmark_regrowth_methods.py", *words, "--compare", folder / "stages.csv")
+    assert_user_error(wrong, "stages.csv", "benchmark.json")
+
+
+def test_quick_benchmark_runs_without_any_checkpoint(tmp_path, run_script):
+    process = run_script("quick_benchmark.py", *SMALL[:2], *SMALL[4:], "--num_images", "200", "--root", tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert all(words in process.stdout for words in ("no checkpoint at", "end to end", "regrowth, saliency"))
+    refused = run_script("quick_benchmark.py", "--m_name", "resnet20", "--target_sparsity", "0.995")
+    assert_user_error(refused, "not below")
+
+
+def test_vgg16_at_the_published_setting_returns_the_published_number():
+    args = script.stage2_arguments(script.parse_args(["--m_name", "vgg16"]))
+    total = 14_715_584
+    assert abs(round((1 - args.target_sparsity) * total) - round((1 - args.start_sparsity) * total) - 147_155) <= 1
