@@ -72,10 +72,11 @@ def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
 def elementwise_regrowth(weight: Tensor, mask: Tensor, scores: Tensor, values: Tensor, k: int) -> None:
     """Regrows the k best-scored pruned weights of one layer one index at a time, as the published scripts do; in place.
 
-    weight, mask (1 active, 0 pruned), scores and values (what a weight returns with): contiguous tensors of one shape.
+    weight, mask (1 active, 0 pruned), scores and values (what a weight returns with): tensors of one shape, in any
+    memory format, so that positions are coordinates.
     """
-    flat_mask, flat_weight, flat_values = mask.view(-1), weight.view(-1), values.view(-1)
-    candidates = torch.where(flat_mask == 0, scores.view(-1), -torch.inf)
-    for index in torch.topk(candidates, k).indices.tolist():
-        flat_mask[index] = 1.0
-        flat_weight[index] = flat_values[index]
+    candidates = torch.where(mask == 0, scores, -torch.inf)
+    for index in torch.topk(candidates.flatten(), k).indices.tolist():
+        position = np.unravel_index(index, mask.shape)
+        mask[position] = 1.0
+        weight[position] = values[position]

@@ -150,7 +150,7 @@ def update_row(name: str, episode: Episode, device: torch.device, repeats: int) 
 
 
 def _plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> list[list[Tensor]]:
-    """Per layer: contiguous weight, mask, scores and values for the loop; the same evidence as the rule's."""
+    """Per layer: weight, mask, scores and values for the loop, copies of the model's; the same evidence as the rule's."""
     layers, evidence = prunable_layers(regrowth.model), regrowth.evidence
     parts = []
     for name in allocation:
@@ -158,7 +158,7 @@ def _plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> l
         values = stored_weight(evidence.reference_layer(name, layer))
         scores = values.abs() if evidence.saliency is None else evidence.saliency[name]
         tensors = (layer.weight_orig.detach(), layer.weight_mask, scores, values)
-        parts.append([tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors])
+        parts.append([tensor.clone() for tensor in tensors])
     return parts
 
 
