@@ -125,3 +125,10 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--root"):
         checkpoint.ensure_writable(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match="--save_dir"):
+        checkpoint.ensure_writable(tmp_path / "file" / "below", "--save_dir")
+
+
+def test_proving_a_folder_writable_leaves_nothing_behind(tmp_path):
+    checkpoint.ensure_writable(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []

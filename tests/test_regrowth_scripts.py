@@ -16,11 +16,12 @@ import torch
 import rl_regrowth_nas
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY
-from utils import checkpoint, regrowth_run
+from utils import checkpoint
 from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
 from utils.model_loader import model_loader
 from utils.regrowth_record import RegrowthRecord
+from utils.run import prerequisite_command
 from utils.seeding import generator
 
 N = 270_896  # prunable weights of resnet20
@@ -184,8 +185,11 @@ def test_a_dense_model_is_no_start(options, tmp_path):
         rl_regrowth_nas.main([*options, "--starting_checkpoint", str(checkpoint.dense_path(tmp_path, "resnet20"))])
 
 
-def test_the_scripts_differ_in_method_only():
+def test_the_scripts_differ_in_method_only(monkeypatch, tmp_path):
     assert rl_regrowth_nas.METHOD.name == "reference" and rl_saliency_regrowth.METHOD.name == "saliency"
     args = rl_saliency_regrowth.parse_args(["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"])
-    assert regrowth_run.prerequisite_command(args, "--pruner", "none") == \
+    monkeypatch.chdir(REPOSITORY)
+    assert prerequisite_command(args, "--pruner", "none") == \
         "python main.py --m_name vgg16 --pruner none --data_dir x --seed 3"
+    monkeypatch.chdir(tmp_path)
+    assert prerequisite_command(args, "--pruner", "none").startswith(f"python {REPOSITORY / 'main.py'} --m_name")

@@ -150,7 +150,7 @@ def update_row(name: str, episode: Episode, device: torch.device, repeats: int) 
 
 
 def _plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> list[list[Tensor]]:
-    """Per layer: weight, mask, scores and values for the loop, copies of the model's; the same evidence as the rule's."""
+    """Per layer: copies of weight, mask, scores and values for the loop; the same evidence as the rule's."""
     layers, evidence = prunable_layers(regrowth.model), regrowth.evidence
     parts = []
     for name in allocation:

@@ -58,14 +58,18 @@ def training_log_path(artifact: Path) -> Path:
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def ensure_writable(directory: Path) -> None:
-    """Creates `directory` and proves that files can be written there; UserError otherwise."""
+def ensure_writable(directory: Path, option: str = "--root") -> None:
+    """Proves that files can be written into `directory`, or that it can be made; leaves nothing behind.
+
+    UserError otherwise, naming the `option` that chooses the place.
+    """
+    there = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {directory} ({error.strerror}); choose another place with --root") from error
+        raise UserError(f"cannot write to {directory} ({error.strerror}); choose another place with "
+                        f"{option}") from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:

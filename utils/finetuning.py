@@ -344,7 +344,7 @@ def finetune(run: Run, artifact: Artifact, plan: Plan) -> Outcome:
     """
     source = load_source(run, artifact, plan)
     folder = plan.save_dir or run.root / "finetune_savedir" / run.m_name
-    checkpoint.ensure_writable(folder)
+    checkpoint.ensure_writable(folder, "--save_dir")
     for number in range(1, len(plan.phases) + 1):
         last = number == len(plan.phases)
         path = folder / f"finetuned_{artifact.path.stem}{'' if last else f'_phase_{number}'}.pth"

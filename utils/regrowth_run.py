@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from utils.errors import UserError
 from utils.pipeline import Outcome
 from utils.regrowth import WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.regrowth_record import RegrowthRecord
-from utils.run import Run
+from utils.run import Run, prerequisite_command
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
 from utils.stage import Stage
@@ -60,16 +59,6 @@ class Step:
 
 
 # --- where it starts -----------------------------------------------------------------------------------------------
-
-
-def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
-    """The shell command of stage 1 that makes what is missing, with the options of this run."""
-    command = ["python", "main.py", "--m_name", args.m_name, *words]
-    for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("root", Path(".")), ("seed", 0),
-                          ("val_split", 0.2)):
-        if getattr(args, name) != default:
-            command += [f"--{name}", str(getattr(args, name))]
-    return shlex.join(command)
 
 
 def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
@@ -161,7 +150,7 @@ def regrow(run: Run, args: argparse.Namespace, method: Method) -> list[Outcome]:
     outcomes = [start]
     for number in range(1, args.regrow_iterations + 1):
         step = plan_step(run, args, method, outcomes[-1], number)
-        checkpoint.ensure_writable(step.folder)
+        checkpoint.ensure_writable(step.folder, "--save_dir")
         outcomes.append(_regrow_step(run, args, method, step, dense))
     return outcomes
 

@@ -187,6 +187,18 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
                command=shlex.join(["python", *sys.argv]))
 
 
+def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
+    """The shell command of stage 1 that makes what is missing, with the options of this run, for the current folder."""
+    script = Path(__file__).resolve().parents[1] / "main.py"
+    here = script.name if script.parent == Path.cwd() else str(script)
+    command = ["python", here, "--m_name", args.m_name, *words]
+    for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("root", Path(".")), ("seed", 0),
+                          ("val_split", 0.2)):
+        if getattr(args, name) != default:
+            command += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(command)
+
+
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True) -> NoReturn:
     """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
 

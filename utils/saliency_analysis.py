@@ -21,7 +21,6 @@ from utils.analysis_utils import count_pruned_params, get_masks
 from utils.class_saliency import MEASURES, PER_IMAGE, ClassSaliency, gradient_saliency, hessian_saliency
 from utils.data_loader import BatchLoader
 from utils.errors import UserError
-from utils.regrowth_run import prerequisite_command
 from utils.run import (
     ArgumentParser,
     Run,
@@ -31,6 +30,7 @@ from utils.run import (
     open_run,
     positive_float,
     positive_int,
+    prerequisite_command,
     script,
 )
 from utils.seeding import generator
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "use a smaller number")
     outcome = load_model(run, args)
     folder = args.save_dir or run.root / "saliency_analysis" / run.m_name
-    checkpoint.ensure_writable(folder)
+    checkpoint.ensure_writable(folder, "--save_dir")
     sample, masks = class_sample(run.train, args.samples_per_class, run.seed), get_masks(outcome.model)
     sparsity = count_pruned_params(outcome.model).sparsity
     print(f"{outcome.artifact}: sparsity {sparsity:.4f}, {sample.num_images} training images of "
