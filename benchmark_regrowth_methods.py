@@ -21,6 +21,7 @@ from iclr2021_solution.tools.pruners import weight_pruner_loader
 from utils import benchmark, checkpoint, plots
 from utils import benchmark_report as report
 from utils.errors import UserError
+from utils.regrowth_options import regrowth_arguments
 from utils.run import (
     ArgumentParser,
     Run,
@@ -53,10 +54,8 @@ def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
     UserError for sparsities that leave nothing to regrow.
     """
-    words = ["--m_name", args.m_name, "--start_sparsity", args.start_sparsity, "--target_sparsity",
-             args.target_sparsity]
-    theirs = rl_saliency_regrowth.parse_args([str(word) for word in words])
-    return argparse.Namespace(**{**vars(theirs), **vars(args), "reference_model": None, "save_dir": None})
+    shared = {name: getattr(args, name) for name in ("m_name", "start_sparsity", "target_sparsity", "seed", "root")}
+    return regrowth_arguments([method.add_options for method in METHODS.values()], **shared)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

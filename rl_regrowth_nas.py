@@ -26,9 +26,14 @@ SAVE_DIR = "rl_regrow_savedir"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = regrowth_parser(__doc__, SAVE_DIR)
+    add_options(parser)
+    return parse_regrowth_args(parser, argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What only this method takes."""
     parser.add_argument("--reference_model", metavar="FILE|SPARSITY", help="model whose mask and weights are copied: a "
                         "checkpoint, or the sparsity of one under the root, such as 0.95; default: the dense model")
-    return parse_regrowth_args(parser, argv)
 
 
 def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
@@ -49,7 +54,8 @@ def load_reference(run: Run, name: str | None, dense: nn.Module) -> nn.Module:
 
 
 METHOD = regrowth_run.Method(name="reference", save_dir=SAVE_DIR, search_stem="rl_training_checkpoint",
-                             best_file="best_allocation_{m_name}.pth", prepare=prepare, options=("reference_model",))
+                             best_file="best_allocation_{m_name}.pth", prepare=prepare,
+                             add_options=add_options, options=("reference_model",))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

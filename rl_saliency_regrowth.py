@@ -25,13 +25,18 @@ SAVE_DIR = "rl_saliency_regrow_savedir"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = regrowth_parser(__doc__, SAVE_DIR)
+    add_options(parser)
+    return parse_regrowth_args(parser, argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What only this method takes."""
     parser.add_argument("--init_strategy", choices=list(INITIALISERS), default="zero",
                         help="values that weights return with")
     parser.add_argument("--saliency_source", choices=["dense", "pruned"], default="dense",
                         help="model that saliency is computed on")
     parser.add_argument("--saliency_max_batches", type=positive_int, default=50,
                         help="batches of 128 training images over which saliency is averaged")
-    return parse_regrowth_args(parser, argv)
 
 
 def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
@@ -45,6 +50,7 @@ def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Mod
 
 METHOD = regrowth_run.Method(name="saliency", save_dir=SAVE_DIR, search_stem="saliency_rl_checkpoint",
                              best_file="best_saliency_allocation.pth", prepare=prepare,
+                             add_options=add_options,
                              options=("init_strategy", "saliency_source", "saliency_max_batches"))
 
 

@@ -25,6 +25,7 @@ from utils.errors import UserError  # noqa: E402
 from utils.paired import holm, paired_difference  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
 from utils.regrowth import Evidence, WeightRegrowth  # noqa: E402
+from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
@@ -44,7 +45,8 @@ from utils.training import FINETUNE_FINAL, PRETRAIN  # noqa: E402
 
 CONTROL = "one-shot"
 RANDOM = regrowth_run.Method(
-    name="random", save_dir="random", search_stem="random", best_file="best_allocation_{m_name}.pth", options=(),
+    name="random", save_dir="random", search_stem="random", best_file="best_allocation_{m_name}.pth",
+    add_options=lambda parser: None, options=(),
     prepare=lambda run, args, pruned, dense: lambda model: WeightRegrowth(
         model, "random", Evidence(reference=dense), "reference", derive_seed(run.seed, "regrowth")))
 SELECTIONS = {"reference": rl_regrowth_nas.METHOD, "saliency": rl_saliency_regrowth.METHOD, "random": RANDOM}
@@ -93,12 +95,11 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: i
     allocation, selection = arm.split("+")
     pruned_model(run, args, args.start_sparsity, epochs_before)
     after = args.finetune_epochs - epochs_before
-    words = ["--m_name", args.m_name, "--allocation", allocation, "--start_sparsity", args.start_sparsity,
-             "--target_sparsity", args.target_sparsity, "--finetune_epochs", after, "--patience", after + 1,
-             "--finetune_lr", args.finetune_lr, "--search_budget", args.search_budget, "--root", run.root,
-             "--save_dir", run.root / arm, *(["--resume"] if args.resume else [])]
-    options = rl_saliency_regrowth.parse_args([str(word) for word in words])
-    options.reference_model = None
+    options = regrowth_arguments(
+        [method.add_options for method in SELECTIONS.values()], m_name=args.m_name, allocation=allocation,
+        start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
+        patience=after + 1, finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root,
+        save_dir=run.root / arm, resume="latest" if args.resume else None)
     return regrowth_run.regrow(run, options, SELECTIONS[selection])[-1]
 
 

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.allocation import ALLOCATORS
 from utils.controller import SearchConfig
@@ -101,7 +102,26 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
 
 def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; UserError for values that contradict each other."""
-    args = parser.parse_args(argv)
+    return _checked(parser.parse_args(argv))
+
+
+def regrowth_arguments(add_options: Iterable[Callable[[argparse.ArgumentParser], None]],
+                       **given: Any) -> argparse.Namespace:
+    """What the stage-2 scripts would have read, for studies that call stage 2 themselves: their defaults, but `given`.
+
+    add_options: of the methods that will use it; given: at least m_name. Raises ValueError for an unknown option, and
+    UserError as the command line does.
+    """
+    parser = regrowth_parser("", "")
+    for add in add_options:
+        add(parser)
+    defaults = vars(parser.parse_args(["--m_name", given["m_name"]]))
+    if unknown := given.keys() - defaults.keys():
+        raise ValueError(f"stage 2 has no option {', '.join(sorted(unknown))}")
+    return _checked(argparse.Namespace(**{**defaults, **given}))
+
+
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
     search_config(args)  # raises on values that do not go together
     if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
             and args.starting_checkpoint in (None, "oneshot", "iterative"):

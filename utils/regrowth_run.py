@@ -35,7 +35,8 @@ class Method:
     """What tells the two scripts apart: their names, and how weights are chosen within a layer.
 
     prepare: ``prepare(run, args, pruned, dense)`` does what can be done once per step (loading the reference, computing
-    saliency) and returns the `Regrower`; options: the arguments that it reads, for run cards.
+    saliency) and returns the `Regrower`; add_options: adds the method's own options to a parser; options: their names,
+    for run cards.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     search_stem: str
     best_file: str
     prepare: Callable[[Run, argparse.Namespace, nn.Module, nn.Module], Regrower]
+    add_options: Callable[[argparse.ArgumentParser], None]
     options: tuple[str, ...]
 
 
