@@ -228,3 +228,27 @@ def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: st
              title=title)
     axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)
+
+
+def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Test accuracy against sparsity for each setting of `experiments.vgg16_tables`: ours filled, published hollow.
+
+    results: rows of its `beside_published`; bars are standard deviations, where there are several seeds.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    names = {"A": "iterative, 40 % each", "B": "one-shot", "R": "regrown from 99 %"}
+    for number, (setting, name) in enumerate(names.items()):
+        rows = [row for row in results if row["row"].startswith(setting)]
+        for mean, std, style, label in (("mean", "std", {"fmt": "o-"}, "ours"),
+                                        ("published", "published_std", {"fmt": "s--", "mfc": "none"}, "published")):
+            known = [row for row in rows if row[mean] != ""]
+            if known:
+                axes.errorbar([1 - row["sparsity"] for row in known], [row[mean] for row in known],
+                              [row[std] or 0 for row in known], color=f"C{number}", capsize=3, alpha=0.8,
+                              label=f"{name} ({label})", **style)
+    sparsity_axis(axes, min(row["sparsity"] for row in results), max(row["sparsity"] for row in results))
+    axes.set(ylabel="test accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
