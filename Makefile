@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 
 # The whole pipeline, small: dense -> pruned -> regrown by both methods -> one figure; a few minutes on two free CPU cores.
 # Interrupted, it goes on where it stopped; `make clean` makes it start anew.
-DEMO := --m_name resnet20 --dataset photos --val_split 0.4 --root demo --finetune_lr 0.003 --finetune_epochs 2
-REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 4 --mini_finetune_epochs 1 --ssim_batches 4
+DEMO := --m_name resnet20 --dataset photos --val_split 0.5 --root demo --finetune_lr 0.003 --finetune_epochs 2
+REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 6 --mini_finetune_epochs 1 --ssim_batches 4
 
 demo: $(VENV)/.installed
-	$(BIN)/python main.py $(DEMO) --resume --max_epochs 4 --sparsity 0.9 0.95 0.99 --finetune_schedule cosine
+	$(BIN)/python main.py $(DEMO) --resume --max_epochs 4 --sparsity 0.9 0.95 0.97 0.99 --finetune_schedule cosine
 	$(BIN)/python rl_regrowth_nas.py $(REGROW) --resume
 	$(BIN)/python rl_saliency_regrowth.py $(REGROW) --resume
 	$(BIN)/python experiments/collect_results.py --m_name resnet20 --roots demo --save_dir demo

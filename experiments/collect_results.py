@@ -46,7 +46,7 @@ def regrowth_rows(roots: Sequence[Path], m_name: str) -> list[dict[str, str]]:
 def print_table(pruning: Sequence[dict[str, Any]], regrown: Sequence[dict[str, str]]) -> None:
     """A line per model: how it was made, sparsity, accuracy on validation and test."""
     lines = [(f"{row['pruner']} {row['schedule']}".strip().replace("none", "dense"), row) for row in pruning]
-    lines += [(f"regrown: {row['method']}, {row['allocation']}", row) for row in regrown]
+    lines += [(f"regrown: {row['method']}, {plots.allocation_name(row)}", row) for row in regrown]
     print(f"{'model':<36} {'sparsity %':>10} {'val %':>8} {'test %':>8}")
     for name, row in lines:
         test = f"{float(row['test_acc']):8.2f}" if row["test_acc"] != "" else f"{'-':>8}"

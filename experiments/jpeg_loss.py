@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.save_dir or run.root / "jpeg_loss"
     save_csv(rows, folder / "jpeg_loss.csv")
     save_json(run.card(data=run.data_label, rows=rows), folder / "jpeg_loss.json")
-    print(f"table: {folder / 'jpeg_loss.csv'}")
+    print(f"table and card: {folder / 'jpeg_loss.csv'}, {folder / 'jpeg_loss.json'}")
 
 
 if __name__ == "__main__":

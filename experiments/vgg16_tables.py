@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allocation", choices=["rl", *ALLOCATORS], default="rl", help="of regrowth")
     parser.add_argument("--search_budget", type=count, default=60, help="epochs of a search; 0: no limit")
     parser.add_argument("--save_dir", type=Path, help="default: vgg16_tables/{m_name} under --root")
-    add_run_options(parser)
+    add_run_options(parser, seed=False)
     add_overwrite_options(parser)
     args = parser.parse_args(argv)
     args.entries, args.seeds = chosen_entries(args.rows), sorted(set(args.seeds))

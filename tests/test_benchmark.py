@@ -69,6 +69,11 @@ def row(name, ours, plain, work=1.0):
     return benchmark.compared(name, Timing(ours, ours, ours, 3), Timing(plain, plain, plain, 3), work, "u")
 
 
+def fake_run(m_name, device, precision, images=2_000):
+    return SimpleNamespace(m_name=m_name, device=torch.device(device), precision=precision,
+                           data=SimpleNamespace(train_images=range(images)))
+
+
 @pytest.mark.parametrize("m_name, device, precision, expected", [
     ("vgg16", "cpu", "bf16", [("regrowth, a", "ms", 29.0, True), ("regrowth, a", "x the loop", 110.0, True),
                               ("loader", "images/s", 50_000.0, True), ("loader", "x the DataLoader", 7.0, False),
@@ -80,7 +85,7 @@ def row(name, ours, plain, work=1.0):
                                  ("LAMP 0.99, vgg16", "s", 0.6, False),
                                  ("LAMP 0.99, vgg16", "x the argsort", 10.0, True)])])
 def test_bars_by_hand(m_name, device, precision, expected):
-    run = SimpleNamespace(m_name=m_name, device=torch.device(device), precision=precision)
+    run = fake_run(m_name, device, precision)
     rows = [row("regrowth, a", 0.029, 3.19), row("loader", 0.1, 0.7, 5_000), row(f"training {m_name}", 1, 2, 1_000),
             row("LAMP 0.99, vgg16", 0.6, 6.0)]
     found = [(bar["bar"], bar["unit"], pytest.approx(bar["value"]), bar["met"]) for bar in benchmark.bars(run, rows)]
@@ -88,10 +93,11 @@ def test_bars_by_hand(m_name, device, precision, expected):
 
 
 def test_the_training_bars_are_for_resnet20_with_bf16_on_a_cpu():
-    run = SimpleNamespace(m_name="resnet20", device=torch.device("cpu"), precision="bf16")
+    run = fake_run("resnet20", "cpu", "bf16")
     met = benchmark.bars(run, [row("training resnet20", 1, 3, 1_200)])
     missed = benchmark.bars(run, [row("training resnet20", 1, 2.9, 1_199)])
     assert [bar["met"] for bar in met] == [True, True] and [bar["met"] for bar in missed] == [False, False]
+    assert benchmark.bars(fake_run("resnet20", "cpu", "bf16", images=1_999), [row("training resnet20", 1, 3)]) == []
 
 
 def test_stage_rows_by_hand():

@@ -21,7 +21,7 @@ from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
 from utils.model_loader import model_loader
 from utils.regrowth_record import RegrowthRecord
-from utils.run import prerequisite_command
+from utils.run import open_run, prerequisite_command
 from utils.seeding import generator
 
 N = 270_896  # prunable weights of resnet20
@@ -178,6 +178,19 @@ def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):
         rl_regrowth_nas.main([*options, *words])
     assert "\n" not in str(error.value)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_another_split_than_that_of_stage_1_is_refused(options, tmp_path):
+    path = checkpoint.card_path(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
+    card = json.loads(path.read_text())
+    run = open_run(rl_regrowth_nas.parse_args(options))
+    card["config"] |= {"val_split": 0.5, "data_fingerprint": run.data.fingerprint()}
+    checkpoint.save_json(card, path)
+    with pytest.raises(UserError, match=r"trained with --val_split 0.5; with 0.2 images .* Use --val_split 0.5"):
+        rl_regrowth_nas.main(options)
+    card["config"]["data_fingerprint"] = "other images"
+    checkpoint.save_json(card, path)
+    rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "0"])
 
 
 def test_a_dense_model_is_no_start(options, tmp_path):

@@ -30,6 +30,7 @@ from utils.timing import StageClock, Timing, measure, measure_in_turn
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
 
 STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
+FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
 EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
 Row = dict[str, Any]
 Limit = tuple[str, float, float, bool]  # unit, figure, limit, whether the figure must be at least the limit
@@ -233,7 +234,7 @@ def _regrowth_limits(run: Run, row: Row) -> list[Limit]:
 
 
 def _loader_limits(run: Run, row: Row) -> list[Limit]:
-    if run.device.type == "cuda":
+    if run.device.type == "cuda" or len(run.data.train_images) < FAIR_IMAGES:
         return []
     return [("images/s", row["ours"], 40_000, True), ("x the DataLoader", row["ratio"], 8, True)]
 
@@ -245,6 +246,8 @@ def _lamp_limits(run: Run, row: Row) -> list[Limit]:
 
 
 def _training_limits(run: Run, row: Row) -> list[Limit]:
+    if len(run.data.train_images) < FAIR_IMAGES:
+        return []
     if run.device.type == "cuda":
         seconds = {"resnet20": 1, "vgg16": 2}.get(run.m_name)
         return [(f"s for {EPOCH_IMAGES:,} images", EPOCH_IMAGES / row["ours"], seconds, False)] if seconds else []

@@ -27,14 +27,15 @@ def stage_rows(seconds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row
 
 
 def print_stages(rows: Sequence[Row]) -> None:
-    """Stages by methods: median with fastest and slowest, in milliseconds."""
+    """Stages by methods: median with fastest and slowest, in milliseconds; - where there is nothing to do."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     print(f"\n{'stage (ms)':<18}" + "".join(f"{method:>34}" for method in methods))
     for stage in dict.fromkeys(row["stage"] for row in rows):
         cells = []
         for row in (row for row in rows if row["stage"] == stage):
             median, low, high = (1e3 * row[key] for key in ("median_s", "fastest_s", "slowest_s"))
-            cells.append(f"{median:,.1f} [{low:,.1f} .. {high:,.1f}]")
+            spread = f" [{low:,.1f} .. {high:,.1f}]" if row["repeats"] > 1 else ""
+            cells.append(f"{median:,.1f}{spread}" if median >= 0.1 else "-")
         print(f"{stage:<18}" + "".join(f"{cell:>34}" for cell in cells))
 
 

@@ -141,6 +141,7 @@ def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
     load_model_state(model, artifact.weights, str(artifact.path))
+    pipeline.check_split(run, artifact.path)
     if not (plan.needs_regrown or plan.starting_checkpoint):
         return Source(model, artifact.path, None, recorded_origin(artifact))
     start = find_start(artifact, plan.starting_checkpoint, run.root)

@@ -137,15 +137,32 @@ def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, a
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         pruner(model, 1.0 - keep / counts.surviving, seed=seed)
     if announce and (empty := empty_layers(model)):
-        print(f"warning: nothing is left in {len(empty)} layers at sparsity {sparsity:.4g}: {', '.join(empty)}")
+        print(f"warning: no weight is left at sparsity {sparsity:.4g} in {', '.join(empty)}; what passes through there "
+              "alone is lost")
 
 
 def load_outcome(run: Run, artifact: Path) -> Outcome:
-    """An existing artifact with its model; UserError when it is missing, damaged or another model's."""
+    """An existing artifact with its model.
+
+    UserError when it is missing, damaged or another model's, or was trained on what the run holds out.
+    """
     model = run.new_model()
     loaded = checkpoint.load_checkpoint(artifact, run.device)
     load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
+    check_split(run, artifact)
     return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
+
+
+def check_split(run: Run, artifact: Path) -> None:
+    """UserError when an artifact's card says that it was trained on another split of the same images.
+
+    Its training images would then be among the run's validation images, and every choice made on them too good.
+    """
+    config = (checkpoint.read_card(artifact) or {}).get("config", {})
+    split = config.get("val_split")
+    if split is not None and split != run.val_split and config.get("data_fingerprint") == run.data.fingerprint():
+        raise UserError(f"{artifact} was trained with --val_split {split:g}; with {run.val_split:g} images that it was "
+                        f"trained on would count as validation. Use --val_split {split:g}, or train it anew")
 
 
 def _reuse(run: Run, stage: Stage) -> Outcome:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from utils.allocation import AllocationProblem
 
+SHORTEST = 1e-4  # seconds; a stage that takes less has nothing to do and is not drawn
 SPARSITY_TICKS = (0.4, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 
 
@@ -83,9 +84,9 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
         color = f"C{4 + number % 6}"
         ends = (1 - float(row["sparsity"]), end), (1 - float(row["sparsity_before"]), start)
         axes.annotate("", *ends, arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.8,
-                                             "shrinkA": 3, "shrinkB": 0})
+                                             "shrinkA": 3, "shrinkB": 7})
         axes.plot(*ends[0], marker="*", markersize=12, color=color, linestyle="none",
-                  label=f"regrown: {row['method']}, {row['allocation']} ({kind} {end:.2f} %)")
+                  label=f"regrown: {row['method']}, {allocation_name(row)} ({kind} {end:.2f} %)")
     sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
     if sparsities:
@@ -94,6 +95,12 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def allocation_name(row: Mapping[str, Any]) -> str:
+    """How weights were allotted: a rule, or the search with who found what it chose (the controller, or a rule)."""
+    found_by = row.get("found_by", "")
+    return f"rl, best: {found_by}" if row["allocation"] == "rl" and found_by else str(row["allocation"])
 
 
 def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem, allocation: Sequence[int],
@@ -114,7 +121,8 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
                   label=f"best, {label}")
     based = [row for row in history if row["baseline"] is not None and row["source"] == "rl"]
     left.plot([row["episode"] for row in based], [100 * row["baseline"] for row in based], color="0.3", linestyle="--",
-              label="baseline")
+              marker=".", label="baseline")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="episode", ylabel="validation accuracy (%)", title="search")
     left.legend(fontsize=8)
     left.grid(alpha=0.3)
@@ -129,7 +137,8 @@ def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequenc
     axes.set_yticks(positions, [f"{name} ({drift:.2f})" for name, drift in zip(problem.layers, problem.drift)],
                     fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="weights", xscale="symlog", title="best allocation, layers by SSIM (in brackets), lowest first")
+    axes.set(xlabel="weights", xscale="symlog", xlim=(0, 2 * max(1, *problem.capacities)),
+             title="best allocation, layers by SSIM (in brackets), lowest first")
     axes.legend(fontsize=8)
 
 
@@ -157,8 +166,10 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
               title="layers by SSIM, lowest first (orange: capped by its capacity)")
     fourth.scatter([row["capacity"] for row in layers], [row["final_gain"] for row in layers], c=colors)
     fourth.set(xscale="log", xlabel="capacity of the layer (pruned weights)",
-               ylabel="gain after finetuning, over the control (points)")
+               ylabel="gain after finetuning, over the control (points)",
+               title="gain against capacity (orange: capped by it)")
     for axes in (first, second, third, fourth):
+        axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8)
     save_figure(figure, path)
@@ -166,7 +177,10 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
 
 def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: Mapping[str, Any]) -> None:
     axes.scatter(x, y)
-    if len(x) > 1 and np.ptp(x) > 0:
+    if np.isnan(result["pearson"]):
+        axes.set_title("no correlation: too few layers, or all alike", fontsize=10)
+        return
+    if np.ptp(x) > 0:
         slope, intercept = np.polyfit(x, y, 1)
         ends = np.array([min(x), max(x)])
         axes.plot(ends, slope * ends + intercept, color="C3", linestyle="--")
@@ -194,6 +208,7 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         values, fastest, slowest = (np.array([table[method, stage][key] for stage in stages])
                                     for key in ("median_s", "fastest_s", "slowest_s"))
         places = np.arange(len(stages)) + 0.8 * (number - (len(methods) - 1) / 2) / len(methods)
+        values = np.where(values < SHORTEST, np.nan, values)
         right.errorbar(places, values, [values - fastest, slowest - values], fmt="o", capsize=3, color=f"C{number}",
                        label=method)
     left.invert_yaxis()
@@ -244,9 +259,9 @@ def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) ->
                                         ("published", "published_std", {"fmt": "s--", "mfc": "none"}, "published")):
             known = [row for row in rows if row[mean] != ""]
             if known:
-                axes.errorbar([1 - row["sparsity"] for row in known], [row[mean] for row in known],
-                              [row[std] or 0 for row in known], color=f"C{number}", capsize=3, alpha=0.8,
-                              label=f"{name} ({label})", **style)
+                spread = [row[std] or 0 for row in known] if any(row[std] for row in known) else None
+                axes.errorbar([1 - row["sparsity"] for row in known], [row[mean] for row in known], spread,
+                              color=f"C{number}", capsize=3, alpha=0.8, label=f"{name} ({label})", **style)
     sparsity_axis(axes, min(row["sparsity"] for row in results), max(row["sparsity"] for row in results))
     axes.set(ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3)

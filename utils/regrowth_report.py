@@ -27,6 +27,7 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
     card = outcome.card
     same = one_shot_card(run, card["sparsity"])
     return {"method": card["config"]["method"], "allocation": card["config"]["allocation"],
+            "found_by": card.get("allocation_source", ""),
             "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"], "regrown": card["regrown"],
             "surviving": card["surviving"], "val_acc_before": card["val_acc_before"],
             "val_acc_after_regrowth": card["val_acc_after_regrowth"], "val_acc": card["val_acc"],
@@ -53,7 +54,7 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
         print(f"before           sparsity {row['sparsity_before']:.4f}  validation {row['val_acc_before']:.2f} %"
               f"{test}\n"
               f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %  "
-              f"({row['regrown']:,} weights, {row['method']}, {row['allocation']})\n"
+              f"({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
               f"after finetuning sparsity {row['sparsity']:.4f}  validation {row['val_acc']:.2f} %, "
               f"test {row['test_acc']:.2f} %")
         if row["one_shot_test_acc"] != "":

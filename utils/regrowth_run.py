@@ -200,7 +200,7 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
         starting_checkpoint=str(step.start.artifact),
         start_test_acc=step.start.card.get("test_acc"), allocation=dict(zip(problem.layers, found.allocation)),
         drift=dict(zip(problem.layers, problem.drift)), search_epochs=found.epochs_spent, epochs=result.epochs,
-        best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+        allocation_source=found.source, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
     return Outcome(model, step.artifact, stage.card)
 
 
@@ -208,7 +208,7 @@ def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: S
                      regrower: Regrower, config: Mapping[str, Any]) -> Found:
     if args.allocation != "rl":
         chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
-        return Found(chosen, None, 0, 0)
+        return Found(chosen, None, 0, 0, args.allocation)
 
     def episode(allocation: tuple[int, ...], seed: int, epochs: int) -> float:
         """Reward of an allocation: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""

@@ -31,6 +31,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
     """Shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list) and action.help:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
@@ -73,15 +75,20 @@ def add_model_option(parser: argparse.ArgumentParser, *flags: str) -> None:
                         help="network to use")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every script takes: data, device, precision, seed and where artifacts go."""
+def add_run_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """What every script takes: data, device, precision, seed and where artifacts go.
+
+    seed: whether there is a `--seed` (a script may have an option of its own for several).
+    """
     group = parser.add_argument_group("run")
     group.add_argument("--dataset", choices=list(DATASETS), default="cifar10",
                        help="cifar10, or photos (embedded, needs no network)")
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where CIFAR-10 lies or is downloaded to")
     group.add_argument("--val_split", type=fraction, default=0.2,
                        help="fraction of the training images held out for validation")
-    group.add_argument("--seed", type=count, default=0, help="seed of initial weights, order, augmentation and search")
+    if seed:
+        group.add_argument("--seed", type=count, default=0,
+                           help="seed of initial weights, order, augmentation and search")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--precision", choices=PRECISIONS, default="auto",
                        help="auto: bf16 where the hardware multiplies it natively, else fp32")

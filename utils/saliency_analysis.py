@@ -260,12 +260,12 @@ def print_table(measure: str, by_class: Sequence[Row], by_layer: Sequence[Row], 
     for layer in by_layer:
         rows = [row for row in by_class if row["layer"] == layer["layer"]]
         top, mean = max(rows, key=lambda row: row["mean"]), np.mean([row["mean"] for row in rows])
-        times = f" ({top['mean'] / mean:.1f}x)" if mean > 0 else ""
         share = f"{layer['few_class'] / layer['important']:.1%}" if layer["important"] else "-"
-        errors = ""
+        errors, error = "", 0.0
         if estimated:
             error = np.sqrt(np.sum([row["mean_error"] ** 2 for row in rows])) / len(rows)
             errors = f"  {error:11.2g} {np.mean([row['noise'] for row in rows]):6.2f}"
+        times = f" ({top['mean'] / mean:.1f}x)" if mean > 2 * error else ""  # else the mean may as well be 0
         print(f"{layer['layer']:>30} {layer['weights']:10,} {layer['pruned']:10,} {mean:10.3g}  "
               f"{top['class'] + times:<20} {share:>12}{errors}")
 

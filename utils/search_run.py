@@ -17,12 +17,16 @@ from utils.stage import differences
 
 
 class Found(NamedTuple):
-    """An allocation, its reward (None when nothing was searched), the epochs it took and the controller's update."""
+    """An allocation, its reward (None when nothing was searched), the epochs it took and the controller's update.
+
+    source: 'controller', or the rule that gave the allocation, also where the search tried it first.
+    """
 
     allocation: tuple[int, ...]
     reward: float | None
     epochs_spent: int
     epoch: int
+    source: str
 
 
 def search_path(stem: Path, epoch: int) -> Path:
@@ -104,4 +108,6 @@ def search_allocation(args: argparse.Namespace, problem: AllocationProblem, eval
         log.save()
     checkpoint.save_csv(log.rows(), log.table)
     plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
-    return Found(result.allocation, result.reward, result.epochs_spent, search.epoch)
+    source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
+    return Found(result.allocation, result.reward, result.epochs_spent, search.epoch,
+                 "controller" if source == "rl" else source)
