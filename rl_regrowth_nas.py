@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from utils import checkpoint, pipeline, regrowth_run
-from utils.regrowth import ReferenceBasedRegrowth
+from utils.regrowth import ReferenceBasedRegrowth, reference_magnitudes
 from utils.regrowth_options import parse_regrowth_args, regrowth_parser
 from utils.regrowth_report import report
 from utils.run import Run, open_run, script
@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
     """Loads the reference; what is active in it and pruned here returns first, largest reference weight first."""
     reference = load_reference(run, args.reference_model, dense)
-    return lambda model: ReferenceBasedRegrowth(model, reference, seed=derive_seed(run.seed, "regrowth"))
+    magnitudes, seed = reference_magnitudes(reference), derive_seed(run.seed, "regrowth")
+    return lambda model: ReferenceBasedRegrowth(model, reference, seed=seed, magnitudes=magnitudes)
 
 
 def load_reference(run: Run, name: str | None, dense: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from utils.regrowth import (
     SaliencyComputer,
     WeightRegrowth,
     layer_capacities,
+    reference_magnitudes,
     regrowth_budget,
     target_layers,
 )
@@ -254,6 +255,16 @@ def test_a_pruned_reference_fills_the_rest_at_random_and_copies_what_it_has():
     assert written[filled] != 0 and written[filled] != REFERENCE[filled // 3][filled % 3]  # Kaiming: nothing to copy
     one_only = ReferenceBasedRegrowth(one_linear(WEIGHT, MASK), reference).apply_regrowth({"0": 1})
     assert one_only.layers["0"].indices.tolist() == [2]
+
+
+def test_magnitudes_computed_once_change_nothing(dense):
+    start = pruned_copy(dense)
+    records = [ReferenceBasedRegrowth(clone_model(start), dense, magnitudes=known).apply_regrowth({"0": 5, "4": 9})
+               for known in (None, reference_magnitudes(dense))]
+    for name in ("0", "4"):
+        assert torch.equal(records[0].layers[name].indices, records[1].layers[name].indices)
+        assert torch.equal(records[0].layers[name].values, dense.get_submodule(name).weight.flatten()[
+            records[0].layers[name].indices].detach())
 
 
 def test_the_random_fill_depends_on_the_seed():

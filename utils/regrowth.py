@@ -83,12 +83,14 @@ class Evidence:
     """What rules and initialisers look at besides the pruned model; each takes what it needs.
 
     saliency, gradient: layer name -> tensor of the weight's shape; reference: a dense or pruned model of the same
-    architecture.
+    architecture; magnitude: the reference's |w| by layer, where it was computed once for many regrowths
+    (`reference_magnitudes`).
     """
 
     saliency: Mapping[str, Tensor] | None = None
     gradient: Mapping[str, Tensor] | None = None
     reference: nn.Module | None = None
+    magnitude: Mapping[str, Tensor] | None = None
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """The layer's tensor of `kind` 'saliency' or 'gradient'. Raises ValueError if there is none."""
@@ -129,7 +131,13 @@ def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
     if hasattr(reference, "weight_mask"):
         mask = _elementwise(np.greater_equal, torch.ge, mask, reference.weight_mask)  # free: 0 here and 1 there
-    return Ranking(_magnitude(stored_weight(reference)), mask)
+    known = evidence.magnitude or {}
+    return Ranking(known[name] if name in known else _magnitude(stored_weight(reference)), mask)
+
+
+def reference_magnitudes(reference: nn.Module) -> dict[str, Tensor]:
+    """|w| of every prunable layer of a reference, at pruned positions of what it stores; of the weight's shape."""
+    return {name: _magnitude(stored_weight(layer)) for name, layer in prunable_layers(reference).items()}
 
 
 def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
@@ -323,6 +331,10 @@ class SaliencyBasedRegrowth(WeightRegrowth):
 class ReferenceBasedRegrowth(WeightRegrowth):
     """Regrows what is active in a reference model (dense or less pruned), largest |w| first, then a random fill."""
 
-    def __init__(self, model: nn.Module, reference: nn.Module, init_strategy: str = "reference", seed: int = 0):
-        """Filled positions of a pruned reference, which has no weight to copy there, start from Kaiming values."""
-        super().__init__(model, "reference", Evidence(reference=reference), init_strategy, seed)
+    def __init__(self, model: nn.Module, reference: nn.Module, init_strategy: str = "reference", seed: int = 0,
+                 magnitudes: Mapping[str, Tensor] | None = None):
+        """Filled positions of a pruned reference, which has no weight to copy there, start from Kaiming values.
+
+        magnitudes: `reference_magnitudes(reference)`, for callers that regrow by one reference many times.
+        """
+        super().__init__(model, "reference", Evidence(reference=reference, magnitude=magnitudes), init_strategy, seed)
