@@ -127,12 +127,15 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def correlations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """SSIM against both gains, per layer and per 1,000 regrown weights (capped layers receive fewer)."""
+    """SSIM against both gains: per layer, per 1,000 regrown weights (capped layers receive fewer), and per layer among
+    those that took the whole budget, where size cannot pass for drift."""
+    whole = [row for row in layers if not row["capped"]]
     results = []
     for gain, when in (("immediate_gain", "right after regrowth"), ("final_gain", "after finetuning")):
-        for unit, per in (("points", False), ("points per 1,000 weights", True)):
-            values = [row[gain] / (row["regrown"] / 1000 if per else 1) for row in layers]
-            found = correlate([row["ssim"] for row in layers], values)
+        for unit, rows, per in (("points", layers, False), ("points per 1,000 weights", layers, True),
+                                ("points, uncapped layers only", whole, False)):
+            values = [row[gain] / (row["regrown"] / 1000 if per else 1) for row in rows]
+            found = correlate([row["ssim"] for row in rows], values)
             results.append({"gain": gain, "unit": unit, **found,
                             "verdict": verdict(found, "SSIM", f"gain {when} ({unit})")})
     return results

@@ -53,6 +53,19 @@ def test_gains_are_means_over_seeds_above_the_control_of_the_same_seed():
         [("a", 4.0, 3.5), ("b", -2.0, 0.5)]
 
 
+def test_layers_that_took_the_whole_budget_are_correlated_by_themselves():
+    layers = [{"ssim": ssim, "capped": capped, "regrown": regrown, "immediate_gain": 0.0, "final_gain": gain}
+              for ssim, capped, regrown, gain in ((-0.4, 0, 1000, 2.0), (-0.3, 0, 1000, 1.0), (-0.2, 0, 1000, 3.0),
+                                                  (0.8, 1, 10, 0.1), (0.9, 1, 10, 0.0))]
+    found = {(row["gain"], row["unit"]): row for row in study.correlations(layers)}
+    assert len(found) == 6
+    whole = found["final_gain", "points, uncapped layers only"]
+    assert whole["n"] == 3 and whole["pearson"] == pytest.approx(0.5)  # of (1, 2, 3) and (2, 1, 3)
+    assert found["final_gain", "points"]["pearson"] < -0.7  # the small layers make it look as if SSIM told
+    assert found["final_gain", "points per 1,000 weights"]["n"] == 5
+    assert np.isnan(found["immediate_gain", "points"]["pearson"])
+
+
 def test_a_table_can_be_continued_but_not_mixed(tmp_path):
     path = tmp_path / "t.csv"
     table = ResumableTable(path, ("name", "seed"), {"epochs": 3}, resume=False, overwrite=False)
