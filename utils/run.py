@@ -191,7 +191,14 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     data = data or load_dataset(args.dataset, args.data_dir.expanduser())
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
     return Run(args.m_name, args.seed, args.val_split, device, precision, root, data, train, val, test,
-               command=shlex.join(["python", *sys.argv]))
+               command=command_line())
+
+
+def command_line() -> str:
+    """The command that runs this process, as a shell takes it; a module as ``python -m name``, without its path."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    started = ["-m", spec.name] if spec and sys.argv[0].endswith(".py") else sys.argv[:1]
+    return shlex.join(["python", *started, *sys.argv[1:]])
 
 
 def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
@@ -220,7 +227,7 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True)
         if not resumable:
             print("\ninterrupted; run the same command again", file=sys.stderr)
             sys.exit(130)
-        command = shlex.join(["python", *sys.argv])
+        command = command_line()
         again = command if "--resume" in sys.argv or "-r" in sys.argv else f"{command} --resume"
         print(f"\ninterrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)
