@@ -430,6 +430,7 @@ def test_the_module_runs_and_leaves_tables_figures_and_card(tiny_options, tmp_pa
         assert [row["layer"] for row in csv.DictReader(file)] == list(kept)
     assert not (folder / "gradient_by_class.csv").exists()
     card = json.loads((folder / "saliency_analysis.json").read_text())
+    assert card["command"].startswith("python -m utils.saliency_analysis --m_name")
     assert card["measures"]["hessian"]["probes"] == [2] * 10 and card["measures"]["hessian"]["images"] == [1] * 10
     assert card["sparsity"] == pytest.approx(0.9, abs=0.01) and card["precision"] == "fp32"
 
