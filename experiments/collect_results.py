@@ -38,8 +38,11 @@ def pruning_rows(roots: Sequence[Path], m_name: str) -> list[dict[str, Any]]:
 
 def regrowth_rows(roots: Sequence[Path], m_name: str) -> list[dict[str, str]]:
     """Rows of every regrowth_results.csv of the model under the roots, by sparsity, method and allocation."""
-    tables = sorted(path for root in roots for path in root.rglob("regrowth_results.csv") if m_name in path.parts)
-    rows = [row for table in tables for row in csv.DictReader(table.read_text().splitlines())]
+    tables = sorted(path for root in roots for path in root.rglob("regrowth_results.csv"))
+    rows = [row for table in tables for row in csv.DictReader(table.read_text().splitlines())
+            if row["checkpoint"].startswith(f"regrown_{m_name}_")]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name, "") for name in columns} for row in rows]  # tables of earlier versions have fewer
     return sorted(rows, key=lambda row: (row["sparsity"], row["method"], row["allocation"], row["seed"]))
 
 

@@ -14,6 +14,7 @@ from tests.conftest import make_images
 from tests.test_regrowth_scripts import make_start
 from utils.analysis_utils import get_masks, prunable_layers
 from utils.baselines import argsort_lamp_masks, elementwise_regrowth, plain_dataloader, plain_training_epoch
+from utils.checkpoint import save_csv
 from utils.selection import exact_k_mask
 from utils.timing import measure, peak_memory_mb
 
@@ -74,9 +75,15 @@ def test_measure_counts_only_the_work():
 def test_results_of_several_roots_are_gathered(tmp_path, run_script):
     for root in ("one", "two"):
         make_start(tmp_path / root)
+    row = {"method": "saliency", "allocation": "rl", "sparsity_before": 0.99, "sparsity": 0.97, "val_acc_before": 10,
+           "val_acc": 12, "start_test_acc": 11, "test_acc": 12, "seed": 0, "checkpoint": "regrown_resnet20_0.97.pth"}
+    for place, new in (("one/here", {}), ("two/there", {"found_by": "erk"})):  # whatever --save_dir is called
+        save_csv([{**row, **new}], tmp_path / place / "regrowth_results.csv")
+    save_csv([{**row, "checkpoint": "regrown_vgg16_0.97.pth"}], tmp_path / "one/vgg16/regrowth_results.csv")
     process = run_script("experiments/collect_results.py", "--m_name", "resnet20", "--roots", tmp_path / "one",
                          tmp_path / "two", "--save_dir", tmp_path / "out")
     assert process.returncode == 0, process.stderr
+    assert "2 regrown models" in process.stdout and "rl, best: erk" in process.stdout
     assert (tmp_path / "out/bidirectional_pruning.csv").read_text().count("magnitude") == 1  # the same model twice
     assert (tmp_path / "out/bidirectional.png").stat().st_size > 1000
     missing = run_script("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
