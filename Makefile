@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clean
 
-# The whole pipeline, small: dense -> pruned -> regrown by both methods -> one figure; a few minutes on two free CPU cores.
+# The whole pipeline, small: dense -> pruned -> regrown by both methods -> one figure; 5 minutes on two free CPU cores.
 # Interrupted, it goes on where it stopped; `make clean` makes it start anew.
 DEMO := --m_name resnet20 --dataset photos --val_split 0.5 --root demo --finetune_lr 0.003 --finetune_epochs 2
 REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 6 --mini_finetune_epochs 1 --ssim_batches 4
