@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int) -> Outcome:
     """The dense model of the run's seed pruned to `sparsity` at once and finetuned; both are made once and reused."""
-    keep = {"resume": args.resume, "overwrite": False}
+    keep = {"resume": args.resume, "overwrite": args.overwrite}
     dense = pipeline.pretrain(run, replace(PRETRAIN, epochs=args.max_epochs), **keep)
     recipe = replace(FINETUNE_FINAL, epochs=epochs, lr=args.finetune_lr, patience=None)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
@@ -99,7 +99,7 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: i
         [method.add_options for method in SELECTIONS.values()], m_name=args.m_name, allocation=allocation,
         start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
         patience=after + 1, finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root,
-        save_dir=run.root / arm, resume="latest" if args.resume else None)
+        save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite)
     return regrowth_run.regrow(run, options, SELECTIONS[selection])[-1]
 
 

@@ -83,7 +83,8 @@ def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
     return pipeline.prune_and_finetune(run, dense, PruneStep("magnitude", "one-shot", 1, sparsity),
-                                       weight_pruner_loader("magnitude"), recipe, resume=args.resume)
+                                       weight_pruner_loader("magnitude"), recipe, resume=args.resume,
+                                       overwrite=args.overwrite)
 
 
 def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -92,7 +93,7 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
     return pipeline.prune_steps(run, dense, steps[:last.iteration], weight_pruner_loader("magnitude"), recipe,
-                                resume=args.resume)[-1]
+                                resume=args.resume, overwrite=args.overwrite)[-1]
 
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -103,7 +104,7 @@ def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float)
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
         finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
         save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}",
-        resume="latest" if args.resume else None)
+        resume="latest" if args.resume else None, overwrite=args.overwrite)
     return regrowth_run.regrow(run, options, METHODS[args.method])[-1]
 
 
@@ -113,7 +114,7 @@ SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
 def measure(run: Run, args: argparse.Namespace, entry: Entry) -> dict[str, Any]:
     """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
     recipe = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr)
-    dense = pipeline.pretrain(run, recipe, resume=args.resume)
+    dense = pipeline.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
     outcome = SETTINGS[entry.setting](run, args, dense, entry.sparsity)
     pipeline.read_test(run, [outcome])
     card = outcome.card

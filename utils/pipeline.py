@@ -87,7 +87,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it; see `Stage` for the rules."""
     artifact = checkpoint.dense_path(run.root, run.m_name)
     stage = Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
-                  overwrite=overwrite)
+                  overwrite=overwrite and artifact not in run.made)
     if stage.finished:
         return _reuse(run, stage)
     model = run.new_model()
@@ -99,6 +99,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
     stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
                                    best_epoch=result.best_epoch, seconds=trainer.seconds))
+    run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
 
 
@@ -112,7 +113,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
     config = {"stage": "prune", **run.identity(), **vars(step), "parent": checkpoint.file_digest(parent.artifact),
               "recipe": recipe.as_dict()}
-    stage = Stage(artifact, config, resume=resume, overwrite=overwrite)
+    stage = Stage(artifact, config, resume=resume, overwrite=overwrite and artifact not in run.made)
     if stage.finished:
         return _reuse(run, stage)
     model = clone_model(parent.model)
@@ -126,6 +127,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     stage.finish(model.state_dict(), run.card(
         **describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
         best_epoch=result.best_epoch, seconds=trainer.seconds))
+    run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
 
 

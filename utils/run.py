@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -155,6 +155,7 @@ class Run:
     val: BatchLoader
     test: TestLoader
     command: str
+    made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
 
     @property
     def data_label(self) -> str:
