@@ -21,6 +21,7 @@ import rl_regrowth_nas  # noqa: E402
 import rl_saliency_regrowth  # noqa: E402
 from iclr2021_solution.tools.pruners import weight_pruner_loader  # noqa: E402
 from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
+from utils.controller import SearchConfig  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.paired import holm, paired_difference  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
@@ -41,7 +42,7 @@ from utils.run import (  # noqa: E402
 )
 from utils.seeding import derive_seed  # noqa: E402
 from utils.table import ResumableTable  # noqa: E402
-from utils.training import FINETUNE_FINAL, PRETRAIN  # noqa: E402
+from utils.training import FINETUNE_FINAL, PRETRAIN, SCHEDULES  # noqa: E402
 
 CONTROL = "one-shot"
 RANDOM = regrowth_run.Method(
@@ -67,7 +68,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--finetune_epochs", type=positive_int, default=40, help="epochs after pretraining, each arm")
     parser.add_argument("--before_share", type=fraction, default=0.5, help="share of them before regrowth")
     parser.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr, help="learning rate (AdamW)")
-    parser.add_argument("--search_budget", type=count, default=60, help="epochs of a search, on top; 0: no limit")
+    parser.add_argument("--finetune_schedule", choices=list(SCHEDULES), default=FINETUNE_FINAL.schedule,
+                        help="learning rate over the epochs of each part")
+    parser.add_argument("--search_budget", type=count, default=SearchConfig.search_budget,
+                        help="epochs of a search, on top; 0: no limit")
+    parser.add_argument("--mini_finetune_epochs", type=positive_int, nargs="+", default=list(SearchConfig.rungs),
+                        help="epochs of an episode of a search, as of the stage-2 scripts")
     parser.add_argument("--save_dir", type=Path, help="default: matched_compute/{m_name} under --root")
     add_run_options(parser)
     add_overwrite_options(parser)
@@ -85,7 +91,8 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     """The dense model of the run's seed pruned to `sparsity` at once and finetuned; both are made once and reused."""
     keep = {"resume": args.resume, "overwrite": args.overwrite}
     dense = pipeline.pretrain(run, replace(PRETRAIN, epochs=args.max_epochs), **keep)
-    recipe = replace(FINETUNE_FINAL, epochs=epochs, lr=args.finetune_lr, patience=None)
+    recipe = replace(FINETUNE_FINAL, epochs=epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
+                     patience=None)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
     return pipeline.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, **keep)
 
@@ -98,7 +105,8 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: i
     options = regrowth_arguments(
         [method.add_options for method in SELECTIONS.values()], m_name=args.m_name, allocation=allocation,
         start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
-        patience=after + 1, finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root,
+        patience=after + 1, finetune_lr=args.finetune_lr, finetune_schedule=args.finetune_schedule,
+        search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite)
     return regrowth_run.regrow(run, options, SELECTIONS[selection])[-1]
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 
@@ -12,7 +13,8 @@ from utils.errors import UserError
 def options(image_folder, tmp_path) -> list[str]:
     return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
             "--precision", "fp32", "--max_epochs", "1", "--finetune_epochs", "2", "--search_budget", "2",
-            "--num_seeds", "2", "--arms", "rl+saliency", "proportional+reference", "random+random"]
+            "--mini_finetune_epochs", "1", "--finetune_schedule", "constant", "--num_seeds", "2", "--arms",
+            "rl+saliency", "proportional+reference", "random+random"]
 
 
 def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkeypatch, capsys):
@@ -40,6 +42,10 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
     assert [row["arm"] for row in verdicts] == ["rl+saliency", "proportional+reference", "random+random"]
     assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts.png").stat().st_size > 1000
     assert "against one-shot" in capsys.readouterr().out
+    made = [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/*/*0.97.json")]
+    made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/resnet20/ckpt_after_prune/*.json")]
+    assert len(made) == 5 and {config["recipe"]["schedule"] for config in made} == {"constant"}
+    assert [config["mini_finetune_epochs"] for config in made if config.get("allocation") == "rl"] == [[1]]
 
 
 def test_comparison_by_hand():

@@ -97,6 +97,14 @@ def test_every_allocation_rule_spends_the_same(allocation, options, tmp_path, ca
         rl_regrowth_nas.main([*options, "--allocation", other, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
 
 
+def test_the_schedule_of_the_final_finetuning_is_chosen(options, tmp_path):
+    rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "2", "--finetune_lr", "0.002",
+                          "--finetune_schedule", "constant"])
+    log = checkpoint.training_log_path(tmp_path / "rl_regrow_savedir/resnet20/regrown_resnet20_0.97.pth")
+    with open(log, newline="") as file:
+        assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.002, 0.002]
+
+
 def test_several_steps_each_start_from_the_model_before(options, tmp_path):
     rl_saliency_regrowth.main([*options, "--allocation", "proportional", "--regrow_iterations", "2", "--regrow_step",
                                "0.01", "--init_strategy", "magnitude", "--finetune_epochs", "0"])

@@ -19,7 +19,7 @@ from utils.run import (
     positive_int,
     unit_interval,
 )
-from utils.training import FINETUNE_FINAL
+from utils.training import FINETUNE_FINAL, SCHEDULES
 
 
 def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
@@ -30,9 +30,11 @@ def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
     _add_search(parser)
     group = parser.add_argument_group("final finetuning")
     group.add_argument("--finetune_epochs", type=count, default=FINETUNE_FINAL.epochs,
-                       help="epochs after the weights have returned (AdamW, 5 %% warm-up, cosine)")
+                       help="epochs after the weights have returned (AdamW)")
     group.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr,
                        help="learning rate, also of the mini-finetuning in the search")
+    group.add_argument("--finetune_schedule", choices=list(SCHEDULES), default=FINETUNE_FINAL.schedule,
+                       help="learning rate over these epochs (the mini-finetuning's is constant)")
     group.add_argument("--patience", type=positive_int, default=FINETUNE_FINAL.patience,
                        help="epochs without a better validation accuracy before it stops")
     add_run_options(parser)

@@ -172,7 +172,8 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
 
 def final_recipe(args: argparse.Namespace) -> Recipe:
     """The published final finetuning (warm-up and cosine) with what the command line changes."""
-    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=args.patience)
+    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
+                   patience=args.patience)
 
 
 def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> Outcome:
