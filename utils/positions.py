@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.selection import check_count, common_dtype, kth_largest
+from utils.selection import check_count, common_dtype, kth_largest, sample_rank
 
 SAMPLE = 1 << 14  # scores looked at to find a lower bound
 RUN = 16  # neighbours sampled together: they come in one memory access
@@ -172,11 +172,6 @@ def _host_top(rank: Callable[[], Ranking | None], count: int) -> Tensor | None:
     return torch.from_numpy(chosen)
 
 
-def _sample_rank(expected: float) -> int:
-    """A rank in the sample that is hardly ever too high when `expected` of the best scores are expected in it."""
-    return int(expected + 4 * math.sqrt(expected) + 8)
-
-
 def _sampled_bound(values: np.ndarray, taken: np.ndarray, count: int) -> np.floating | None:
     """A score that a few more than `count` free scores reach, by a sample; None if that would not save work."""
     runs = values.size // RUN
@@ -184,7 +179,7 @@ def _sampled_bound(values: np.ndarray, taken: np.ndarray, count: int) -> np.floa
     if step < RUN or count == 0:
         return None
     sample, free = (array[: runs * RUN].reshape(runs, RUN)[::step] for array in (values, taken))
-    rank = _sample_rank(count * sample.size / values.size)
+    rank = sample_rank(count * sample.size / values.size)
     sample = sample[free == 0]
     if rank > sample.size // 4:
         return None
@@ -226,7 +221,7 @@ def _device_bounds(values: Tensor, taken: Tensor, starts: list[int], sizes: list
     first, size = torch.tensor([starts, sizes], device=values.device)[:, :, None]
     places = first + torch.arange(SAMPLE, device=values.device) * size // SAMPLE
     ranked = torch.where(taken[places], -torch.inf, values[places]).sort(dim=1, descending=True).values
-    ranks = [_sample_rank(SAMPLE * count / size) for count, size in zip(counts, sizes, strict=True)]
+    ranks = [sample_rank(SAMPLE * count / size) for count, size in zip(counts, sizes, strict=True)]
     column, useful = torch.tensor([[min(rank, SAMPLE - 1), rank < SAMPLE] for rank in ranks], device=values.device).T
     return torch.where(useful.bool(), ranked.gather(1, column[:, None])[:, 0], -torch.inf)
 

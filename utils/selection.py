@@ -1,6 +1,7 @@
-"""The one selection function of the project: exactly k positions, highest score first, ties by position.
+"""Exactly k positions as masks, highest score first, ties by position, over one tensor or several together.
 
-Pruning keeps with it and regrowth selects with it. Nothing is sorted: the k-th largest score is the threshold, all
+Pruning keeps with it; regrowth, which wants a few positions of each tensor by itself, has `positions.top_indices`,
+built on the same threshold and the same sampling. Nothing is sorted: the k-th largest score is the threshold, all
 that reach it are taken, and what is too many among its equals is dropped, highest flat index first. On the CPU, when
 k is small against the number of scores, a sample gives a lower bound of the threshold, so that only the few scores
 above the bound are compared; at least k scores must pass the bound, else all are, so the answer is always exact.
@@ -68,6 +69,11 @@ def check_count(k: int, available: int) -> None:
         raise ValueError(f"k = {k} is more than the {available} eligible positions")
 
 
+def sample_rank(expected: float) -> int:
+    """A rank in a sample that is hardly ever too high when `expected` of the best scores are expected in it."""
+    return int(expected + 4 * math.sqrt(expected) + 8)
+
+
 # ---- CPU -----------------------------------------------------------------------------------------------------------
 
 
@@ -116,8 +122,7 @@ def _lower_bound(flats: list[_Flat], k: int) -> np.floating | None:
     sample = np.concatenate(
         [f.values[::step] if f.allowed is None else f.values[::step][f.allowed[::step]] for f in flats]
     )
-    expected = k / step
-    rank = int(expected + 4 * math.sqrt(expected) + 8)
+    rank = sample_rank(k / step)
     if rank > sample.size // 4:
         return None
     sample.partition(sample.size - rank)
