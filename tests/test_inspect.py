@@ -396,6 +396,16 @@ def test_a_best_allocation_is_replayed_on_its_starting_checkpoint(run, tmp_path)
     assert describe(load_artifact(tmp_path / "artifact.pth"))["regrown by source"] == {"reference": 60}
 
 
+def test_the_start_is_found_where_stage_1_puts_it_after_the_root_has_moved(run, tmp_path):
+    model, best = regrown_best(run)
+    place = tmp_path / "m/ckpt_after_prune/start.pth"
+    place.parent.mkdir(parents=True)
+    (tmp_path / "start.pth").rename(place)
+    best["starting_checkpoint"] = "old_root/m/ckpt_after_prune/start.pth"
+    source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), plan_for())
+    assert_same_model(source.model, model)
+
+
 def test_a_published_best_allocation_takes_its_values_from_the_reference(run, tmp_path):
     model, best = regrown_best(run)
     indices = best["regrow_indices"]

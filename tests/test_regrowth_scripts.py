@@ -16,7 +16,7 @@ import torch
 import rl_regrowth_nas
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY
-from utils import checkpoint
+from utils import checkpoint, regrowth_run
 from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
 from utils.model_loader import model_loader
@@ -142,7 +142,8 @@ def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, i
     there = [str(whole) if word == str(tmp_path) else word for word in options]
     assert run_script("rl_regrowth_nas.py", *there, *search).returncode == 0
     folder = tmp_path / "rl_regrow_savedir/resnet20"
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *search],
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *search,
+                                "--overwrite"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
@@ -153,6 +154,7 @@ def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, i
     assert process.returncode == (130 if number == signal.SIGINT else -9), errors
     if number == signal.SIGINT:
         assert errors.strip().splitlines()[-1].endswith("--resume")
+        assert "--overwrite" not in errors
     resumed = run_script("rl_regrowth_nas.py", *options, *search, "--resume")
     assert resumed.returncode == 0 and "continuing the search" in resumed.stdout, resumed.stderr
     other = whole / "rl_regrow_savedir/resnet20"
@@ -188,17 +190,69 @@ def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 
 
-def test_another_split_than_that_of_stage_1_is_refused(options, tmp_path):
+def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_path, capsys):
     path = checkpoint.card_path(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
     card = json.loads(path.read_text())
     run = open_run(rl_regrowth_nas.parse_args(options))
-    card["config"] |= {"val_split": 0.5, "data_fingerprint": run.data.fingerprint()}
+    card["config"] |= {"val_split": 0.5, "data_fingerprint": run.data.fingerprint(), "dataset": run.data_label}
     checkpoint.save_json(card, path)
     with pytest.raises(UserError, match=r"trained with --val_split 0.5; with 0.2 images .* Use --val_split 0.5"):
         rl_regrowth_nas.main(options)
     card["config"]["data_fingerprint"] = "other images"
     checkpoint.save_json(card, path)
     rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "0"])
+    assert "trained on other images" in capsys.readouterr().out
+    card["config"]["dataset"] = "photos, embedded"
+    checkpoint.save_json(card, path)
+    with pytest.raises(UserError, match=r"trained on photos, embedded, and this run reads cifar10.*--dataset photos"):
+        rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "0"])
+
+
+def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp_path, monkeypatch, capsys):
+    words = [*options, "--search_budget", "8", "--mini_finetune_epochs", "1", "--num_epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(regrowth_run, "apply_allocation", interrupt_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            rl_regrowth_nas.main(words)
+    for other, said in ((["--finetune_lr", "0.02"], r"recipe lr 0.0003 \(asked: 0.02\)"),
+                        (["--ssim_batches", "2"], r"ssim_batches 1 \(asked: 2\)")):
+        with pytest.raises(UserError, match=f"made with other arguments: {said}"):
+            rl_regrowth_nas.main([*words, *other, "--resume"])
+    rl_regrowth_nas.main([*words, "--num_epochs", "2", "--finetune_epochs", "0", "--finetune_schedule", "constant",
+                          "--resume"])
+    assert "continuing the search" in capsys.readouterr().out
+
+
+def interrupt_at(number: int):
+    """`apply_allocation` until it is called for the `number`-th time."""
+    calls, real = [], regrowth_run.apply_allocation
+
+    def apply(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args)
+    return apply
+
+
+def test_an_overwritten_search_leaves_nothing_of_the_old_one(options, tmp_path, monkeypatch, capsys):
+    words = [*options, "--search_budget", "0", "--mini_finetune_epochs", "1", "--finetune_epochs", "0"]
+    rl_regrowth_nas.main([*words, "--num_epochs", "2"])
+    folder = tmp_path / "rl_regrow_savedir/resnet20"
+    again = [*words, "--num_epochs", "1", "--finetune_lr", "0.01"]
+    with monkeypatch.context() as patch:
+        patch.setattr(regrowth_run, "apply_allocation", interrupt_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            rl_regrowth_nas.main([*again, "--overwrite"])
+    found = {path.stem[-1] for path in folder.glob("rl_training_checkpoint_epoch_*.pth")}
+    assert found == {"0", "1", "2"}
+    (folder / "regrown_resnet20_0.97.json").unlink()
+    (folder / "regrown_resnet20_0.97.pth").unlink()
+    rl_regrowth_nas.main([*again, "--resume"])
+    assert "after 0 updates" in capsys.readouterr().out  # of the new search, not the old one's second
+    rl_regrowth_nas.main([*again, "--overwrite"])
+    found = {path.stem[-1] for path in folder.glob("rl_training_checkpoint_epoch_*.pth")}
+    assert found == {"1"} or found == {"0", "1"}
 
 
 def test_a_dense_model_is_no_start(options, tmp_path):

@@ -79,6 +79,16 @@ def test_a_table_can_be_continued_but_not_mixed(tmp_path):
         ResumableTable(path, ("name", "seed"), {"epochs": 4}, resume=True, overwrite=False)
 
 
+@pytest.mark.parametrize("name, content", [("t.json", '{"config": {"epo'), ("t.json", "[]"),
+                                           ("t.csv", 'name,v\na,"open'), ("t.csv", "name,v\na\n")])
+def test_a_damaged_table_is_said_to_be_so(name, content, tmp_path):
+    path = tmp_path / "t.csv"
+    ResumableTable(path, ("name",), {"epochs": 3}, resume=False, overwrite=False).add({"name": "a", "v": "b"}, {})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is damaged.*remove t.csv and t.json and use --resume"):
+        ResumableTable(path, ("name",), {"epochs": 3}, resume=True, overwrite=False)
+
+
 def test_the_script_measures_every_layer_and_continues_after_a_stop(tmp_path, image_folder, monkeypatch, capsys):
     make_start(tmp_path)
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",

@@ -71,9 +71,12 @@ def test_a_finished_stage_is_reused_only_for_the_same_arguments(tmp_path, small_
     run_stage(artifact, small_cnn, tiny_loaders)
     assert Stage(artifact, CONFIG).finished
     other = {**CONFIG, "seed": 1, "recipe": replace(RECIPE, epochs=9).as_dict()}
-    with pytest.raises(UserError, match=r"seed 0 \(asked: 1\), epochs 4 \(asked: 9\).*--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"seed 0 \(asked: 1\), recipe epochs 4 \(asked: 9\).*--resume.*--overwrite"):
         Stage(artifact, other)
-    assert Stage(artifact, other, resume=True).card["config"] == CONFIG
+    taken = Stage(artifact, other, resume=True)
+    assert taken.card["config"] == CONFIG
+    assert taken.reuse_note().endswith("made with other arguments: seed 0 (asked: 1), recipe epochs 4 (asked: 9)")
+    assert "other arguments" not in Stage(artifact, CONFIG).reuse_note()
     assert not Stage(artifact, other, overwrite=True).finished
 
 
@@ -109,6 +112,27 @@ def test_a_checkpoint_without_a_card_is_taken_only_when_asked(tmp_path):
     assert Stage(artifact, CONFIG, resume=True).card == {}
 
 
+def test_the_artifact_of_another_parent_is_never_taken(tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    artifact = tmp_path / "a.pth"
+    monkeypatch.setitem(CONFIG, "parent", "old")
+    run_stage(artifact, small_cnn, tiny_loaders)
+    with pytest.raises(UserError, match="made from another parent model.*Remove it"):
+        Stage(artifact, {**CONFIG, "parent": "new"}, resume=True)
+    assert Stage(artifact, {**CONFIG, "seed": 9}, resume=True).finished
+
+
+def test_what_an_interrupted_overwrite_left_goes_with_the_reuse(tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    artifact = tmp_path / "a.pth"
+    run_stage(artifact, small_cnn, tiny_loaders)
+    with monkeypatch.context() as patch:
+        die_at_write(patch, 4)
+        with pytest.raises(Killed):
+            run_stage(artifact, small_cnn, tiny_loaders, overwrite=True)
+    assert checkpoint.progress_path(artifact).exists()
+    assert Stage(artifact, CONFIG, resume=True).finished and not checkpoint.progress_path(artifact).exists()
+
+
 def test_differences_in_words():
-    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}) == \
-        "c 2 (asked: 5), e None (asked: 0)"
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}) == "b c 2 (asked: 5)"
+    assert differences({"a": 1}, {"a": 1, "e": 0}) == "e None (asked: 0)"
+    assert differences({"n": 2, "r": {"n": 100}}, {"r": {"n": 100}}) == "n 2 (asked: None)"

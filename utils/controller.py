@@ -156,7 +156,8 @@ class SearchConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if not self.rungs or self.rungs[0] < 1 or list(self.rungs) != sorted(set(self.rungs)):
-            raise UserError(f"rungs are {self.rungs}; they must be positive epochs in increasing order, such as 1 3 9")
+            raise UserError(f"rungs, the epochs of an episode (--mini_finetune_epochs), are {self.rungs}; they must "
+                            "be positive and increasing, such as 1 3 9")
 
     def beta(self, epoch: int) -> float:
         """Weight of the entropy bonus: linear from start_beta to end_beta over the first decay_fraction of updates."""

@@ -99,14 +99,16 @@ def recorded_origin(artifact: Artifact) -> Origin:
 
 
 def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | None:
-    """The starting checkpoint: `given`, or the recorded one, as it was named or under `root`; None if none is known.
+    """The starting checkpoint: `given`, or the recorded one, as it was named, under `root` or where stage 1 puts it
+    there (the root may have moved); None if none is known.
 
     Raises UserError when it is missing, or is another file than the recorded digest says.
     """
     origin = recorded_origin(artifact)
     if given is None and origin.path is None:
         return None
-    candidates = [given] if given else [Path(str(origin.path)), root / str(origin.path)]
+    recorded = Path(str(origin.path))
+    candidates = [given] if given else [recorded, root / recorded, root.joinpath(*recorded.parts[-3:])]
     found = [path for path in candidates if path.is_file()]
     if not found:
         raise UserError(f"no starting checkpoint at {candidates[0]}, from which {artifact.path} was regrown; name it "
@@ -141,7 +143,7 @@ def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
     load_model_state(model, artifact.weights, str(artifact.path))
-    pipeline.check_split(run, artifact.path)
+    pipeline.check_data(run, artifact.path)
     if not (plan.needs_regrown or plan.starting_checkpoint):
         return Source(model, artifact.path, None, recorded_origin(artifact))
     start = find_start(artifact, plan.starting_checkpoint, run.root)
@@ -363,7 +365,7 @@ def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) ->
               "lr_original": phase.lr_original, "recipe": phase.recipe.as_dict()}
     stage = Stage(path, config, resume=plan.resume, overwrite=plan.overwrite)
     if stage.finished:
-        print(f"reusing {path}")
+        print(stage.reuse_note())
         return pipeline.load_outcome(run, path)
     started, model = time.perf_counter(), source.model
     facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}

@@ -1,9 +1,11 @@
 """Stage 1: pretrain, prune, finetune and report, shared by `main.py` and `iclr2021_solution/iterate.py`."""
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +47,92 @@ def rate_towards(sparsity: float, iterations: int) -> float:
     return 1.0 - (1.0 - sparsity) ** (1.0 / iterations)
 
 
+def sweep_steps(pruner: str, sparsities: Iterable[float]) -> list[PruneStep]:
+    """One-shot prunings of the dense model, by sparsity. Raises UserError if two would share a file."""
+    steps = [PruneStep(pruner, "one-shot", 1, sparsity) for sparsity in sorted(sparsities)]
+    _check_names([step.sparsity for step in steps], "give values of --sparsity that are further apart")
+    return steps
+
+
 def iterative_steps(pruner: str, amount: float, start: int, end: int) -> list[PruneStep]:
-    """Iterations start..end, each removing `amount` of the surviving weights: sparsity 1 - (1 - amount)^i after i."""
+    """Iterations start..end, each removing `amount` of the surviving weights: sparsity 1 - (1 - amount)^i after i.
+
+    Raises UserError if two would share a file, or the first that of the iteration before.
+    """
     def after(iteration: int) -> float:
         return 1.0 - (1.0 - amount) ** iteration
+    _check_names([after(i) for i in range(max(1, start - 1), end + 1)], "take fewer iterations or another rate")
     return [PruneStep(pruner, "iterative", i, after(i), after(i - 1)) for i in range(start, end + 1)]
 
 
-def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None) -> None:
-    """Raises UserError before anything is trained: a missing starting checkpoint or an unreachable sparsity."""
+def _check_names(sparsities: Sequence[float], remedy: str) -> None:
+    files = [(sparsity, checkpoint.pruned_path(Path(), "", sparsity).name) for sparsity in sparsities]
+    for (first, name), (second, other) in pairwise(files):
+        if name == other:
+            raise UserError(f"sparsity {first:.12g} and {second:.12g} would share the file {name}, whose name has four "
+                            f"decimals; {remedy}")
+
+
+def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, option: str) -> None:
+    """Raises UserError before anything is trained: a missing starting checkpoint or an unreachable sparsity.
+
+    option: what chose the sparsities on the command line, for the message.
+    """
     if not steps:
         return
     parent = _parent_path(run, steps[0])
     if steps[0].previous and not parent.is_file():
         raise UserError(f"iteration {steps[0].iteration} starts from {parent}, which does not exist; "
                         f"run iterations 1 to {steps[0].iteration - 1} first (--iter_start 1)")
-    prune_to(run.new_model(), steps[-1].sparsity, pruner, announce=False)
+    model = run.new_model()
+    total = count_pruned_params(model).total
+    for step in steps:
+        single = step.schedule == "one-shot"
+        asked = f"{option} {step.sparsity:.12g}" if single else f"{option}: iteration {step.iteration}"
+        weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
+    prune_to(model, steps[-1].sparsity, pruner, announce=False)
+
+
+def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe, *, resume: bool = False,
+                 overwrite: bool = False) -> None:
+    """Raises the UserError with which a stage of `steps` would stop once it is its turn; before anything is trained.
+
+    dense: of `dense_stage`; recipe: of finetuning. Where the parent of a stage is still to be made, the one that the
+    stage's artifact names is taken for it.
+    """
+    if overwrite:
+        return
+    finished = {dense.artifact: dense.finished}
+    for step in steps:
+        parent = _parent_path(run, step)
+        artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
+        digest = checkpoint.file_digest(parent) if finished.get(parent, True) else _parent_named_by(artifact)
+        finished[artifact] = Stage(artifact, _prune_config(run, step, recipe, digest), resume=resume).finished
+
+
+def _parent_named_by(artifact: Path) -> str | None:
+    """Digest of the parent in what is there of a pruned artifact: its interrupted stage, else its run card."""
+    progress = checkpoint.progress_path(artifact)
+    there = checkpoint.load_checkpoint(progress) if progress.exists() else checkpoint.read_card(artifact) or {}
+    return there.get("config", {}).get("parent")
 
 
 def _parent_path(run: Run, step: PruneStep) -> Path:
     if not step.previous:
         return checkpoint.dense_path(run.root, run.m_name)
     return checkpoint.pruned_path(run.root, run.m_name, step.previous)
+
+
+def _prune_config(run: Run, step: PruneStep, recipe: Recipe, parent: str | None) -> dict[str, Any]:
+    """What determines a pruned artifact; parent: digest of the checkpoint that it starts from."""
+    return {"stage": "prune", **run.identity(), **vars(step), "parent": parent, "recipe": recipe.as_dict()}
+
+
+def dense_stage(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Stage:
+    """The stage that `pretrain` carries out; UserError when what is on disk does not fit it."""
+    artifact = checkpoint.dense_path(run.root, run.m_name)
+    return Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
+                 overwrite=overwrite and artifact not in run.made)
 
 
 def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], pruner: Pruner | None, recipe: Recipe,
@@ -85,9 +151,7 @@ def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], pruner: Pr
 
 def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Outcome:
     """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it; see `Stage` for the rules."""
-    artifact = checkpoint.dense_path(run.root, run.m_name)
-    stage = Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
-                  overwrite=overwrite and artifact not in run.made)
+    stage = dense_stage(run, recipe, resume=resume, overwrite=overwrite)
     if stage.finished:
         return _reuse(run, stage)
     model = run.new_model()
@@ -99,8 +163,8 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
     stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
                                    best_epoch=result.best_epoch, seconds=trainer.seconds))
-    run.made.add(artifact)
-    return Outcome(model, artifact, stage.card)
+    run.made.add(stage.artifact)
+    return Outcome(model, stage.artifact, stage.card)
 
 
 def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Pruner, recipe: Recipe, *,
@@ -111,8 +175,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     N prunable weights survive.
     """
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-    config = {"stage": "prune", **run.identity(), **vars(step), "parent": checkpoint.file_digest(parent.artifact),
-              "recipe": recipe.as_dict()}
+    config = _prune_config(run, step, recipe, checkpoint.file_digest(parent.artifact))
     stage = Stage(artifact, config, resume=resume, overwrite=overwrite and artifact not in run.made)
     if stage.finished:
         return _reuse(run, stage)
@@ -132,15 +195,32 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
 
 
 def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True) -> None:
-    """Prunes so that exactly round((1 - sparsity) * N) of the N prunable weights survive; names emptied layers."""
+    """Prunes so that exactly round((1 - sparsity) * N) of the N prunable weights survive; names emptied layers.
+
+    Raises UserError, with the model unchanged, if that is none of them or all that are left.
+    """
     counts = count_pruned_params(model)
-    keep = round((1.0 - sparsity) * counts.total)
+    keep = weights_left(counts.total, counts.surviving, sparsity, f"sparsity {sparsity:.12g}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         pruner(model, 1.0 - keep / counts.surviving, seed=seed)
     if announce and (empty := empty_layers(model)):
         print(f"warning: no weight is left at sparsity {sparsity:.4g} in {', '.join(empty)}; what passes through there "
               "alone is lost")
+
+
+def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int:
+    """round((1 - sparsity) * total); UserError, in which `asked` names the wish, unless 0 < that < surviving."""
+    keep = round((1.0 - sparsity) * total)
+    if keep < 1:
+        scale = 10 ** (len(str(total)) + 1)
+        highest = math.floor((1 - 1 / total) * scale) / scale
+        raise UserError(f"{asked} would leave 0 of {total:,} weights; the highest sparsity that leaves one is "
+                        f"{highest:.12g}")
+    if keep >= surviving:
+        raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
+                        f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
+    return keep
 
 
 def load_outcome(run: Run, artifact: Path) -> Outcome:
@@ -151,27 +231,36 @@ def load_outcome(run: Run, artifact: Path) -> Outcome:
     model = run.new_model()
     loaded = checkpoint.load_checkpoint(artifact, run.device)
     load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
-    check_split(run, artifact)
+    check_data(run, artifact)
     return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
 
 
-def check_split(run: Run, artifact: Path) -> None:
-    """UserError when an artifact's card says that it was trained on another split of the same images.
+def check_data(run: Run, artifact: Path) -> None:
+    """UserError when an artifact's card says that it was trained on another data set, or on another split of this one.
 
-    Its training images would then be among the run's validation images, and every choice made on them too good.
+    With another split its training images would be among the run's validation images, and every choice made on them
+    too good. Other images of the same data set (such as a JPEG copy) are only warned of.
     """
     config = (checkpoint.read_card(artifact) or {}).get("config", {})
+    if "data_fingerprint" not in config:
+        return
+    there, here = config["dataset"], run.data_label
+    if there.split(",")[0] != here.split(",")[0]:
+        raise UserError(f"{artifact} was trained on {there}, and this run reads {here}; use --dataset "
+                        f"{there.split(',')[0]}, or another --root")
+    if config["data_fingerprint"] != run.data.fingerprint():
+        print(f"warning: {artifact} was trained on other images ({there}) than this run reads ({here}); it may have "
+              "seen some that are held out here")
+        return
     split = config.get("val_split")
-    if split is not None and split != run.val_split and config.get("data_fingerprint") == run.data.fingerprint():
+    if split is not None and split != run.val_split:
         raise UserError(f"{artifact} was trained with --val_split {split:g}; with {run.val_split:g} images that it was "
                         f"trained on would count as validation. Use --val_split {split:g}, or train it anew")
 
 
 def _reuse(run: Run, stage: Stage) -> Outcome:
-    outcome = load_outcome(run, stage.artifact)
-    known = f" (validation {outcome.card['val_acc']:.2f} %)" if "val_acc" in outcome.card else ""
-    print(f"reusing {stage.artifact}{known}")
-    return outcome
+    print(stage.reuse_note())
+    return load_outcome(run, stage.artifact)
 
 
 def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from utils.run import (
     positive_int,
     unit_interval,
 )
+from utils.search import Ladder
 from utils.training import FINETUNE_FINAL, SCHEDULES
 
 
@@ -124,7 +125,9 @@ def regrowth_arguments(add_options: Iterable[Callable[[argparse.ArgumentParser],
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    search_config(args)  # raises on values that do not go together
+    config = search_config(args)  # raises on values that do not go together
+    if args.allocation == "rl":
+        Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)  # raises where it pays no batch
     if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
             and args.starting_checkpoint in (None, "oneshot", "iterative"):
         raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "

@@ -180,7 +180,7 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     config = step_config(run, args, method, step, dense)
     stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
     if stage.finished:
-        print(f"reusing {step.artifact}")
+        print(stage.reuse_note())
         return pipeline.load_outcome(run, step.artifact)
     started = time.perf_counter()
     problem = allocation_problem(run, args, step, dense.model)

@@ -33,7 +33,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, list) and action.help:
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -214,6 +214,12 @@ def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
     return shlex.join(command)
 
 
+def _resume_command() -> str:
+    """This process's command with `--resume`; what was overwritten so far is not overwritten again."""
+    command = shlex.join(word for word in shlex.split(command_line()) if word != "--overwrite")
+    return command if any(word.split("=")[0] in ("--resume", "-r") for word in sys.argv) else f"{command} --resume"
+
+
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True) -> NoReturn:
     """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
 
@@ -228,8 +234,6 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True)
         if not resumable:
             print("\ninterrupted; run the same command again", file=sys.stderr)
             sys.exit(130)
-        command = command_line()
-        again = command if "--resume" in sys.argv or "-r" in sys.argv else f"{command} --resume"
-        print(f"\ninterrupted; every finished epoch is saved. Continue with: {again}", file=sys.stderr)
+        print(f"\ninterrupted; every finished epoch is saved. Continue with: {_resume_command()}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

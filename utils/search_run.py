@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, plots
 from utils.allocation import AllocationProblem
-from utils.controller import Evaluate, RegrowthPolicyGradient
+from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient
 from utils.errors import UserError
 from utils.regrowth_options import search_config
 from utils.stage import differences
@@ -34,11 +35,39 @@ def search_path(stem: Path, epoch: int) -> Path:
     return stem.with_name(f"{stem.name}_epoch_{epoch}.pth")
 
 
-def latest_search(stem: Path) -> Path | None:
-    """The controller checkpoint with the most updates, or None."""
+def saved_searches(stem: Path) -> dict[int, Path]:
+    """Number of updates -> controller checkpoint, most updates first."""
     found = {int(path.stem.rpartition("_")[2]): path for path in stem.parent.glob(f"{stem.name}_epoch_*.pth")
              if path.stem.rpartition("_")[2].isdigit()}
-    return found[max(found)] if found else None
+    return dict(sorted(found.items(), reverse=True))
+
+
+def latest_search(stem: Path, config: Mapping[str, Any]) -> Path | None:
+    """The controller checkpoint with the most updates, of those made with these arguments if there are any.
+
+    An interrupted `--overwrite` leaves checkpoints of two searches side by side.
+    """
+    paths = list(saved_searches(stem).values())
+    fitting = (path for path in paths if _same_rewards(_read_search(path)["config"], config))
+    return next(fitting, paths[0] if paths else None)
+
+
+def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
+    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
+    return {**kept, "recipe": recipe}
+
+
+def _same_rewards(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return json.loads(json.dumps(reward_config(saved))) == json.loads(json.dumps(reward_config(config)))
+
+
+def _read_search(path: Path) -> dict[str, Any]:
+    state = checkpoint.load_checkpoint(path)
+    if not isinstance(state, dict) or not {"config", "search"} <= set(state):
+        raise UserError(f"{path} is not a controller checkpoint of this project")
+    return state
 
 
 class SearchLog:
@@ -80,12 +109,12 @@ class SearchLog:
 
 
 def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
-    """Takes up a saved search; UserError when the file is no search or was made with other arguments."""
-    state = checkpoint.load_checkpoint(path)
-    if not isinstance(state, dict) or not {"config", "search"} <= set(state):
-        raise UserError(f"{path} is not a controller checkpoint of this project")
-    if state["config"].get("start") != config["start"] or state["config"].get("method") != config["method"]:
-        raise UserError(f"{path} belongs to another run: {differences(state['config'], config)}")
+    """Takes up a saved search; UserError when the file is no search or its rewards came from other arguments."""
+    state = _read_search(path)
+    if not _same_rewards(state["config"], config):
+        differ = differences(reward_config(state["config"]), reward_config(config))
+        raise UserError(f"the search at {path} was made with other arguments: {differ}. Repeat them with --resume, or "
+                        "use --overwrite to search anew")
     search.load_state_dict(state["search"])
     print(f"continuing the search of {path} after {search.epoch} updates")
 
@@ -97,7 +126,7 @@ def search_allocation(args: argparse.Namespace, problem: AllocationProblem, eval
     Ctrl-C saves before it goes on upwards.
     """
     search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
-    path = latest_search(stem) if args.resume == "latest" else args.resume and Path(args.resume)
+    path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
     if path:
         load_search(search, path, config)
     log = SearchLog(search, stem, config, args.save_freq, sparsity)
@@ -106,6 +135,10 @@ def search_allocation(args: argparse.Namespace, problem: AllocationProblem, eval
     finally:
         log.bar.close()
         log.save()
+    if args.overwrite:  # what is left of the search before this one
+        for updates, old in saved_searches(stem).items():
+            if updates > search.epoch:
+                old.unlink()
     checkpoint.save_csv(log.rows(), log.table)
     plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
     source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)

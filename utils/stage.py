@@ -15,6 +15,7 @@ from utils import checkpoint
 from utils.errors import UserError
 from utils.training import Trainer, TrainResult
 
+LINEAGE = ("parent", "start", "dense", "source", "reference")  # digests of the models that a stage starts from
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving progress
 
 
@@ -26,7 +27,7 @@ class Stage:
     """
 
     def __init__(self, artifact: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False):
-        """Looks at the disk and decides; writes nothing."""
+        """Looks at the disk and decides."""
         self.artifact, self.config = artifact, json.loads(json.dumps(config))
         self.progress = checkpoint.progress_path(artifact)
         self.card: dict[str, Any] | None = None
@@ -40,13 +41,22 @@ class Stage:
         """Whether the artifact is there and to be used as it is; `card` then holds its run card (or {})."""
         return self.card is not None
 
+    def reuse_note(self) -> str:
+        """A line on the finished stage: its artifact, its accuracy, and the arguments in which it differs."""
+        known = f" (validation {self.card['val_acc']:.2f} %)" if "val_acc" in self.card else ""
+        made = self.card.get("config", self.config)
+        other = f", made with other arguments: {differences(made, self.config)}" if made != self.config else ""
+        return f"reusing {self.artifact}{known}{other}"
+
     def _look(self, resume: bool) -> None:
         card = checkpoint.read_card(self.artifact)
         if card is not None and card.get("config") == self.config:
             self.card = card
+            self.progress.unlink(missing_ok=True)  # of an interrupted --overwrite with these very arguments
         elif self.progress.exists():
             self._look_at_progress(resume)
         elif card is not None and resume:
+            self._check_lineage(card.get("config", {}))
             self.card = card
         elif card is not None:
             raise UserError(f"{self.artifact} exists and was made with other arguments: "
@@ -57,6 +67,14 @@ class Stage:
                 raise UserError(f"{self.artifact} exists without a run card that says how it was made. Use --resume to "
                                 "take it as it is, --overwrite to redo it, or --root for another place")
             self.card = {}
+
+    def _check_lineage(self, made: Mapping[str, Any]) -> None:
+        """UserError when the artifact was made from another model than is there now, as after a new dense training."""
+        for key in LINEAGE:
+            if made.get(key) and self.config.get(key) and made[key] != self.config[key]:
+                raise UserError(f"{self.artifact} was made from another {key} model than the one that is there now. "
+                                "Remove it to have it redone, use --overwrite to redo everything, or --root for "
+                                "another place")
 
     def _look_at_progress(self, resume: bool) -> None:
         if not resume:
@@ -98,14 +116,19 @@ class Stage:
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``."""
+    """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``.
+
+    Entries that only one of them has are named only where nothing else differs.
+    """
     there, asked = _flat(there), _flat(asked)
     keys = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    keys = [key for key in keys if key in there and key in asked] or keys
     return ", ".join(f"{key} {there.get(key)} (asked: {asked.get(key)})" for key in keys)
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(config: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat.update(_flat(value) if isinstance(value, Mapping) else {key: value})
+        name = f"{outer}{key}"
+        flat.update(_flat(value, f"{name} ") if isinstance(value, Mapping) else {name: value})
     return flat

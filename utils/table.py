@@ -28,15 +28,31 @@ class ResumableTable:
             self._take_up(resume)
 
     def _take_up(self, resume: bool) -> None:
-        card = self.path.with_suffix(".json")
-        there = json.loads(card.read_text())["config"] if card.exists() else {}
+        there = self._saved_config()
         if there != self.config:
             raise UserError(f"{self.path} was made with other arguments: {differences(there, self.config)}. Use "
                             "--overwrite to redo it, or --save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
-        with open(self.path, newline="") as file:
-            self.rows = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        try:
+            with open(self.path, newline="") as file:
+                self.rows = [{name: _number(text) for name, text in row.items()}
+                             for row in csv.DictReader(file, strict=True)]
+        except (csv.Error, TypeError) as error:  # an open quote, a row of another length
+            raise self._damaged(self.path) from error
+
+    def _saved_config(self) -> dict[str, Any]:
+        card = self.path.with_suffix(".json")
+        try:
+            return json.loads(card.read_text())["config"] if card.exists() else {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(card) from error
+
+    @staticmethod
+    def _damaged(path: Path) -> UserError:
+        names = f"{path.with_suffix('.csv').name} and {path.with_suffix('.json').name}"
+        return UserError(f"{path} is damaged. Restore it, or remove {names} and use --resume: finished models are then "
+                         "taken as they are")
 
     def has(self, *key: Any) -> bool:
         """Whether there is a row with this key."""
