@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from utils import regrowth_run
-from utils.regrowth import INITIALISERS, SaliencyBasedRegrowth, SaliencyComputer
+from utils.regrowth import INITIALISERS, SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
 from utils.regrowth_options import parse_regrowth_args, regrowth_parser
 from utils.regrowth_report import report
 from utils.run import Run, open_run, positive_int, script
@@ -31,6 +31,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What only this method takes."""
+    parser.add_argument("--selection", choices=list(SELECTORS), default="saliency",
+                        help="rule that chooses the weights within a layer")
     parser.add_argument("--init_strategy", choices=list(INITIALISERS), default="zero",
                         help="values that weights return with")
     parser.add_argument("--saliency_source", choices=["dense", "pruned"], default="dense",
@@ -40,18 +42,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
-    """Computes saliency once, on un-augmented training images; the most salient pruned weights return."""
+    """Computes saliency (and gradients) once, on un-augmented training images; what ranks highest returns."""
     computer = SaliencyComputer(dense if args.saliency_source == "dense" else pruned, run.train.unaugmented(128),
                                 precision=run.precision, max_batches=args.saliency_max_batches,
                                 source=args.saliency_source)
     saliency, seed = computer.compute(), derive_seed(run.seed, "regrowth")
-    return lambda model: SaliencyBasedRegrowth(model, saliency, args.init_strategy, seed=seed, reference=dense)
+    evidence = Evidence(saliency=saliency, gradient=computer.gradients, reference=dense)
+    return lambda model: WeightRegrowth(model, args.selection, evidence, args.init_strategy, seed)
 
 
 METHOD = regrowth_run.Method(name="saliency", save_dir=SAVE_DIR, search_stem="saliency_rl_checkpoint",
                              best_file="best_saliency_allocation.pth", prepare=prepare,
                              add_options=add_options,
-                             options=("init_strategy", "saliency_source", "saliency_max_batches"))
+                             options=("selection", "init_strategy", "saliency_source", "saliency_max_batches"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,11 +21,12 @@ import rl_regrowth_nas  # noqa: E402
 import rl_saliency_regrowth  # noqa: E402
 from iclr2021_solution.tools.pruners import weight_pruner_loader  # noqa: E402
 from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
+from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.paired import holm, paired_difference  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
-from utils.regrowth import Evidence, WeightRegrowth  # noqa: E402
+from utils.regrowth import SELECTORS  # noqa: E402
 from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
@@ -40,26 +41,27 @@ from utils.run import (  # noqa: E402
     positive_int,
     script,
 )
-from utils.seeding import derive_seed  # noqa: E402
 from utils.table import ResumableTable  # noqa: E402
 from utils.training import FINETUNE_FINAL, PRETRAIN, SCHEDULES  # noqa: E402
 
 CONTROL = "one-shot"
-RANDOM = regrowth_run.Method(
-    name="random", save_dir="random", search_stem="random", best_file="best_allocation_{m_name}.pth",
-    add_options=lambda parser: None, options=(),
-    prepare=lambda run, args, pruned, dense: lambda model: WeightRegrowth(
-        model, "random", Evidence(reference=dense), "reference", derive_seed(run.seed, "regrowth")))
-SELECTIONS = {"reference": rl_regrowth_nas.METHOD, "saliency": rl_saliency_regrowth.METHOD, "random": RANDOM}
-ARMS = [CONTROL, "rl+reference", "rl+saliency"]
-ARMS += [f"{rule}+{selection}" for rule in ("proportional", "uniform", "greedy", "random") for selection in SELECTIONS]
+# selection -> method and the options that make it; what the published methods do not select returns with dense values
+SELECTIONS: dict[str, tuple[regrowth_run.Method, dict[str, str]]] = {
+    **{rule: (rl_saliency_regrowth.METHOD, {"selection": rule, "init_strategy": "reference"}) for rule in SELECTORS},
+    "reference": (rl_regrowth_nas.METHOD, {}),
+    "saliency": (rl_saliency_regrowth.METHOD, {}),
+}
+ARMS = [CONTROL] + [f"{rule}+{selection}" for rule in ("rl", *ALLOCATORS) for selection in SELECTIONS]
+DEFAULT_ARMS = [CONTROL, "rl+reference", "rl+saliency"]
+DEFAULT_ARMS += [f"{rule}+{selection}" for rule in ("proportional", "uniform", "greedy", "random")
+                 for selection in ("reference", "saliency", "random")]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
     add_model_option(parser)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM",
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS, metavar="ARM",
                         help=f"of: {', '.join(ARMS)}; the control always runs")
     parser.add_argument("--num_seeds", type=positive_int, default=3, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity that regrowth starts from")
@@ -100,15 +102,16 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: int) -> Outcome:
     """The model that an arm of the form allocation+selection ends with."""
     allocation, selection = arm.split("+")
+    method, given = SELECTIONS[selection]
     pruned_model(run, args, args.start_sparsity, epochs_before)
     after = args.finetune_epochs - epochs_before
     options = regrowth_arguments(
-        [method.add_options for method in SELECTIONS.values()], m_name=args.m_name, allocation=allocation,
+        [rl_regrowth_nas.add_options, rl_saliency_regrowth.add_options], m_name=args.m_name, allocation=allocation,
         start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
         patience=after + 1, finetune_lr=args.finetune_lr, finetune_schedule=args.finetune_schedule,
         search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
-        save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite)
-    return regrowth_run.regrow(run, options, SELECTIONS[selection])[-1]
+        save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite, **given)
+    return regrowth_run.regrow(run, options, method)[-1]
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:

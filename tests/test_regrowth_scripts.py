@@ -20,6 +20,7 @@ from utils import checkpoint, regrowth_run
 from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
 from utils.model_loader import model_loader
+from utils.regrowth import SELECTORS
 from utils.regrowth_record import RegrowthRecord
 from utils.run import open_run, prerequisite_command
 from utils.seeding import generator
@@ -103,6 +104,18 @@ def test_the_schedule_of_the_final_finetuning_is_chosen(options, tmp_path):
     log = checkpoint.training_log_path(tmp_path / "rl_regrow_savedir/resnet20/regrown_resnet20_0.97.pth")
     with open(log, newline="") as file:
         assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.002, 0.002]
+
+
+@pytest.mark.parametrize("selection", list(SELECTORS))
+def test_every_selection_rule_is_one_option_away(selection, options, tmp_path):
+    rl_saliency_regrowth.main([*options, "--allocation", "uniform", "--selection", selection, "--target_sparsity",
+                               "0.98", "--saliency_max_batches", "1", "--finetune_epochs", "0"])
+    folder = tmp_path / "rl_saliency_regrow_savedir/resnet20"
+    with open(folder / "regrowth_results.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == [selection]
+    record = RegrowthRecord.from_state_dict(checkpoint.load_checkpoint(folder / "best_saliency_allocation.pth"))
+    codes = torch.cat([layer.sources for layer in record.layers.values()])
+    assert {record.source_names[code] for code in codes.tolist()} == {selection}
 
 
 def test_several_steps_each_start_from_the_model_before(options, tmp_path):

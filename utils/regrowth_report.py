@@ -26,7 +26,8 @@ def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
 def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
     card = outcome.card
     same = one_shot_card(run, card["sparsity"])
-    return {"method": card["config"]["method"], "allocation": card["config"]["allocation"],
+    config = card["config"]
+    return {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
             "found_by": card.get("allocation_source", ""),
             "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"], "regrown": card["regrown"],
             "surviving": card["surviving"], "val_acc_before": card["val_acc_before"],
