@@ -14,19 +14,23 @@ from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import pipeline
 from utils.errors import UserError
 from utils.pipeline import PruneStep
+from utils.pruning_options import (
+    add_iteration_options,
+    add_recipe_options,
+    check_iterations,
+    finetune_changes,
+    pretrain_changes,
+)
 from utils.run import (
     ArgumentParser,
     add_model_option,
     add_overwrite_options,
     add_run_options,
-    count,
     fraction,
     open_run,
-    positive_float,
-    positive_int,
     script,
 )
-from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
+from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, Recipe
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,20 +41,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="none stops after pretraining")
     parser.add_argument("--sparsity", type=fraction, nargs="+",
                         help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
-    parser.add_argument("--amount", type=fraction, help="prune rate of each iteration, instead of --sparsity")
-    parser.add_argument("--iter_start", type=positive_int, default=1,
-                        help="first iteration; above 1 starts from the checkpoint of the iteration before")
-    parser.add_argument("--iter_end", type=positive_int, default=1, help="last iteration; 1 is one-shot pruning")
-    parser.add_argument("--max_epochs", type=positive_int, default=PRETRAIN.epochs, help="epochs of pretraining")
-    parser.add_argument("--lr", type=positive_float, default=PRETRAIN.lr, help="learning rate of pretraining")
-    parser.add_argument("--batch_size", type=positive_int, help="default: 128 in pretraining, 100 in finetuning")
-    parser.add_argument("--patience", type=positive_int, default=PRETRAIN.patience,
-                        help="epochs without a better validation accuracy before a stage stops")
-    parser.add_argument("--finetune_epochs", type=count, help="default: 400 one-shot, 40 for each iteration")
-    parser.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_ONE_SHOT.lr,
-                        help="learning rate of finetuning (AdamW)")
-    parser.add_argument("--finetune_schedule", choices=list(SCHEDULES), default=FINETUNE_ONE_SHOT.schedule,
-                        help="learning rate over the finetuning epochs")
+    add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
+    add_recipe_options(parser, PRETRAIN, FINETUNE_ONE_SHOT, f"{FINETUNE_ONE_SHOT.epochs} one-shot, "
+                       f"{FINETUNE_ITERATIVE.epochs} for each iteration")
     add_run_options(parser)
     add_overwrite_options(parser)
     args = parser.parse_args(argv)
@@ -60,8 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_schedule(args: argparse.Namespace) -> None:
     """Fills in the default sparsity; UserError for options that contradict each other."""
-    if args.iter_end < args.iter_start:
-        raise UserError(f"--iter_end {args.iter_end} lies before --iter_start {args.iter_start}")
+    check_iterations(args)
     if args.sparsity and args.amount:
         raise UserError("--sparsity and --amount exclude each other: give the target or the rate of an iteration")
     default = args.amount if args.amount and args.iter_end == 1 else 0.99
@@ -73,11 +65,7 @@ def check_schedule(args: argparse.Namespace) -> None:
 def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
     """The published recipes of pretraining and finetuning with what the command line changes."""
     finetune = FINETUNE_ITERATIVE if args.iter_end > 1 else FINETUNE_ONE_SHOT
-    pre = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr, patience=args.patience,
-                  batch_size=args.batch_size or PRETRAIN.batch_size)
-    epochs = finetune.epochs if args.finetune_epochs is None else args.finetune_epochs
-    return pre, replace(finetune, epochs=epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
-                        patience=args.patience, batch_size=args.batch_size or finetune.batch_size)
+    return replace(PRETRAIN, **pretrain_changes(args)), replace(finetune, **finetune_changes(args))
 
 
 def plan(args: argparse.Namespace) -> list[PruneStep]:
@@ -85,7 +73,7 @@ def plan(args: argparse.Namespace) -> list[PruneStep]:
     if args.pruner == "none":
         return []
     if args.iter_end == 1:
-        return [PruneStep(args.pruner, "one-shot", 1, sparsity) for sparsity in args.sparsity]
+        return pipeline.sweep_steps(args.pruner, args.sparsity)
     rate = args.amount or pipeline.rate_towards(args.sparsity[0], args.iter_end)
     return pipeline.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end)
 
@@ -97,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrain_recipe, finetune_recipe = recipes(args)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner) if steps else None
-    pipeline.check_steps(run, steps, pruner)
     keep = {"resume": args.resume, "overwrite": args.overwrite}
+    pipeline.check_steps(run, steps, pruner, "--amount" if args.amount else "--sparsity")
+    pipeline.check_stages(run, pipeline.dense_stage(run, pretrain_recipe, **keep), steps, finetune_recipe, **keep)
     outcomes = [pipeline.pretrain(run, pretrain_recipe, **keep)]
     outcomes += pipeline.prune_steps(run, outcomes[0], steps, pruner, finetune_recipe, **keep)
     pipeline.print_summary(run, pipeline.report(run, outcomes))

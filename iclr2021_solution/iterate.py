@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Iterative layerwise pruning (LAMP, Lee et al., ICLR 2021): prune a share of the surviving weights, finetune, repeat.
 
-Starts from ./{model}/checkpoint/ckpt.pth (pretrained first if it is missing) and removes the model's `amount` of
-`tools/modelloaders.py` in each iteration; ten iterations of resnet20 end at a sparsity of exactly 0.99.
+Starts from ./{model}/checkpoint/ckpt.pth (pretrained first if it is missing; any recipe will do, unless options of this
+command ask for another) and removes the model's `amount` of `tools/modelloaders.py` in each iteration; ten iterations
+of resnet20 end at a sparsity of exactly 0.99.
 """
 from __future__ import annotations
 
@@ -14,20 +15,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from iclr2021_solution.tools.modelloaders import SETTINGS, model_and_opt_loader  # noqa: E402
+from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader  # noqa: E402
-from utils import pipeline  # noqa: E402
-from utils.checkpoint import dense_path  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils import checkpoint, pipeline  # noqa: E402
+from utils.pruning_options import (  # noqa: E402
+    add_iteration_options,
+    add_recipe_options,
+    check_iterations,
+    finetune_changes,
+    pretrain_changes,
+)
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
+    add_model_option,
     add_overwrite_options,
     add_run_options,
     count,
-    fraction,
     open_run,
-    positive_int,
     script,
 )
 from utils.training import Recipe  # noqa: E402
@@ -36,52 +41,57 @@ from utils.training import Recipe  # noqa: E402
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--model", "--m_name", dest="m_name", choices=list(SETTINGS), required=True,
-                        help="network to prune")
+    add_model_option(parser, "--model", "--m_name")
     parser.add_argument("--pruner", choices=list(PRUNERS), default="lamp", help="which weights go")
-    parser.add_argument("--iter_start", type=positive_int, default=1,
-                        help="first iteration; above 1 starts from the checkpoint of the iteration before")
-    parser.add_argument("--iter_end", type=positive_int, default=10, help="last iteration")
-    parser.add_argument("--amount", type=fraction, help="prune rate of an iteration, instead of the model's own")
+    add_iteration_options(parser, iter_end=10, amount="prune rate of an iteration, instead of the model's own")
     parser.add_argument("--cuda", type=count, metavar="N", help="GPU number, short for --device cuda:N")
-    parser.add_argument("--max_epochs", type=positive_int, help="epochs of pretraining, instead of the recipe's")
-    parser.add_argument("--finetune_epochs", type=count, help="epochs of an iteration, instead of the recipe's")
+    pre, post = recipes_of(DEFAULT)
+    add_recipe_options(parser, pre, post, f"{post.epochs} for each iteration",
+                       f"defaults of tools/modelloaders.py; some may differ for {', '.join(SETTINGS)}")
     add_run_options(parser)
     add_overwrite_options(parser)
     args = parser.parse_args(argv)
-    if args.iter_end < args.iter_start:
-        raise UserError(f"--iter_end {args.iter_end} lies before --iter_start {args.iter_start}")
+    check_iterations(args)
     if args.cuda is not None:
         args.device = f"cuda:{args.cuda}"
     return args
 
 
 def settings(args: argparse.Namespace) -> tuple[float, Recipe, Recipe]:
-    """Prune rate and recipes of the model's table row with what the command line changes."""
+    """Prune rate and recipes of the model's settings with what the command line changes."""
     _, amount, _, opt_pre, opt_post = model_and_opt_loader(args.m_name)
-    pre_epochs = opt_pre.epochs if args.max_epochs is None else args.max_epochs
-    post_epochs = opt_post.epochs if args.finetune_epochs is None else args.finetune_epochs
-    return args.amount or amount, replace(opt_pre, epochs=pre_epochs), replace(opt_post, epochs=post_epochs)
+    return (args.amount or amount, replace(opt_pre, **pretrain_changes(args)),
+            replace(opt_post, **finetune_changes(args)))
 
 
-def start(run: Run, args: argparse.Namespace, recipe: Recipe) -> pipeline.Outcome:
-    """The dense model that is there, however it was trained; pretrained when it is missing or unfinished."""
-    there = dense_path(run.root, run.m_name)
-    if there.is_file() and not args.overwrite:
-        return pipeline.load_outcome(run, there)
-    return pipeline.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
+def as_it_is(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, bool]:
+    """(recipe, resume) of pretraining with which a dense model that is there is taken, unless an option contradicts it.
+
+    Where the command line gives nothing, the recipe of another script is as good as `recipe`, and a checkpoint without
+    a run card as good as one that has it.
+    """
+    artifact = checkpoint.dense_path(run.root, run.m_name)
+    if args.overwrite or not artifact.is_file() or checkpoint.progress_path(artifact).exists():
+        return recipe, args.resume
+    given, card = pretrain_changes(args), checkpoint.read_card(artifact)
+    made = (card or {}).get("config", {}).get("recipe", {})
+    return Recipe(**{**recipe.as_dict(), **made, **given}), args.resume or not (card or given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrains if need be, then prunes and finetunes iteration by iteration, and reports."""
     args = parse_args(argv)
     amount, opt_pre, opt_post = settings(args)
+    steps = pipeline.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner)
-    steps = pipeline.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end)
-    pipeline.check_steps(run, steps, pruner)
-    dense = start(run, args, opt_pre)
-    outcomes = pipeline.prune_steps(run, dense, steps, pruner, opt_post, resume=args.resume, overwrite=args.overwrite)
+    opt_pre, resume_dense = as_it_is(run, args, opt_pre)
+    keep_dense = {"resume": resume_dense, "overwrite": args.overwrite}
+    keep = {"resume": args.resume, "overwrite": args.overwrite}
+    pipeline.check_steps(run, steps, pruner, "--amount")
+    pipeline.check_stages(run, pipeline.dense_stage(run, opt_pre, **keep_dense), steps, opt_post, **keep)
+    dense = pipeline.pretrain(run, opt_pre, **keep_dense)
+    outcomes = pipeline.prune_steps(run, dense, steps, pruner, opt_post, **keep)
     pipeline.print_summary(run, pipeline.report(run, [dense, *outcomes]))
 
 

@@ -15,7 +15,7 @@ import torch
 
 import main as main_script
 from iclr2021_solution import iterate
-from iclr2021_solution.tools.modelloaders import SETTINGS, model_and_opt_loader
+from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of
 from tests.conftest import REPOSITORY, assert_user_error
 from utils import checkpoint, pipeline
 from utils.errors import UserError
@@ -164,13 +164,20 @@ def test_iterative_schedules_by_hand():
     assert round(pipeline.iterative_steps("lamp", rate, 10, 10)[0].sparsity, 12) == 0.99
 
 
-def test_every_model_has_a_row_of_settings_and_ten_iterations_of_resnet20_end_at_99_percent():
-    assert set(SETTINGS) == set(MODELS)
+def test_ten_iterations_of_resnet20_end_at_99_percent():
     _, amount, batch_size, opt_pre, opt_post = model_and_opt_loader("resnet20")
     assert round((1 - amount) ** 10 * N) == round(0.01 * N)
     assert checkpoint.format_sparsity(1 - (1 - amount) ** 10) == "0.99"
     assert (opt_pre.optimizer, opt_post.optimizer, opt_post.epochs, batch_size) == ("sgd", "adamw", 40, 100)
-    with pytest.raises(UserError, match="resnet20"):
+
+
+def test_a_model_without_a_row_of_settings_gets_the_default_recipe(monkeypatch):
+    assert set(SETTINGS) <= set(MODELS)
+    assert model_and_opt_loader("vgg16")[1] == 0.4 and model_and_opt_loader("alexnet")[3].lr == 0.01
+    monkeypatch.setitem(MODELS, "mine", MODELS["resnet20"])
+    args = iterate.parse_args(["--model", "mine"])
+    assert iterate.settings(args) == (DEFAULT.amount, *recipes_of(DEFAULT))
+    with pytest.raises(UserError, match="lenet.*resnet20"):
         model_and_opt_loader("lenet")
 
 

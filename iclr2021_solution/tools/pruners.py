@@ -1,8 +1,18 @@
 """Pruning rules. Each takes three steps: score the weights, allocate counts to the layers, mask by exact k.
 
-A rule is a function (layers, keep, seed) -> masks; adding one is a function and a line in `PRUNERS`. Rules see only
-surviving weights, so nothing pruned ever returns; all selection goes through `utils.selection`, so counts are exact
-and ties fall to the lowest position.
+A rule is a function (layers, keep, seed) -> one bool mask a layer, with `keep` True in all and only where the layer is
+alive; `exact_k_masks` sees to that, equal scores by position. To add one, write it here and give it a line in
+`PRUNERS`, from which the scripts take their choices. For instance, keep the largest signed weights:
+
+    def positive(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+        "Negative weights go first."
+        return exact_k_masks(layers.weights, keep, layers.alive)
+
+    PRUNERS["positive"] = positive
+
+A rule that needs data (gradients, activations) has its scores computed beforehand, by layer name, and closes over them:
+`rule = lambda layers, keep, seed: exact_k_masks([scores[name] for name in layers.names], keep, layers.alive)`. Then
+`make_pruner(rule)` prunes a model, and `PRUNERS["taylor"] = rule` before `main.main([...])` takes it into the scripts.
 """
 from __future__ import annotations
 
@@ -27,6 +37,7 @@ class Layers:
 
     names: list[str]
     is_conv: list[bool]
+    weights: list[nn.Parameter]  # signed, as they stand in the model: not to be changed
     magnitudes: list[Tensor]  # |weight|
     alive: list[Tensor]  # bool, True where not pruned yet
     totals: list[int]
@@ -50,8 +61,11 @@ def weight_pruner_loader(name: str) -> Pruner:
     """
     if name not in PRUNERS:
         raise UserError(f"unknown pruner {name!r}; known are {', '.join(PRUNERS)}")
-    rule = PRUNERS[name]
+    return make_pruner(PRUNERS[name])
 
+
+def make_pruner(rule: Rule) -> Pruner:
+    """The pruner of a rule, in `PRUNERS` or not; `weight_pruner_loader` says what it does."""
     def pruner(model: nn.Module, amount: float, seed: int = 0) -> None:
         _prune(model, rule, amount, seed)
 
@@ -63,7 +77,9 @@ def _prune(model: nn.Module, rule: Rule, amount: float, seed: int) -> None:
         raise UserError(f"prune amount {amount} is not a fraction between 0 and 1 (both excluded)")
     layers = _look_at(model)
     keep = round((1 - amount) * sum(layers.survivors))
-    set_masks(model, dict(zip(layers.names, rule(layers, keep, seed), strict=True)))
+    with torch.no_grad():  # rules may compute with the parameters themselves
+        masks = rule(layers, keep, seed)
+    set_masks(model, dict(zip(layers.names, masks, strict=True)))
     empty = empty_layers(model)
     if empty:
         warnings.warn(f"no weight is left in layer {', '.join(empty)}: nothing passes through it", stacklevel=3)
@@ -71,7 +87,8 @@ def _prune(model: nn.Module, rule: Rule, amount: float, seed: int) -> None:
 
 def _look_at(model: nn.Module) -> Layers:
     found = prunable_layers(model)
-    magnitudes = [getattr(layer, "weight_orig", layer.weight).detach().abs() for layer in found.values()]
+    weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
+    magnitudes = [weight.detach().abs() for weight in weights]
     for name, values in zip(found, magnitudes, strict=True):
         if not values.max().isfinite():
             raise UserError(f"layer {name} has weights that are not finite: its training diverged")
@@ -79,6 +96,7 @@ def _look_at(model: nn.Module) -> Layers:
     return Layers(
         names=list(found),
         is_conv=[isinstance(layer, nn.Conv2d) for layer in found.values()],
+        weights=weights,
         magnitudes=magnitudes,
         alive=alive,
         totals=[mask.numel() for mask in alive],
