@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY, assert_user_error
 from utils import checkpoint, pipeline
 from utils.errors import UserError
 from utils.models import MODELS
+from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
 
 N = 270_896  # prunable weights of resnet20
 
@@ -112,6 +113,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, ti
     (["--dataset", "mnist"], ["mnist", "photos"]),
     (["--sparsity", "1.0"], ["--sparsity", "between 0 and 1"]),
     (["--sparsity", "ninety"], ["--sparsity", "between 0 and 1"]),
+    (["--sparsity", "0.9999999"], ["--sparsity 0.9999999", "0 of 270,896 weights", "one is 0.9999963"]),
+    (["--sparsity", "0.0000001"], ["--sparsity 1e-07", "none of the 270,896 weights", "by 3.7e-06"]),
+    (["--amount", "0.999", "--iter_end", "2"], ["--amount: iteration 2", "0 of 270,896", "0.9999963"]),
+    (["--sparsity", "0.95", "0.99", "0.99001"], ["0.99 and 0.99001", "mask_0.99.pth", "--sparsity"]),
+    (["--amount", "0.9", "--iter_end", "6"], ["0.99999 and 0.999999", "mask_1.pth", "fewer iterations"]),
     (["--amount", "0", "--iter_end", "3"], ["--amount", "between 0 and 1"]),
     (["--amount", "0.4", "--sparsity", "0.9"], ["--sparsity and --amount"]),
     (["--iter_start", "4", "--iter_end", "2"], ["--iter_end 2", "--iter_start 4"]),
@@ -133,6 +139,93 @@ def test_wrong_input_is_one_line_and_writes_nothing(words, said, tiny_options, t
     for word in said:
         assert word in message
     assert not [path for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def untrained_options(tiny_options) -> list[str]:
+    """Options with which a run of a script takes a second."""
+    return [*map(str, tiny_options), "--max_epochs", "1", "--batch_size", "64", "--patience", "9"]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whatever is refused must be refused before this."""
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("something was trained")
+    monkeypatch.setattr(pipeline.Trainer, "run", fail)
+
+
+def refused(script, words: list[str], *said: str) -> None:
+    """The script's main ends in one line that holds all of `said`."""
+    with pytest.raises(UserError) as caught:
+        script.main(words)
+    assert len(str(caught.value).splitlines()) == 1
+    for word in said:
+        assert word in str(caught.value)
+
+
+def test_a_conflict_anywhere_in_the_command_is_found_before_training(untrained_options, tmp_path, request):
+    words = ["--m_name", "resnet20", *untrained_options]
+    folder = tmp_path / "run" / "resnet20" / "ckpt_after_prune"
+    main_script.main([*words, "--sparsity", "0.99", "--finetune_epochs", "0"])
+    request.getfixturevalue("no_training")
+    sweep = [*words, "--sparsity", "0.9", "0.99", "--finetune_epochs", "1"]
+    refused(main_script, sweep, "mask_0.99.pth exists", "epochs 0 (asked: 1)", "--resume", "--overwrite")
+    refused(main_script, [*words, "--sparsity", "0.9", "0.99", "--finetune_epochs", "0", "--pruner", "lamp"],
+            "pruner magnitude (asked: lamp)")
+    for script, more in ((main_script, ["--sparsity", "0.99", "--iter_end", "10"]), (iterate, [])):  # tenth: 0.99
+        refused(script, [*words, "--pruner", "lamp", "--finetune_epochs", "0", *more], "schedule one-shot")
+    for more in (["--resume"], ["--overwrite"]):  # neither refuses
+        with pytest.raises(AssertionError, match="trained"):
+            main_script.main([*sweep, *more])
+
+    dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
+    for path in dense.parent.iterdir():
+        path.unlink()
+    refused(main_script, sweep, "mask_0.99.pth exists", ": recipe epochs 0 (asked: 1). Use")  # also without the parent
+    assert not dense.exists() and not list(folder.glob("*0.9.*"))
+
+
+def test_an_unfinished_parent_is_no_conflict(untrained_options, tmp_path, capsys):
+    words = ["--m_name", "resnet20", *untrained_options, "--sparsity", "0.99", "--finetune_epochs", "0"]
+    main_script.main(words)
+    checkpoint.dense_path(tmp_path / "run", "resnet20").unlink()
+    capsys.readouterr()
+    main_script.main(words)  # the same dense model is trained again, and what was made from it fits
+    assert capsys.readouterr().out.count("reusing") == 1
+
+
+@pytest.mark.parametrize("script, sparsity, words", [
+    (main_script, 0.99, ["--sparsity", "0.9", "0.99"]), (iterate, 0.75, ["--amount", "0.5", "--iter_end", "3"])])
+def test_an_interrupted_stage_anywhere_is_found_before_training(script, sparsity, words, untrained_options, tmp_path,
+                                                                no_training):
+    progress = checkpoint.progress_path(checkpoint.pruned_path(tmp_path / "run", "resnet20", sparsity))
+    checkpoint.save_checkpoint({"config": {"stage": "prune", "seed": 5}, "trainer": {}}, progress)
+    words = ["--m_name", "resnet20", *untrained_options, *words]
+    refused(script, words, "interrupted stage lies at", progress.name, "--resume")
+    refused(script, [*words, "--resume"], progress.name, "other arguments", "seed 5 (asked: 0)")
+
+
+def test_iterate_takes_any_dense_model_unless_an_option_contradicts_it(tiny_options, tmp_path, capsys):
+    run = ["--m_name", "resnet20", *map(str, tiny_options)]
+    dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
+    main_script.main([*run, "--pruner", "none", "--max_epochs", "2", "--batch_size", "32"])
+    made = dense.read_bytes()
+    words = [*run, "--iter_end", "1", "--finetune_epochs", "0"]
+    for option, value, said in (("--max_epochs", "7", "epochs 2 (asked: 7)"), ("--lr", "0.3", "lr 0.1 (asked: 0.3)"),
+                                ("--batch_size", "50", "batch_size 32 (asked: 50)"), ("--seed", "4", "seed 0 (asked"),
+                                ("--patience", "3", "patience 30 (asked: 3)")):
+        refused(iterate, [*words, option, value], f"{dense} exists", said, "--resume")
+    capsys.readouterr()
+    iterate.main([*words, "--max_epochs", "2"])
+    assert f"reusing {dense} (validation" in capsys.readouterr().out
+    iterate.main([*words, "--max_epochs", "7", "--resume"])
+    assert "made with other arguments: recipe epochs 2 (asked: 7)" in capsys.readouterr().out
+
+    checkpoint.card_path(dense).unlink()  # as a checkpoint of another project
+    refused(iterate, [*words, "--max_epochs", "2"], "without a run card")
+    iterate.main(words)
+    assert f"reusing {dense}\n" in capsys.readouterr().out and dense.read_bytes() == made
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -188,6 +281,11 @@ def test_options_reach_the_recipes():
     pre, post = main_script.recipes(args)
     assert (pre.lr, pre.epochs, pre.patience, pre.batch_size) == (0.05, 7, 3, 64)
     assert (post.lr, post.epochs, post.schedule, post.batch_size, post.patience) == (0.002, 0, "cosine", 64, 3)
-    iterate_args = iterate.parse_args(["--model", "vgg16", "--amount", "0.2", "--max_epochs", "3", "--cuda", "1"])
+    assert main_script.recipes(main_script.parse_args(["--m_name", "vgg16"])) == (PRETRAIN, FINETUNE_ONE_SHOT)
+    iterate_args = iterate.parse_args(["--model", "vgg16", "--amount", "0.2", "--max_epochs", "3", "--cuda", "1",
+                                       "--lr", "0.05", "--patience", "4", "--batch_size", "64",
+                                       "--finetune_lr", "0.002", "--finetune_schedule", "cosine"])
     amount, pre, post = iterate.settings(iterate_args)
     assert (amount, pre.epochs, post.epochs, iterate_args.device) == (0.2, 3, 40, "cuda:1")
+    assert (pre.lr, pre.patience, pre.batch_size) == (0.05, 4, 64)
+    assert (post.lr, post.patience, post.batch_size, post.schedule) == (0.002, 4, 64, "cosine")

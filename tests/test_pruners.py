@@ -163,6 +163,28 @@ def test_random_ignores_the_global_generator():
     assert kept(first) == kept(second)
 
 
+BY_MAGNITUDE = ["magnitude", "glob", "lamp", "unif", "unifplus", "erk"]  # within a layer, by definition
+
+
+def test_the_rule_of_the_module_docstring_can_be_added(monkeypatch):
+    example = [line for line in pruners.__doc__.splitlines() if line.startswith("    ")]
+    monkeypatch.setattr(pruners, "PRUNERS", dict(PRUNERS))
+    exec("\n".join(line.removeprefix("    ") for line in example), vars(pruners))
+    model = network([[0.5, -3.0], [1.0, 0.2]], [[-2.0, -1.0]])
+    keep_exactly(model, "positive", 3)
+    assert kept(model) == [[0, 2, 3], []]
+
+
+def test_a_rule_may_use_scores_from_data():
+    model = network([[0.5, -3.0], [1.0, 0.2]])
+    model(torch.tensor([[1.0, 10.0]])).sum().backward()
+    scores = {name: (layer.weight * layer.weight.grad).abs() for name, layer in prunable_layers(model).items()}  # SNIP
+    def rule(layers, keep, seed):
+        return pruners.exact_k_masks([scores[name] for name in layers.names], keep, layers.alive)
+    pruners.make_pruner(rule)(model, 0.5)
+    assert kept(model) == [[1, 3]]  # 0.5, 30, 1, 2
+
+
 # ---- properties of all rules ----------------------------------------------------------------------------------------
 
 
@@ -204,7 +226,20 @@ def test_all_equal_weights_still_give_exactly_k(name):
         assert sum(survivors(model)) == keep
 
 
-@pytest.mark.parametrize("name", set(PRUNERS) - {"random"})
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("levels", [0, 2])
+def test_masks_depend_on_weights_and_seed_alone(name, levels):
+    masks = []
+    for draws in (1, 2, 3):
+        model = random_network(3, levels)
+        torch.manual_seed(draws)
+        for share in (0.7, 0.5):
+            keep_exactly(model, name, round(share * count_pruned_params(model).total), seed=4)
+        masks.append(kept(model))
+    assert masks[0] == masks[1] == masks[2]
+
+
+@pytest.mark.parametrize("name", BY_MAGNITUDE)
 def test_within_a_layer_the_largest_magnitudes_survive(name):
     for seed in range(8):
         rng = torch.Generator().manual_seed(seed)
@@ -291,8 +326,8 @@ def test_amounts_outside_0_1_are_refused(amount):
 
 
 def test_an_unknown_pruner_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="'snip'; known are magnitude, glob, lamp, unif, unifplus, erk, random"):
-        weight_pruner_loader("snip")
+    with pytest.raises(UserError, match=f"'no such'; known are {', '.join(PRUNERS)}"):
+        weight_pruner_loader("no such")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
