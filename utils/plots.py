@@ -1,19 +1,25 @@
 """Every figure of the project; each function takes plain rows and writes one PNG."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from utils.allocation import AllocationProblem
 
 SHORTEST = 1e-4  # seconds; a stage that takes less has nothing to do and is not drawn
-SPARSITY_TICKS = (0.4, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+TICK_GAP = 0.065  # of the width of an axis: labels closer than this would run into each other
+STAR_GAP = 0.03  # of the width of an axis: between the marks of regrown models of one sparsity
+COLUMNS = {"test": ("start_test_acc", "test_acc"), "validation": ("val_acc_before", "val_acc")}  # before, after
+SHAPES = "*PXph8"  # of regrown models, by method
+ARROWS = "arrows: from the pruned to the regrown model, those of one sparsity side by side, lowest first"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -24,77 +30,162 @@ def save_figure(figure: Figure, path: Path) -> None:
     temporary.replace(path)
 
 
-def sparsity_axis(axes: Axes, lowest: float, highest: float) -> None:
-    """An x axis over density on a log scale, sparser to the right, labelled with sparsity in %."""
+def legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
+    """A legend under the axes, where it covers nothing; the figure (constrained layout) grows by its height."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    labels = [textwrap.fill(label, 100) for label in labels]
+    columns = 2 if len(labels) > 3 and max(map(len, labels)) <= 52 else 1
+    lines = sum(label.count("\n") + 1 for label in labels) / columns + (2 + title.count("\n") if title else 1)
+    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, title=title,
+                  title_fontsize=8)
+
+
+def sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
+    """An x axis over density on a log scale, sparser to the right, with a tick at each of the sparsities, in %.
+
+    A label that would run into its neighbour goes one or two lines down; where all are full, the tick has none.
+    """
+    found = sorted({round(sparsity, 4) for sparsity in sparsities})
     axes.set_xscale("log")
-    axes.set_xlim((1 - lowest) * 1.25, (1 - highest) / 1.25)
-    ticks = [tick for tick in SPARSITY_TICKS if lowest - 0.02 <= tick <= highest + 0.002]
-    axes.xaxis.set_major_locator(FixedLocator([1 - tick for tick in ticks]))
+    left, right = (1 - found[0]) * 1.25, (1 - found[-1]) / 1.25
+    axes.set_xlim(left, right)
+    labels, ends = [], [-np.inf] * 3  # ends: place of the last label of each line
+    for sparsity in found:
+        place = np.log(left / (1 - sparsity)) / np.log(left / right)
+        line = next((line for line, last in enumerate(ends) if place - last >= TICK_GAP), None)
+        labels.append("" if line is None else "\n" * line + f"{100 * sparsity:.4g}")
+        if line is not None:
+            ends[line] = place
+    axes.set_xticks([1 - sparsity for sparsity in found], labels)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * (1 - density):.4g}"))
     axes.set_xlabel("sparsity (% of prunable weights removed)")
+
+
+def accuracy_kind(pruning: Iterable[Mapping[str, Any]], regrown: Iterable[Mapping[str, Any]] = ()) -> str:
+    """'test' where every model has a test accuracy (a regrown one before and after), else 'validation'.
+
+    One figure never shows one beside the other.
+    """
+    return "test" if not any(lacks_test(row) for row in (*pruning, *regrown)) else "validation"
+
+
+def lacks_test(row: Mapping[str, Any]) -> bool:
+    """Whether a row has no test accuracy, or is of a regrown model whose start has none."""
+    return row["test_acc"] == "" or row.get("start_test_acc") == ""
 
 
 def plot_pruning(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Accuracy against sparsity, a line per pruner and schedule, the dense model as a dashed line.
 
-    rows: as of `utils.pipeline.summary_rows`; test accuracy is drawn where every row has it, else validation.
+    rows: as of `plot_bidirectional`.
     """
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
-    _draw_pruning(axes, rows)
-    sparsities = [float(row["sparsity"]) for row in rows if row["pruner"] != "none"]
-    if sparsities:
-        sparsity_axis(axes, min(sparsities), max(sparsities))
-    axes.set(ylabel="accuracy (%)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-
-
-def _draw_pruning(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Test accuracy where every model has it, else validation: never one beside the other."""
-    kind, column = ("test", "test_acc") if all(row["test_acc"] != "" for row in rows) else ("validation", "val_acc")
-    for row in rows:
-        if row["pruner"] == "none":
-            value = float(row[column])
-            axes.axhline(value, color="0.4", linestyle="--", label=f"dense ({kind} {value:.2f} %)")
-    pruned = [row for row in rows if row["pruner"] != "none"]
-    for number, key in enumerate(sorted({(row["pruner"], row["schedule"]) for row in pruned})):
-        line = [row for row in pruned if (row["pruner"], row["schedule"]) == key]
-        axes.plot([1 - float(row["sparsity"]) for row in line], [float(row[column]) for row in line], marker="o",
-                  color=f"C{number}", label=f"{key[0]}, {key[1]} ({kind})")
+    plot_bidirectional(rows, [], path, title)
 
 
 def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[Mapping[str, Any]], path: Path,
                        title: str) -> None:
     """The pruning curves, and for each regrown model an arrow from where it started to where it ended.
 
-    pruning: rows of `utils.pipeline.summary_rows`; regrown: rows of ``regrowth_results.csv``. Test accuracy is drawn
-    where it is known, else validation.
+    pruning: rows of `utils.pipeline.summary_rows`; regrown: rows of ``regrowth_results.csv``. Rows that agree in all
+    but the seed are drawn as their mean with bars from the lowest to the highest; a column ``run``, where there is one,
+    keeps runs apart. Test accuracy (%) is drawn where every model has it, else validation accuracy.
     """
-    figure = Figure(figsize=(7.5, 5))
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    _draw_pruning(axes, pruning)
-    for number, row in enumerate(regrown):
-        known = row["start_test_acc"] != "" and row["test_acc"] != ""
-        kind = "test" if known else "validation"
-        start, end = (float(row[key]) for key in (("start_test_acc", "test_acc") if known
-                                                  else ("val_acc_before", "val_acc")))
-        color = f"C{4 + number % 6}"
-        ends = (1 - float(row["sparsity"]), end), (1 - float(row["sparsity_before"]), start)
-        axes.annotate("", *ends, arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.8,
-                                             "shrinkA": 3, "shrinkB": 7})
-        axes.plot(*ends[0], marker="*", markersize=12, color=color, linestyle="none",
-                  label=f"regrown: {row['method']}, {allocation_name(row)} ({kind} {end:.2f} %)")
+    kind = accuracy_kind(pruning, regrown)
     sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
     if sparsities:
-        sparsity_axis(axes, min(sparsities), max(sparsities))
-    axes.set(ylabel="accuracy (%)", title=title)
+        sparsity_axis(axes, sparsities)
+    lines = _draw_pruning(axes, pruning, COLUMNS[kind][1])
+    _draw_regrown(axes, regrown, COLUMNS[kind], lines)
+    axes.set(ylabel=f"{kind} accuracy (%)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    notes = [ARROWS] if regrown else []
+    if any("mean of" in label for label in axes.get_legend_handles_labels()[1]):
+        notes.append("bars and bands: from the lowest to the highest seed")
+    legend_below(figure, axes, "\n".join(notes) or None)
     save_figure(figure, path)
+
+
+def _grouped(rows: Iterable[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Rows by the values of these columns, sparsities rounded to 0.01 %; an absent column counts as empty."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        key = tuple(round(float(row[name]), 4) if "sparsity" in name else row.get(name, "") for name in keys)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _spread(rows: Iterable[Mapping[str, Any]], column: str) -> tuple[float, float, float]:
+    """Mean, and how far the lowest and the highest value lie from it."""
+    values = [float(row[column]) for row in rows]
+    mean = sum(values) / len(values)
+    return mean, mean - min(values), max(values) - mean
+
+
+def _seeds(groups: Iterable[Sequence[Any]]) -> str:
+    """What a label says about seeds: nothing where each group has one."""
+    counts = sorted({len(rows) for rows in groups})
+    if counts[-1] == 1:
+        return ""
+    return f"mean of {f'{counts[0]} to ' if len(counts) > 1 else ''}{counts[-1]} seeds"
+
+
+def _label(name: str, run: str, *more: str) -> str:
+    return ", ".join([f"{name} [{run}]" if run else name, *(words for words in more if words)])
+
+
+def _draw_pruning(axes: Axes, rows: Sequence[Mapping[str, Any]], column: str) -> int:
+    """Draws the column; returns how many colours are taken."""
+    dense = _grouped((row for row in rows if row["pruner"] == "none"), "run")
+    for number, ((run,), group) in enumerate(dense.items()):
+        mean, below, above = _spread(group, column)
+        style = {"color": str(0.25 + 0.15 * (number // 4 % 4)), "linestyle": ("--", ":", "-.", (0, (8, 3)))[number % 4]}
+        axes.axhline(mean, **style, label=_label("dense", run, f"{mean:.2f} %", _seeds([group])))
+        if len(group) > 1:
+            axes.axhspan(mean - below, mean + above, color=style["color"], alpha=0.15, linewidth=0)
+    lines = _grouped((row for row in rows if row["pruner"] != "none"), "pruner", "schedule", "run")
+    for number, ((pruner, schedule, run), line) in enumerate(sorted(lines.items())):
+        points = dict(sorted(_grouped(line, "sparsity").items())).values()
+        means, *ends = zip(*(_spread(point, column) for point in points))
+        seeds = _seeds(points)
+        axes.errorbar([1 - float(point[0]["sparsity"]) for point in points], means, ends if seeds else None,
+                      marker="osD^v"[number % 5], capsize=3, color=f"C{number}",
+                      label=_label(f"{pruner}, {schedule}", run, seeds))
+    return len(lines)
+
+
+def _draw_regrown(axes: Axes, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], first_color: int) -> None:
+    """An arrow and a mark for each group of regrown models, on a sparsity axis that is set up already."""
+    groups = _grouped(rows, "method", "allocation", "run", "sparsity_before", "sparsity")
+    ordered = sorted(groups.items(), key=lambda item: _spread(item[1], columns[1])[0])  # so that arrows rarely cross
+    width, methods = np.log(np.divide(*axes.get_xlim())), sorted({key[0] for key in groups})
+    drawn: dict[float, int] = {}  # marks at each sparsity so far
+    for number, ((method, _, run, before, after), group) in enumerate(ordered):
+        number_here = sum(key[-1] == after for key in groups)
+        step = drawn.setdefault(after, 0) - number_here // 2 + 0.5  # half steps spare the pruned model's place
+        drawn[after] += 1
+        x, color = (1 - after) * np.exp(-step * STAR_GAP * width), f"C{(first_color + number) % 10}"
+        start, (end, *ends) = _spread(group, columns[0])[0], _spread(group, columns[1])
+        bend = 0.3 * step / number_here if number_here > 1 else 0.0  # arrows between the same ends stay apart
+        axes.annotate("", (x, end), (1 - before, start), zorder=2.5,
+                      arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 3, "shrinkB": 6,
+                                  "connectionstyle": f"arc3,rad={bend}"})
+        seeds = _seeds([group])
+        axes.errorbar(x, end, np.reshape(ends, (2, 1)) if seeds else None, zorder=4, capsize=4, color=color,
+                      marker=SHAPES[methods.index(method) % len(SHAPES)], markersize=11, markeredgecolor="k",
+                      markeredgewidth=0.6, linestyle="none",
+                      label=_label(f"regrown: {method}, {_allocation_names(group)}", run, f"{end:.2f} %", seeds))
+
+
+def _allocation_names(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As `allocation_name`, for rows that agree in the allocation: every finder once."""
+    found_by = " / ".join(sorted({str(row.get("found_by") or "") for row in rows} - {""}))
+    return allocation_name({**rows[0], "found_by": found_by})
 
 
 def allocation_name(row: Mapping[str, Any]) -> str:
@@ -110,7 +201,8 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
     history: rows of `utils.controller.RegrowthPolicyGradient`; allocation: weights per layer of `problem`.
     """
     figure = Figure(figsize=(12, max(4.5, 0.24 * len(allocation) + 1.2)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    halves = figure.subfigures(1, 2)
+    left, right = (half.subplots() for half in halves)
     for number, fidelity in enumerate(sorted({row["fidelity"] for row in history})):
         rows = [row for row in history if row["fidelity"] == fidelity]
         episodes = [row["episode"] for row in rows]
@@ -120,14 +212,21 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
         left.step(episodes, [100 * row["best"] for row in rows], where="post", color=f"C{number}", alpha=0.5,
                   label=f"best, {label}")
     based = [row for row in history if row["baseline"] is not None and row["source"] == "rl"]
-    left.plot([row["episode"] for row in based], [100 * row["baseline"] for row in based], color="0.3", linestyle="--",
-              marker=".", label="baseline")
+    if based:  # there is none before the controller's first update
+        left.plot([row["episode"] for row in based], [100 * row["baseline"] for row in based], color="0.3",
+                  linestyle="--", marker=".", label="baseline of the controller")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="episode", ylabel="validation accuracy (%)", title="search")
-    left.legend(fontsize=8)
     left.grid(alpha=0.3)
     _draw_allocation(right, problem, allocation)
+    for half in halves:
+        _legend_of_half(half)
     save_figure(figure, path)
+
+
+def _legend_of_half(half: SubFigure) -> None:
+    """A legend under one of two panels that stand side by side."""
+    half.legend(*half.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequence[int]) -> None:
@@ -139,44 +238,49 @@ def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequenc
     axes.invert_yaxis()
     axes.set(xlabel="weights", xscale="symlog", xlim=(0, 2 * max(1, *problem.capacities)),
              title="best allocation, layers by SSIM (in brackets), lowest first")
-    axes.legend(fontsize=8)
 
 
 def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], path: Path,
                       title: str) -> None:
     """Four panels: SSIM against the final and the immediate gain with trend and p, gain by layer in SSIM order, and
-    gain against capacity.
+    gain against capacity; layers that took the whole budget in one colour, those capped by their capacity in another.
 
     layers: rows of `single_layer_regrowth_analysis.by_layer`, in SSIM order; results: its correlations, the rows in
     points (not per weight) are shown.
     """
-    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(13, 10.4), layout="constrained")
     figure.suptitle(title)
     (first, second), (third, fourth) = figure.subplots(2, 2)
     shown = {row["gain"]: row for row in results if row["unit"] == "points"}
+    ssim, capacity, final = ([row[key] for row in layers] for key in ("ssim", "capacity", "final_gain"))
+    colors = ["C1" if row["capped"] else "C0" for row in layers]
     for axes, gain, words in ((first, "final_gain", "after finetuning, over the control (points)"),
                               (second, "immediate_gain", "right after regrowth (points)")):
-        _scatter_trend(axes, [row["ssim"] for row in layers], [row[gain] for row in layers], shown[gain])
+        values = [row[gain] for row in layers]
+        axes.scatter(ssim, values, c=colors)
+        _draw_trend(axes, ssim, values, shown[gain])
         axes.set(xlabel="SSIM of the layer (lower: more drift)", ylabel=f"gain {words}")
     positions = np.arange(len(layers))
-    colors = ["C1" if row["capped"] else "C0" for row in layers]
-    third.bar(positions, [row["final_gain"] for row in layers], color=colors)
+    third.vlines(positions, 0, final, colors=colors, linewidth=5)
+    third.scatter(positions, final, c=colors, s=50, zorder=3)  # shows the colour of a gain of zero too
     third.set_xticks(positions, [row["layer"] for row in layers], rotation=90, fontsize=8)
-    third.set(ylabel="gain after finetuning, over the control (points)",
-              title="layers by SSIM, lowest first (orange: capped by its capacity)")
-    fourth.scatter([row["capacity"] for row in layers], [row["final_gain"] for row in layers], c=colors)
+    third.set(ylabel="gain after finetuning, over the control (points)", title="layers by SSIM, lowest first")
+    fourth.scatter(capacity, final, c=colors)
     fourth.set(xscale="log", xlabel="capacity of the layer (pruned weights)",
-               ylabel="gain after finetuning, over the control (points)",
-               title="gain against capacity (orange: capped by it)")
+               ylabel="gain after finetuning, over the control (points)", title="gain against capacity")
     for axes in (first, second, third, fourth):
         axes.set_axisbelow(True)
         axes.grid(alpha=0.3)
-        axes.axhline(0, color="0.5", linewidth=0.8)
+        axes.axhline(0, color="0.5", linewidth=0.8, zorder=0.9)
+    dot = {"marker": "o", "linestyle": "none"}
+    figure.legend(handles=[Line2D([], [], color="C0", label="layer that took the whole budget", **dot),
+                           Line2D([], [], color="C1", label="layer capped by its capacity: took fewer weights", **dot),
+                           Line2D([], [], color="C3", linestyle="--", label="least-squares line")],
+                  loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
 
-def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: Mapping[str, Any]) -> None:
-    axes.scatter(x, y)
+def _draw_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: Mapping[str, Any]) -> None:
     if np.isnan(result["pearson"]):
         axes.set_title("no correlation: too few layers, or all alike", fontsize=10)
         return
@@ -190,15 +294,16 @@ def _scatter_trend(axes: Axes, x: Sequence[float], y: Sequence[float], result: M
 
 def plot_benchmark(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Left: a bar per method, its stages stacked (seconds); right: every stage by itself on a log axis, median with
-    fastest and slowest.
+    fastest and slowest where there are several runs.
 
-    rows: method, stage, median_s, fastest_s, slowest_s; the same stages in the same order for every method.
+    rows: method, stage, median_s, fastest_s, slowest_s, repeats; the same stages in the same order for every method.
     """
     methods, stages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "stage"))
-    table = {(row["method"], row["stage"]): row for row in rows}
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    table, repeats = {(row["method"], row["stage"]): row for row in rows}, max(row["repeats"] for row in rows)
+    figure = Figure(figsize=(12, 5), layout="constrained")
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    halves = figure.subfigures(1, 2)
+    left, right = (half.subplots() for half in halves)
     for number, method in enumerate(methods):
         start = 0.0
         for color, stage in enumerate(stages):
@@ -209,15 +314,17 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], path: Path, title: str) ->
                                     for key in ("median_s", "fastest_s", "slowest_s"))
         places = np.arange(len(stages)) + 0.8 * (number - (len(methods) - 1) / 2) / len(methods)
         values = np.where(values < SHORTEST, np.nan, values)
-        right.errorbar(places, values, [values - fastest, slowest - values], fmt="o", capsize=3, color=f"C{number}",
-                       label=method)
+        right.errorbar(places, values, [values - fastest, slowest - values] if repeats > 1 else None, fmt="o",
+                       capsize=3, color=f"C{number}", label=method)
     left.invert_yaxis()
-    left.set(xlabel="seconds of one episode (medians, stacked)", title="end to end")
-    left.legend(fontsize=8)
+    left.set(title="end to end",
+             xlabel=f"seconds of one episode ({f'medians of {repeats} runs' if repeats > 1 else 'one run'}, stacked)")
     right.set_xticks(range(len(stages)), stages, rotation=20, fontsize=8)
-    right.set(yscale="log", ylabel="seconds", title="each stage: median, fastest and slowest")
+    right.set(yscale="log", ylabel="seconds", title="each stage: " + (
+        f"median of {repeats} runs, bars: fastest to slowest" if repeats > 1 else "one run"))
     right.grid(alpha=0.3, axis="y")
-    right.legend(fontsize=8)
+    for half in halves:
+        _legend_of_half(half)
     save_figure(figure, path)
 
 
@@ -226,22 +333,35 @@ def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: st
 
     results: rows of `experiments.matched_compute.compare`; infinite intervals (a single seed) are left out.
     """
-    figure = Figure(figsize=(8, 0.4 * len(results) + 1.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 0.42 * len(results) + 1.8), layout="constrained")
     axes = figure.subplots()
     colors = {"better": "C2", "worse": "C3", "indistinguishable": "0.4"}
     for position, row in enumerate(results):
         color = colors[row["verdict"]]
         if np.isfinite(row["t_low"]):
-            axes.plot([row["t_low"], row["t_high"]], [position] * 2, color=color, linewidth=1)
-            axes.plot([row["bootstrap_low"], row["bootstrap_high"]], [position] * 2, color=color, linewidth=4,
-                      alpha=0.5)
+            axes.plot([row["t_low"], row["t_high"]], [position] * 2, color=color, linewidth=1, marker="|")
+            axes.plot([row["bootstrap_low"], row["bootstrap_high"]], [position] * 2, color=color, linewidth=5,
+                      alpha=0.5, solid_capstyle="butt")
         axes.plot(row["mean"], position, marker="o", color=color)
     axes.axvline(0, color="0.3", linewidth=0.8)
-    axes.set_yticks(range(len(results)), [f"{row['arm']} ({row['verdict']})" for row in results], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="test accuracy over one-shot pruning (points); thin: 95 % t interval, thick: bootstrap",
-             title=title)
+    seeds = [f"{row['pairs']} seed{'s' if row['pairs'] > 1 else ''}" for row in results]
+    axes.set_yticks(range(len(results)), [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, {number})"
+                                          for row, number in zip(results, seeds)], fontsize=8)
+    for tick, row in zip(axes.get_yticklabels(), results):
+        tick.set_color(colors[row["verdict"]])
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    axes.set_xlabel("test accuracy over one-shot pruning (points)")
     axes.grid(alpha=0.3, axis="x")
+    figure.suptitle(title, fontsize=11)
+    black = {"color": "k", "label": "mean", "marker": "o", "linestyle": "none"}
+    handles = [Line2D([], [], **black)]
+    if any(np.isfinite(row["t_low"]) for row in results):
+        handles += [Line2D([], [], color="k", linewidth=1, marker="|", label="95 % t interval (decides the verdict)"),
+                    Line2D([], [], color="k", linewidth=5, alpha=0.5, label="95 % bootstrap interval")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8,
+                  title=None if len(handles) > 1 else "one seed: no interval, so no verdict is possible",
+                  title_fontsize=8)
     save_figure(figure, path)
 
 
@@ -252,6 +372,7 @@ def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    sparsity_axis(axes, [row["sparsity"] for row in results])
     names = {"A": "iterative, 40 % each", "B": "one-shot", "R": "regrown from 99 %"}
     for number, (setting, name) in enumerate(names.items()):
         rows = [row for row in results if row["row"].startswith(setting)]
@@ -262,8 +383,8 @@ def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) ->
                 spread = [row[std] or 0 for row in known] if any(row[std] for row in known) else None
                 axes.errorbar([1 - row["sparsity"] for row in known], [row[mean] for row in known], spread,
                               color=f"C{number}", capsize=3, alpha=0.8, label=f"{name} ({label})", **style)
-    sparsity_axis(axes, min(row["sparsity"] for row in results), max(row["sparsity"] for row in results))
     axes.set(ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    spread = any(row["std"] or row["published_std"] for row in results)
+    legend_below(figure, axes, "bars: standard deviation over seeds" if spread else None)
     save_figure(figure, path)

@@ -135,5 +135,12 @@ def plot_heat_map(rows: Rows, path: Path, title: str) -> None:
 def _write_numbers(axes: Axes, values: np.ndarray, middle: float, reach: float) -> None:
     """Each cell's number, white on the dark colours that lie far from the middle of the scale."""
     for (line, column), value in np.ndenumerate(values):
-        axes.text(column, line, f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", fontsize=6,
+        axes.text(column, line, _short(value), ha="center", va="center", fontsize=6,
                   color="w" if abs(value - middle) > 0.65 * reach else "k")
+
+
+def _short(value: float) -> str:
+    """One decimal; two significant digits below 1, so that small values can be told apart."""
+    if abs(value) >= 0.95:
+        return f"{value:.1f}"
+    return f"{value + 0.0:.2g}"  # without a minus at zero

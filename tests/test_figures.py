@@ -1,0 +1,153 @@
+"""What the figures show: ticks at the data, legends that name what is drawn and cover nothing, values told apart."""
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from experiments.published import beside_published, chosen_entries
+from utils import plots, saliency_plots
+from utils.allocation import AllocationProblem
+from utils.benchmark_report import stage_rows
+from utils.paired import paired_difference
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every figure that would be written."""
+    figures = []
+    for module in (plots, saliency_plots):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def overlapping(boxes) -> bool:
+    return any(one.overlaps(other) for one, other in combinations(boxes, 2))
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# --- sparsities ----------------------------------------------------------------------------------------------------
+
+
+def table(*words: str) -> list[dict]:
+    rows = [{"row": entry.label, "test_acc": 90 - entry.sparsity} for entry in chosen_entries(words)]
+    return beside_published(rows, "vgg16")
+
+
+@pytest.mark.parametrize("words", [("A:0.64",), ("B:0.95", "R:0.98"), ("A", "B", "R")])
+def test_every_row_of_the_tables_has_a_labelled_tick(drawn, tmp_path, words):
+    rows = table(*words)
+    plots.plot_tables(rows, tmp_path / "t.png", "title")
+    axes = drawn[0].axes[0]
+    drawn[0].draw_without_rendering()
+    shown = {label.get_text().strip(): label for label in axes.get_xticklabels()}
+    assert set(shown) == {f"{100 * row['sparsity']:.4g}" for row in rows}
+    # compared line by line: the box of a label that was put down holds the empty lines above it
+    lines = {name: label.get_text().count("\n") for name, label in shown.items()}
+    for line in range(3):
+        assert not overlapping([label.get_window_extent() for name, label in shown.items() if lines[name] == line])
+
+
+# --- pruning and regrowth ------------------------------------------------------------------------------------------
+
+
+def test_regrown_models_of_equal_accuracy_stay_visible_and_nothing_is_covered(drawn, tmp_path):
+    card = {"schedule": "one-shot", "seed": 0, "val_acc": 50.0, "test_acc": 55.0}
+    pruning = [{**card, "pruner": "none", "schedule": "", "sparsity": 0.0, "test_acc": 90.0}]
+    pruning += [{**card, "pruner": "magnitude", "sparsity": sparsity} for sparsity in (0.97, 0.99)]
+    regrown = [{"method": method, "allocation": rule, "sparsity_before": 0.99, "sparsity": 0.97, "start_test_acc": 50.0,
+                "test_acc": 55.0, "val_acc": 1.0, "val_acc_before": 1.0}
+               for method in ("reference", "saliency") for rule in ("uniform", "greedy", "random")]
+    plots.plot_bidirectional(pruning, regrown, tmp_path / "b.png", "title")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    marks = [container[0] for container in axes.containers]
+    points = [axes.transData.transform(mark.get_xydata()[0]) for mark in marks]
+    assert min(np.hypot(*(a - b)) for a, b in combinations(points, 2)) > 5  # pixels at 100 dpi
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_tightbbox())
+    assert len(legend(figure)) == 8 and axes.get_ylabel() == "test accuracy (%)"
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_the_baseline_is_named_only_where_it_is_drawn(drawn, tmp_path, updates):
+    problem = AllocationProblem(layers=("a", "b"), capacities=(5, 5), budget=4, sizes=(6, 6), fan=(1, 1),
+                                drift=(0.1, 0.2))
+    history = [{"episode": number + 1, "source": "rl", "reward": 0.5, "best": 0.5, "fidelity": 1,
+                "baseline": 0.4 if number >= 4 - updates else None} for number in range(4)]
+    history.append({"episode": 5, "source": "promotion", "reward": 0.6, "best": 0.6, "fidelity": 3, "baseline": 0.4})
+    plots.plot_search(history, problem, [2, 2], tmp_path / "s.png")
+    named = [label for half in drawn[0].subfigs for label in legend(half) if "baseline" in label]
+    assert len(named) == (updates > 0)
+
+
+# --- single layers -------------------------------------------------------------------------------------------------
+
+
+def test_the_colours_of_single_layers_are_explained_and_a_gain_of_zero_has_one(drawn, tmp_path):
+    layers = [{"layer": f"layer{number}", "ssim": number / 5, "capacity": 100 * (number + 1), "capped": number % 2,
+               "immediate_gain": -float(number), "final_gain": 0.0 if number == 1 else 1.0} for number in range(5)]
+    results = [{"gain": gain, "unit": "points", "pearson": 0.1, "pearson_p": 0.5, "spearman": 0.1, "spearman_p": 0.5}
+               for gain in ("immediate_gain", "final_gain")]
+    plots.plot_single_layer(layers, results, tmp_path / "s.png", "title")
+    assert any("capped" in label for label in legend(drawn[0])) and any("whole" in label for label in legend(drawn[0]))
+    assert not any("orange" in axes.get_title() for axes in drawn[0].axes)
+    for axes in drawn[0].axes:  # the same colours in every panel
+        assert len({tuple(color) for color in axes.collections[-1].get_facecolors()}) == 2
+    offsets = drawn[0].axes[2].collections[-1].get_offsets()
+    assert [list(offset) for offset in offsets][1] == [1.0, 0.0]
+
+
+# --- saliency ------------------------------------------------------------------------------------------------------
+
+
+def test_small_numbers_of_the_heat_map_are_told_apart(drawn, tmp_path):
+    means = {"a": 1.0, "b": 0.005, "c": 0.009, "d": 0.00002, "e": 0.0, "f": -0.0}
+    rows = [{"layer": layer, "class": name, "mean": mean} for layer in ("one", "two") for name, mean in means.items()]
+    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", "title")
+    shown = [text.get_text() for text in drawn[0].axes[0].texts][:6]
+    assert len(set(shown)) == 5 and shown[0] == "5.9" and shown[1] == "0.03" and shown[4:] == ["0", "0"]
+
+
+# --- benchmark -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_benchmark_of_one_run_speaks_of_no_spread(drawn, tmp_path, runs):
+    seconds = {method: [{"loading": 0.1 + number, "drift": 1.0 + number} for number in range(runs)]
+               for method in ("reference", "saliency")}
+    rows = [row for row in stage_rows(seconds) if row["stage"] != "end to end"]
+    plots.plot_benchmark(rows, tmp_path / "b.png", "title")
+    words = " ".join(axes.get_title() + axes.get_xlabel() for axes in drawn[0].axes)
+    assert ("fastest" in words, "median" in words, "one run" in words) == (runs > 1, runs > 1, runs == 1)
+
+
+# --- matched compute -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_verdicts_of_seven_arms_are_all_legible(drawn, tmp_path, pairs):
+    random = np.random.RandomState(0)
+    results = [{"arm": f"proportional+arm_{number}",
+                **paired_difference(70 + 9 * random.randn(pairs), 70 + random.randn(pairs))} for number in range(7)]
+    plots.plot_differences(results, tmp_path / "d.png", "title")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    ticks = axes.get_yticklabels()
+    assert all(row["arm"] in tick.get_text() and row["verdict"] in tick.get_text()
+               for row, tick in zip(results, ticks))
+    assert not overlapping([tick.get_window_extent() for tick in ticks])
+    low, high = axes.get_xlim()
+    shown = [row[key] for row in results for key in ("mean", "t_low", "t_high") if np.isfinite(row[key])]
+    assert np.isfinite([low, high]).all() and low < min(shown) and max(shown) < high
+    assert ("no interval" in figure.legends[0].get_title().get_text()) == (pairs == 1)
+    for box in (axes.get_tightbbox(), figure.legends[0].get_window_extent()):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
