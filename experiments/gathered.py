@@ -1,0 +1,191 @@
+"""What several runs left under their roots, as models of one table: which belong to one line, which are told apart.
+
+Used by `collect_results.py`; reads run cards and regrowth tables, never a model.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import checkpoint, pipeline, plots
+from utils.errors import UserError
+
+Row = dict[str, Any]
+ANCESTORS = ("parent", "start", "dense")  # entries of a card's config: digests of what the model was made from
+NO_SETTING = {*ANCESTORS, "seed", "dataset", "data_fingerprint", "sparsity", "previous", "iteration", "budget"}
+NAMED = 4  # models or folders that are listed by name
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A row of a table, the folder it comes from (a root, or that of a regrowth table), its run card ({}: none)."""
+
+    row: Row
+    folder: Path
+    card: Row
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes a line of the figure: pruner and schedule, or method, allocation and where regrowth started."""
+        if "pruner" in self.row:
+            return self.row["pruner"], self.row["schedule"]
+        return self.row["method"], self.row["allocation"], round(float(self.row["sparsity_before"]), 4)
+
+    @property
+    def sparsity(self) -> float:
+        """To 0.01 %."""
+        return round(float(self.row["sparsity"]), 4)
+
+    @property
+    def name(self) -> str:
+        """As the printed table calls it."""
+        name = (f"{self.row['pruner']} {self.row['schedule']}".strip().replace("none", "dense") if "pruner" in self.row
+                else f"regrown: {self.row['method']}, {plots.allocation_name(self.row)}")
+        return name + (f" [{self.row['run']}]" if self.row.get("run") else "")
+
+
+def read_models(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
+    """The dense and pruned models of all roots, and the regrown ones; what several roots share stands there once.
+
+    UserError when a root does not exist or holds no results of the model, or when none holds a dense or pruned one.
+    """
+    pruned: list[Model] = []
+    regrown: list[Model] = []
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"--roots {root} is no folder; give the --root of finished runs")
+        found = _pruned_models(root, m_name), _regrown_models(root, m_name)
+        if not any(found):
+            raise UserError(f"--roots {root} holds no run cards and no regrowth tables of {m_name}; run main.py first, "
+                            "or leave this root out")
+        pruned += found[0]
+        regrown += found[1]
+    if not pruned:
+        raise UserError(f"no run cards of {m_name} under {', '.join(map(str, roots))}; run main.py first")
+    columns = dict.fromkeys(name for model in regrown for name in model.row)
+    for model in regrown:  # tables of earlier versions have fewer
+        model.row = {name: model.row.get(name, "") for name in columns}
+    return _unique(pruned), _unique(regrown)
+
+
+def _pruned_models(root: Path, m_name: str) -> list[Model]:
+    dense, folder = checkpoint.dense_path(root, m_name), checkpoint.pruned_path(root, m_name, 0.5).parent
+    return [Model(row, root, _card(dense if row["pruner"] == "none" else folder / row["checkpoint"]))
+            for row in pipeline.summary_rows(root, m_name)]
+
+
+def _regrown_models(root: Path, m_name: str) -> list[Model]:
+    """A model for each row of every regrowth_results.csv of the model under the root."""
+    return [Model(row, table.parent, _card(table.parent / row["checkpoint"]))
+            for table in sorted(root.rglob("regrowth_results.csv"))
+            for row in csv.DictReader(table.read_text().splitlines())
+            if row["checkpoint"].startswith(f"regrown_{m_name}_")]
+
+
+def _card(artifact: Path) -> Row:
+    """The artifact's run card; of several regrowth steps, which have folders of their own, that of its step."""
+    places = artifact, *sorted(artifact.parent.glob(f"step_*/{artifact.name}"))
+    return next((card for place in places if (card := checkpoint.read_card(place))), {})
+
+
+def _unique(models: Sequence[Model]) -> list[Model]:
+    """Equal artifacts are one model, wherever they lie; without a run card, equal rows are."""
+    first: dict[Any, Model] = {}
+    for model in models:
+        first.setdefault(model.card.get("sha256") or tuple(model.row.items()), model)
+    return list(first.values())
+
+
+def check_data(models: Sequence[Model]) -> None:
+    """UserError when the models belong to more than one data set: their accuracies must not share an axis."""
+    first = models[0]
+    for model in models[1:]:
+        prints = [one.card.get("config", {}).get("data_fingerprint") for one in (first, model)]
+        labels = [one.row.get("dataset", "") for one in (first, model)]
+        known = prints if all(prints) else labels  # the same images may have come by two ways, with two labels
+        if all(known) and known[0] != known[1]:
+            note = " with other images" if labels[0] == labels[1] else ""
+            raise UserError(f"--roots hold different data sets: {labels[0]} ({first.folder}) and {labels[1]}{note} "
+                            f"({model.folder}); gather each by itself")
+
+
+# --- which runs differ in the seed alone ---------------------------------------------------------------------------
+
+
+def name_series(models: Sequence[Model], settings: Mapping[int, str], base: Path) -> None:
+    """Fills the column `run` of every row: the folders where models of one key form several lines, else nothing.
+
+    settings: of `settings_of`; base: what the names of the folders are relative to.
+    """
+    for key in dict.fromkeys(model.key for model in models):
+        series: list[list[Model]] = []
+        mine = [model for model in models if model.key == key]
+        for folder in dict.fromkeys(model.folder for model in mine):
+            new = [model for model in mine if model.folder == folder]
+            line = next((line for line in series if _same_but_seed(line, new, settings)), None)
+            if line is None:
+                series.append(new)
+            else:
+                line += new
+        for line in series:
+            folders = [_relative(folder, base) for folder in dict.fromkeys(model.folder for model in line)]
+            for model in line:
+                model.row["run"] = listed(folders) if len(series) > 1 else ""
+
+
+def _same_but_seed(line: Sequence[Model], new: Sequence[Model], settings: Mapping[int, str]) -> bool:
+    """Whether the models of another folder belong to the line: other seeds of it, or more sparsities of the same."""
+    shared = [(old, model) for old in line for model in new if old.sparsity == model.sparsity]
+    if not shared:
+        return len({(settings[id(model)], str(model.row["seed"])) for model in (*line, *new)}) == 1
+    return all(settings[id(old)] == settings[id(model)] and old.row["seed"] != model.row["seed"]
+               for old, model in shared)
+
+
+def settings_of(models: Sequence[Model]) -> dict[int, str]:
+    """By id(model), how it was made, and the models that it was made from: all but seed, data and sparsity."""
+    cards = {model.card["sha256"]: model.card for model in models if "sha256" in model.card}
+
+    def made(card: Row) -> list[Any]:
+        config = card.get("config", {})
+        own = {name: value for name, value in config.items() if name not in NO_SETTING}
+        return [own, *(made(cards.get(config[name], {})) for name in ANCESTORS if name in config)]
+
+    plain = {id(model): {name: model.row.get(name) for name in ("epochs", "search_epochs")} for model in models}
+    return {id(model): json.dumps(made(model.card) if model.card else plain[id(model)], sort_keys=True)
+            for model in models}
+
+
+def _relative(folder: Path, base: Path) -> str:
+    name = os.path.relpath(folder, base)
+    return folder.absolute().name if name == "." else name
+
+
+def listed(words: Sequence[str]) -> str:
+    """The words in a row, the first few by name."""
+    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
+
+
+def gather(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
+    """Pruned and regrown models in the order of the tables, with their column `run`.
+
+    UserError as of `read_models` and `check_data`.
+    """
+    pruned, regrown = read_models(roots, m_name)
+    check_data([*pruned, *regrown])
+    settings = settings_of([*pruned, *regrown])
+    base = Path(os.path.commonpath([root.absolute() for root in roots]))
+    name_series(pruned, settings, base)
+    name_series(regrown, settings, base)
+    pruned.sort(key=lambda one: (one.row["pruner"] != "none", *one.key, one.row["run"], one.sparsity,
+                               int(one.row["seed"])))
+    regrown.sort(key=lambda one: (one.sparsity, *one.key, one.row["run"], int(one.row["seed"])))
+    return pruned, regrown
