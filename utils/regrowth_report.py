@@ -34,6 +34,7 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
             "val_acc_after_regrowth": card["val_acc_after_regrowth"], "val_acc": card["val_acc"],
             "start_test_acc": _or_empty(card.get("start_test_acc")), "test_acc": card["test_acc"],
             "one_shot_val_acc": _or_empty(same.get("val_acc")), "one_shot_test_acc": _or_empty(same.get("test_acc")),
+            "one_shot_epochs": _or_empty(same.get("epochs")),
             "search_epochs": card["search_epochs"], "epochs": card["epochs"], "seed": card["config"]["seed"],
             "dataset": card["config"]["dataset"], "seconds": card["seconds"], "checkpoint": outcome.artifact.name}
 
@@ -57,8 +58,8 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
               f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %  "
               f"({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
               f"after finetuning sparsity {row['sparsity']:.4f}  validation {row['val_acc']:.2f} %, "
-              f"test {row['test_acc']:.2f} %")
+              f"test {row['test_acc']:.2f} %  ({row['epochs']} epochs)")
         if row["one_shot_test_acc"] != "":
             print(f"one-shot pruned  sparsity {row['sparsity']:.4f}  validation {row['one_shot_val_acc']:.2f} %, "
-                  f"test {row['one_shot_test_acc']:.2f} %")
+                  f"test {row['one_shot_test_acc']:.2f} %  ({row['one_shot_epochs']} epochs since the dense model)")
     print(f"models, cards, allocation, table and figures: {folder}")
