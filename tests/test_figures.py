@@ -55,6 +55,12 @@ def test_every_row_of_the_tables_has_a_labelled_tick(drawn, tmp_path, words):
 # --- pruning and regrowth ------------------------------------------------------------------------------------------
 
 
+def test_a_dense_model_alone_has_no_sparsity_axis(drawn, tmp_path, recwarn):
+    plots.plot_pruning([{"pruner": "none", "schedule": "", "sparsity": 0.0, "val_acc": 50.0, "test_acc": "", "seed": 0}],
+                       tmp_path / "d.png", "title")
+    assert len(drawn[0].axes[0].get_xticks()) == 0 and legend(drawn[0]) == ["dense, 50.00 %"] and not recwarn.list
+
+
 def test_regrown_models_of_equal_accuracy_stay_visible_and_nothing_is_covered(drawn, tmp_path):
     card = {"schedule": "one-shot", "seed": 0, "val_acc": 50.0, "test_acc": 55.0}
     pruning = [{**card, "pruner": "none", "schedule": "", "sparsity": 0.0, "test_acc": 90.0}]

@@ -100,8 +100,11 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
     if sparsities:
         sparsity_axis(axes, sparsities)
+    else:
+        axes.set_xticks([])
     lines = _draw_pruning(axes, pruning, COLUMNS[kind][1])
-    _draw_regrown(axes, regrown, COLUMNS[kind], lines)
+    if regrown:
+        _draw_regrown(axes, regrown, COLUMNS[kind], lines)
     axes.set(ylabel=f"{kind} accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     notes = [ARROWS] if regrown else []
