@@ -56,8 +56,8 @@ def test_every_row_of_the_tables_has_a_labelled_tick(drawn, tmp_path, words):
 
 
 def test_a_dense_model_alone_has_no_sparsity_axis(drawn, tmp_path, recwarn):
-    plots.plot_pruning([{"pruner": "none", "schedule": "", "sparsity": 0.0, "val_acc": 50.0, "test_acc": "", "seed": 0}],
-                       tmp_path / "d.png", "title")
+    row = {"pruner": "none", "schedule": "", "sparsity": 0.0, "val_acc": 50.0, "test_acc": "", "seed": 0}
+    plots.plot_pruning([row], tmp_path / "d.png", "title")
     assert len(drawn[0].axes[0].get_xticks()) == 0 and legend(drawn[0]) == ["dense, 50.00 %"] and not recwarn.list
 
 
