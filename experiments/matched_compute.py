@@ -47,9 +47,10 @@ from utils.training import FINETUNE_FINAL, PRETRAIN, SCHEDULES  # noqa: E402
 CONTROL = "one-shot"
 # selection -> method and the options that make it; what the published methods do not select returns with dense values
 SELECTIONS: dict[str, tuple[regrowth_run.Method, dict[str, str]]] = {
-    **{rule: (rl_saliency_regrowth.METHOD, {"selection": rule, "init_strategy": "reference"}) for rule in SELECTORS},
     "reference": (rl_regrowth_nas.METHOD, {}),
     "saliency": (rl_saliency_regrowth.METHOD, {}),
+    **{rule: (rl_saliency_regrowth.METHOD, {"selection": rule, "init_strategy": "reference"})
+       for rule in SELECTORS if rule not in ("reference", "saliency")},
 }
 ARMS = [CONTROL] + [f"{rule}+{selection}" for rule in ("rl", *ALLOCATORS) for selection in SELECTIONS]
 DEFAULT_ARMS = [CONTROL, "rl+reference", "rl+saliency"]
