@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,11 @@ def run_script():
         return subprocess.run([sys.executable, REPOSITORY / str(words[0]), *map(str, words[1:])], cwd=cwd,
                               env=environment, text=True, capture_output=True, timeout=timeout)
     return run
+
+
+def heed_sigint() -> None:
+    """For a child's `preexec_fn`: Ctrl-C works in it although the background of a shell, with the tests, ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def assert_user_error(process: subprocess.CompletedProcess, *words: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import main as main_script
 from iclr2021_solution import iterate
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of
-from tests.conftest import REPOSITORY, assert_user_error
+from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
 from utils import checkpoint, pipeline
 from utils.errors import UserError
 from utils.models import MODELS
@@ -95,7 +95,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, ti
     command = [sys.executable, REPOSITORY / "main.py", *words]
     log = tmp_path / "run" / "resnet20" / f"{stage}_training.csv"
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_sigint)
     kill_when(process, lambda: log.exists() and log.read_text().count("\n") > epochs, signal_number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if signal_number == signal.SIGINT else -9)

@@ -15,7 +15,7 @@ import torch
 
 import rl_regrowth_nas
 import rl_saliency_regrowth
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, heed_sigint
 from utils import checkpoint, regrowth_run
 from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
@@ -158,7 +158,7 @@ def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, i
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *search,
                                 "--overwrite"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_sigint)
     deadline = time.monotonic() + 120
     while not list(folder.glob("*_epoch_2.pth")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
