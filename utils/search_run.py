@@ -48,7 +48,8 @@ def latest_search(stem: Path, config: Mapping[str, Any]) -> Path | None:
     An interrupted `--overwrite` leaves checkpoints of two searches side by side.
     """
     paths = list(saved_searches(stem).values())
-    fitting = (path for path in paths if _same_rewards(_read_search(path)["config"], config))
+    wanted = reward_config(config)
+    fitting = (path for path in paths if reward_config(_read_search(path)["config"]) == wanted)
     return next(fitting, paths[0] if paths else None)
 
 
@@ -56,11 +57,7 @@ def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
     kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
     recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
-    return {**kept, "recipe": recipe}
-
-
-def _same_rewards(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    return json.loads(json.dumps(reward_config(saved))) == json.loads(json.dumps(reward_config(config)))
+    return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
 
 
 def _read_search(path: Path) -> dict[str, Any]:
@@ -111,10 +108,10 @@ class SearchLog:
 def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
     """Takes up a saved search; UserError when the file is no search or its rewards came from other arguments."""
     state = _read_search(path)
-    if not _same_rewards(state["config"], config):
-        differ = differences(reward_config(state["config"]), reward_config(config))
-        raise UserError(f"the search at {path} was made with other arguments: {differ}. Repeat them with --resume, or "
-                        "use --overwrite to search anew")
+    saved, wanted = reward_config(state["config"]), reward_config(config)
+    if saved != wanted:
+        raise UserError(f"the search at {path} was made with other arguments: {differences(saved, wanted)}. Repeat "
+                        "them with --resume, or use --overwrite to search anew")
     search.load_state_dict(state["search"])
     print(f"continuing the search of {path} after {search.epoch} updates")
 
