@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 import rl_regrowth_nas
 import rl_saliency_regrowth
-from iclr2021_solution.tools.pruners import weight_pruner_loader
 from utils import benchmark, checkpoint, plots
 from utils import benchmark_report as report
 from utils.errors import UserError
+from utils.pruning import weight_pruner_loader
 from utils.regrowth_options import regrowth_arguments
 from utils.run import (
     ArgumentParser,

@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import pipeline
 from utils.errors import UserError
 from utils.pipeline import PruneStep
+from utils.pruning import PRUNERS, weight_pruner_loader
 from utils.pruning_options import (
     add_iteration_options,
     add_recipe_options,

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import rl_regrowth_nas  # noqa: E402
 import rl_saliency_regrowth  # noqa: E402
-from iclr2021_solution.tools.pruners import weight_pruner_loader  # noqa: E402
 from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.paired import holm, paired_difference  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
+from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.regrowth import SELECTORS  # noqa: E402
 from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402

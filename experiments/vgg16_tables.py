@@ -26,11 +26,11 @@ from experiments.published import (  # noqa: E402
     chosen_entries,
     print_table,
 )
-from iclr2021_solution.tools.pruners import weight_pruner_loader  # noqa: E402
 from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.models import MODELS  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
+from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,

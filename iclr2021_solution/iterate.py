@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
-from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader  # noqa: E402
 from utils import checkpoint, pipeline  # noqa: E402
+from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
 from utils.pruning_options import (  # noqa: E402
     add_iteration_options,
     add_recipe_options,

@@ -171,7 +171,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
                        resume: bool = False, overwrite: bool = False) -> Outcome:
     """Prunes a copy of the parent's model to ``step.sparsity`` and finetunes it, or reuses the artifact.
 
-    pruner: ``pruner(model, amount, seed=...)`` of `iclr2021_solution.tools.pruners`; exactly round((1 - s) * N) of the
+    pruner: ``pruner(model, amount, seed=...)`` of `utils.pruning`; exactly round((1 - s) * N) of the
     N prunable weights survive.
     """
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)

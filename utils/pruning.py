@@ -1,0 +1,219 @@
+"""Pruning rules. Each takes three steps: score the weights, allocate counts to the layers, mask by exact k.
+
+A rule is a function (layers, keep, seed) -> one bool mask a layer, with `keep` True in all and only where the layer is
+alive; `exact_k_masks` sees to that, equal scores by position. To add one, write it here and give it a line in
+`PRUNERS`, from which the scripts take their choices. For instance, keep the largest signed weights:
+
+    def positive(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+        "Negative weights go first."
+        return exact_k_masks(layers.weights, keep, layers.alive)
+
+    PRUNERS["positive"] = positive
+
+A rule that needs data (gradients, activations) has its scores computed beforehand, by layer name, and closes over them:
+`rule = lambda layers, keep, seed: exact_k_masks([scores[name] for name in layers.names], keep, layers.alive)`. Then
+`make_pruner(rule)` prunes a model, and `PRUNERS["taylor"] = rule` before `main.main([...])` takes it into the scripts.
+"""
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.allocation import apportion
+from utils.analysis_utils import empty_layers, get_masks, prunable_layers, set_masks
+from utils.errors import UserError
+from utils.selection import exact_k_mask, exact_k_masks
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a rule sees of the prunable layers, in order: one list entry per layer."""
+
+    names: list[str]
+    is_conv: list[bool]
+    weights: list[nn.Parameter]  # signed, as they stand in the model: not to be changed
+    magnitudes: list[Tensor]  # |weight|
+    alive: list[Tensor]  # bool, True where not pruned yet
+    totals: list[int]
+    survivors: list[int]
+
+
+Rule = Callable[[Layers, int, int], list[Tensor]]
+Pruner = Callable[..., None]
+
+
+def weight_pruner_loader(name: str) -> Pruner:
+    """The pruner of that name: a function `pruner(model, amount, seed=0)`.
+
+    It removes the fraction `amount` of the surviving weights in place, so that exactly
+    `round((1 - amount) * surviving)` stay; masks are put on where absent, pruned weights never return, and `seed`
+    matters to random rules only. A layer left without weights is named in a UserWarning. It raises UserError, with
+    the model unchanged, if `amount` is not in (0, 1), a weight is not finite or the rule cannot prune so far.
+
+    Raises:
+        UserError: no such pruner; the message lists the known ones.
+    """
+    if name not in PRUNERS:
+        raise UserError(f"unknown pruner {name!r}; known are {', '.join(PRUNERS)}")
+    return make_pruner(PRUNERS[name])
+
+
+def make_pruner(rule: Rule) -> Pruner:
+    """The pruner of a rule, in `PRUNERS` or not; `weight_pruner_loader` says what it does."""
+    def pruner(model: nn.Module, amount: float, seed: int = 0) -> None:
+        _prune(model, rule, amount, seed)
+
+    return pruner
+
+
+def _prune(model: nn.Module, rule: Rule, amount: float, seed: int) -> None:
+    if not 0 < amount < 1:
+        raise UserError(f"prune amount {amount} is not a fraction between 0 and 1 (both excluded)")
+    layers = _look_at(model)
+    keep = round((1 - amount) * sum(layers.survivors))
+    with torch.no_grad():  # rules may compute with the parameters themselves
+        masks = rule(layers, keep, seed)
+    set_masks(model, dict(zip(layers.names, masks, strict=True)))
+    empty = empty_layers(model)
+    if empty:
+        warnings.warn(f"no weight is left in layer {', '.join(empty)}: nothing passes through it", stacklevel=3)
+
+
+def _look_at(model: nn.Module) -> Layers:
+    found = prunable_layers(model)
+    weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
+    magnitudes = [weight.detach().abs() for weight in weights]
+    for name, values in zip(found, magnitudes, strict=True):
+        if not values.max().isfinite():
+            raise UserError(f"layer {name} has weights that are not finite: its training diverged")
+    alive = list(get_masks(model).values())
+    return Layers(
+        names=list(found),
+        is_conv=[isinstance(layer, nn.Conv2d) for layer in found.values()],
+        weights=weights,
+        magnitudes=magnitudes,
+        alive=alive,
+        totals=[mask.numel() for mask in alive],
+        survivors=[int(mask.count_nonzero()) for mask in alive],
+    )
+
+
+def _mask_layers(layers: Layers, scores: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """The mask step of the layerwise rules: keep `counts[i]` weights of layer i, highest score first."""
+    return [exact_k_mask(s, k, alive) for s, k, alive in zip(scores, counts, layers.alive, strict=True)]
+
+
+def magnitude(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """Global magnitude pruning (Han et al., NeurIPS 2015): the largest |w| of the whole network stay."""
+    return exact_k_masks(layers.magnitudes, keep, layers.alive)
+
+
+def random(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """A control: uniformly random scores over the whole network.
+
+    A weight's score depends on the seed and its position only, so with one seed the masks of all amounts are nested,
+    however many iterations they took.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(w.shape, generator=generator).to(w.device) for w in layers.magnitudes]
+    return exact_k_masks(scores, keep, layers.alive)
+
+
+def lamp(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """Layer-adaptive magnitude pruning (Lee et al., ICLR 2021): the highest LAMP scores of the network stay.
+
+    score(u) = w_u^2 / sum of w_v^2 over the surviving v of the layer with |w_v| >= |w_u|. Within a layer that is the
+    order of |w|, so only each layer's count has to be found; and no layer can have more than `keep` of the winners,
+    so only its `keep` largest weights need a score.
+    """
+    parts = zip(layers.magnitudes, layers.survivors, layers.alive, strict=True)
+    largest = [_largest(w, min(keep, count), alive) for w, count, alive in parts]
+    winners = exact_k_masks([_lamp_scores(values) for values in largest], keep)
+    return _mask_layers(layers, layers.magnitudes, [int(won.count_nonzero()) for won in winners])
+
+
+def _largest(magnitudes: Tensor, k: int, alive: Tensor) -> np.ndarray:
+    """The k largest surviving magnitudes and all that equal the smallest of these, in decreasing order."""
+    top = magnitudes[exact_k_mask(magnitudes, k, alive)]
+    values = np.sort(top.to(torch.promote_types(top.dtype, torch.float32)).cpu().numpy())[::-1]
+    if not len(values):
+        return values
+    ties = int((alive & (magnitudes == float(values[-1]))).count_nonzero())
+    return np.append(values, np.repeat(values[-1], ties - np.count_nonzero(values == values[-1])))
+
+
+def _lamp_scores(decreasing: np.ndarray) -> Tensor:
+    """LAMP scores (float64) of a layer's magnitudes, given in decreasing order; a zero weight scores 0."""
+    squares = decreasing.astype(np.float64) ** 2
+    ends = np.flatnonzero(np.append(decreasing[1:] != decreasing[:-1], len(decreasing) > 0))
+    run_lengths = np.diff(ends, prepend=-1)
+    denominators = np.repeat(squares.cumsum()[ends], run_lengths)  # equal magnitudes share one
+    return torch.from_numpy(np.divide(squares, denominators, out=np.zeros_like(squares), where=squares > 0))
+
+
+def unif(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """Uniform: the same fraction of every layer's survivors stays, by |w|; counts by largest remainder."""
+    return _mask_layers(layers, layers.magnitudes, apportion(layers.survivors, keep, layers.survivors))
+
+
+def unifplus(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """Unif+ (Gale et al., 2019; Lee et al., ICLR 2021): first convolution dense, last layer at least 20 % dense.
+
+    The rest is uniform, by |w|. Raises UserError if `keep` is less than these two layers must have.
+    """
+    first, last = layers.is_conv.index(True) if any(layers.is_conv) else 0, len(layers.names) - 1
+    least = [0] * len(layers.names)
+    least[last] = min(-(-layers.totals[last] // 5), layers.survivors[last])  # 20 %, rounded up
+    least[first] = layers.survivors[first]
+    if keep < sum(least):
+        raise UserError(_unreachable(layers, layers.names[first], layers.names[last], keep, sum(least)))
+    counts = _uniform_above(least, layers.survivors, keep)
+    return _mask_layers(layers, layers.magnitudes, counts)
+
+
+def _uniform_above(least: list[int], survivors: list[int], keep: int) -> list[int]:
+    """Counts of one surviving fraction for all layers, except that those it would leave below `least` get that."""
+    raised: set[int] = set()
+    while True:
+        room = [0 if i in raised else n for i, n in enumerate(survivors)]
+        counts = apportion(room, keep - sum(least[i] for i in raised), room)
+        low = [i for i, count in enumerate(counts) if count < least[i] and i not in raised]
+        if not low:
+            return [least[i] if i in raised else count for i, count in enumerate(counts)]
+        raised.update(low)
+
+
+def _unreachable(layers: Layers, first: str, last: str, keep: int, least: int) -> str:
+    total = sum(layers.totals)
+    highest = math.floor((1 - least / total) * 1e4) / 1e4
+    return (
+        f"unifplus keeps {first} dense and 20 % of {last}, so it reaches a sparsity of at most {highest:.4f} here, "
+        f"not {1 - keep / total:.4f}"
+    )
+
+
+def erk(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """Erdos-Renyi kernel (Mocanu et al., 2018; Evci et al., ICML 2020), then by |w| within the layer.
+
+    Layer density is proportional to (sum of the weight's dimensions) / (product of them), so the count to the sum;
+    layers that would exceed their survivors keep them all, and the rest is rescaled.
+    """
+    counts = apportion([sum(w.shape) for w in layers.magnitudes], keep, layers.survivors)
+    return _mask_layers(layers, layers.magnitudes, counts)
+
+
+PRUNERS: dict[str, Rule] = {
+    "magnitude": magnitude,
+    "glob": magnitude,
+    "lamp": lamp,
+    "unif": unif,
+    "unifplus": unifplus,
+    "erk": erk,
+    "random": random,
+}
