@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from torch import nn
-
-from utils import checkpoint, pipeline, regrowth_run
-from utils.regrowth import ReferenceBasedRegrowth, reference_magnitudes
+from utils import regrowth_run
 from utils.regrowth_options import parse_regrowth_args, regrowth_parser
 from utils.regrowth_report import report
-from utils.run import Run, open_run, script
-from utils.seeding import derive_seed
+from utils.run import open_run, script
 
 SAVE_DIR = "rl_regrow_savedir"
 
@@ -36,26 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "checkpoint, or the sparsity of one under the root, such as 0.95; default: the dense model")
 
 
-def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
-    """Loads the reference; what is active in it and pruned here returns first, largest reference weight first."""
-    reference = load_reference(run, args.reference_model, dense)
-    magnitudes, seed = reference_magnitudes(reference), derive_seed(run.seed, "regrowth")
-    return lambda model: ReferenceBasedRegrowth(model, reference, seed=seed, magnitudes=magnitudes)
-
-
-def load_reference(run: Run, name: str | None, dense: nn.Module) -> nn.Module:
-    """The reference model by file, by sparsity under the root, or the dense model; UserError if it cannot be loaded."""
-    if name is None:
-        return dense
-    try:
-        path = checkpoint.pruned_path(run.root, run.m_name, float(name))
-    except ValueError:
-        path = Path(name)
-    return pipeline.load_outcome(run, path).model
-
-
 METHOD = regrowth_run.Method(name="reference", save_dir=SAVE_DIR, search_stem="rl_training_checkpoint",
-                             best_file="best_allocation_{m_name}.pth", prepare=prepare,
+                             best_file="best_allocation_{m_name}.pth", rule=lambda args: ("reference", "reference"),
                              add_options=add_options, options=("reference_model",))
 
 

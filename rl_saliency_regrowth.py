@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from torch import nn
-
 from utils import regrowth_run
-from utils.regrowth import INITIALISERS, SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
+from utils.regrowth import INITIALISERS, SELECTORS
 from utils.regrowth_options import parse_regrowth_args, regrowth_parser
 from utils.regrowth_report import report
-from utils.run import Run, open_run, positive_int, script
-from utils.seeding import derive_seed
+from utils.run import open_run, positive_int, script
 
 SAVE_DIR = "rl_saliency_regrow_savedir"
 
@@ -38,21 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saliency_source", choices=["dense", "pruned"], default="dense",
                         help="model that saliency is computed on")
     parser.add_argument("--saliency_max_batches", type=positive_int, default=50,
-                        help="batches of 128 training images over which saliency is averaged")
-
-
-def prepare(run: Run, args: argparse.Namespace, pruned: nn.Module, dense: nn.Module) -> regrowth_run.Regrower:
-    """Computes saliency (and gradients) once, on un-augmented training images; what ranks highest returns."""
-    computer = SaliencyComputer(dense if args.saliency_source == "dense" else pruned, run.train.unaugmented(128),
-                                precision=run.precision, max_batches=args.saliency_max_batches,
-                                source=args.saliency_source)
-    saliency, seed = computer.compute(), derive_seed(run.seed, "regrowth")
-    evidence = Evidence(saliency=saliency, gradient=computer.gradients, reference=dense)
-    return lambda model: WeightRegrowth(model, args.selection, evidence, args.init_strategy, seed)
+                        help="batches of 128 training images that saliency or gradients are averaged over")
 
 
 METHOD = regrowth_run.Method(name="saliency", save_dir=SAVE_DIR, search_stem="saliency_rl_checkpoint",
-                             best_file="best_saliency_allocation.pth", prepare=prepare,
+                             best_file="best_saliency_allocation.pth",
+                             rule=lambda args: (args.selection, args.init_strategy),
                              add_options=add_options,
                              options=("selection", "init_strategy", "saliency_source", "saliency_max_batches"))
 

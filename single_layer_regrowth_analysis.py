@@ -16,12 +16,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rl_regrowth_nas import load_reference
 from utils import checkpoint, plots, regrowth_run
 from utils.analysis_utils import clone_model
 from utils.correlation import correlate, verdict
-from utils.drift import layer_drift
-from utils.regrowth import ReferenceBasedRegrowth, layer_capacities, regrowth_budget, target_layers
+from utils.regrowth import WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.run import (
     ArgumentParser,
     Run,
@@ -35,6 +33,7 @@ from utils.run import (
     positive_int,
     script,
 )
+from utils.saliency import Evidence
 from utils.seeding import derive_seed
 from utils.table import ResumableTable
 from utils.training import FINETUNE_FINAL, Trainer, evaluate
@@ -64,14 +63,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def configuration(run: Run, args: argparse.Namespace, start: Path) -> dict[str, Any]:
+def configuration(run: Run, args: argparse.Namespace, start: Path, dense: Path) -> dict[str, Any]:
     """The arguments that every row depends on."""
-    return {**run.identity(), "start": checkpoint.file_digest(start), "target_sparsity": args.target_sparsity,
-            "reference_model": args.reference_model, "layers": args.layers, "ssim_batches": args.ssim_batches,
-            "finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr}
+    return {**run.identity(), "start": checkpoint.file_digest(start), "dense": checkpoint.file_digest(dense),
+            **regrowth_run.reference_config(run, args.reference_model), "evidence": regrowth_run.SAMPLE,
+            "target_sparsity": args.target_sparsity, "reference_model": args.reference_model, "layers": args.layers,
+            "ssim_batches": args.ssim_batches, "finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr}
 
 
-def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, reference: nn.Module, layer: str, number: int,
+def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, evidence: Evidence, layer: str, number: int,
                  seed: int) -> tuple[float, float]:
     """Validation accuracy (%) right after `number` weights returned to `layer`, and after finetuning.
 
@@ -79,8 +79,8 @@ def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, reference
     """
     model = clone_model(start)
     if number:
-        regrowth = ReferenceBasedRegrowth(model, reference, seed=derive_seed(run.seed, "single layer", seed))
-        regrowth.apply_regrowth({layer: number})
+        regrowth_seed = derive_seed(run.seed, "single layer", seed)
+        WeightRegrowth(model, "reference", evidence, "reference", regrowth_seed).apply_regrowth({layer: number})
     immediate = evaluate(model, run.val, run.precision).accuracy
     recipe = replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=None)
     if not recipe.epochs:
@@ -95,17 +95,16 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     """A row for every layer with capacity and every seed that the table does not have yet."""
     capacities = layer_capacities(start, target_layers(start, args.layers))
     capacities = {name: capacity for name, capacity in capacities.items() if capacity}
-    drift = layer_drift(dense, start, list(capacities), run.train.unaugmented(regrowth_run.DRIFT_BATCH_SIZE),
-                        precision=run.precision, max_batches=args.ssim_batches)
+    evidence = regrowth_run.evidence_maker(run, args, dense)(start)
+    drift = evidence.make("drift")
     budget = regrowth_budget(start, target_sparsity=args.target_sparsity)
-    reference = load_reference(run, args.reference_model, dense)
     before = evaluate(start, run.val, run.precision).accuracy
     jobs = [(layer, seed) for layer in [CONTROL, *capacities] for seed in range(args.num_seeds)]
     bar = tqdm([job for job in jobs if not table.has(*job)], desc="layers", unit="run", dynamic_ncols=True)
     for layer, seed in bar:
         capacity = capacities.get(layer, 0)
         number = min(budget, capacity)
-        immediate, final = regrow_layer(run, args, start, reference, layer, number, seed)
+        immediate, final = regrow_layer(run, args, start, evidence, layer, number, seed)
         bar.set_postfix(layer=layer, ssim=f"{drift.get(layer, 1.0):.2f}",
                         val=f"{before:.2f}->{immediate:.2f}->{final:.2f}")
         table.add({"layer": layer, "seed": seed, "ssim": drift.get(layer, 1.0), "capacity": capacity,
@@ -147,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args)
     dense, start = regrowth_run.load_dense(run, args), regrowth_run.load_start(run, args)
     folder = args.save_dir or run.root / "single_layer_savedir" / run.m_name
-    table = ResumableTable(folder / "single_layer.csv", ("layer", "seed"), configuration(run, args, start.artifact),
+    config = configuration(run, args, start.artifact, dense.artifact)
+    table = ResumableTable(folder / "single_layer.csv", ("layer", "seed"), config,
                            resume=args.resume, overwrite=args.overwrite)
     measure_layers(run, args, start.model, dense.model, table)
     layers = by_layer(table.rows)

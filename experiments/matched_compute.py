@@ -2,9 +2,9 @@
 """Does regrowth help? Arms that end at one sparsity after one number of training epochs, paired by seed.
 
 The control prunes the dense model straight to --target_sparsity and finetunes for --finetune_epochs. Every other arm
-prunes deeper, to --start_sparsity, finetunes for part of these epochs, regrows to the target by an allocation and a
-selection, and finetunes for the rest. What a search trains on top is reported apart. Arms of a seed share the dense
-model, the split and the order of the images.
+prunes deeper, to --start_sparsity, finetunes for part of these epochs, regrows to the target by an allocation, a
+selection and initial values, and finetunes for the rest. What a search trains on top is reported apart. Arms of a seed,
+the control among them, share the dense model, the split and the order of the images, epoch by epoch.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from utils.errors import UserError  # noqa: E402
 from utils.paired import holm, paired_difference  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
 from utils.pruning import weight_pruner_loader  # noqa: E402
-from utils.regrowth import SELECTORS  # noqa: E402
+from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
@@ -45,25 +46,32 @@ from utils.table import ResumableTable  # noqa: E402
 from utils.training import FINETUNE_FINAL, PRETRAIN, SCHEDULES  # noqa: E402
 
 CONTROL = "one-shot"
-# selection -> method and the options that make it; what the published methods do not select returns with dense values
-SELECTIONS: dict[str, tuple[regrowth_run.Method, dict[str, str]]] = {
-    "reference": (rl_regrowth_nas.METHOD, {}),
-    "saliency": (rl_saliency_regrowth.METHOD, {}),
-    **{rule: (rl_saliency_regrowth.METHOD, {"selection": rule, "init_strategy": "reference"})
-       for rule in SELECTORS if rule not in ("reference", "saliency")},
-}
-ARMS = [CONTROL] + [f"{rule}+{selection}" for rule in ("rl", *ALLOCATORS) for selection in SELECTIONS]
+# An arm of two parts has its selection's published values: dense ones, but saliency's weights return at zero.
+DEFAULT_VALUES = {selection: "zero" if selection == "saliency" else "reference" for selection in SELECTORS}
+ARMS = {"+".join(parts[:2] if parts[2] == DEFAULT_VALUES[parts[1]] else parts): parts
+        for parts in product(("rl", *ALLOCATORS), SELECTORS, INITIALISERS)}  # -> allocation, selection, values
 DEFAULT_ARMS = [CONTROL, "rl+reference", "rl+saliency"]
 DEFAULT_ARMS += [f"{rule}+{selection}" for rule in ("proportional", "uniform", "greedy", "random")
-                 for selection in ("reference", "saliency", "random")]
+                 for selection in ("reference", "saliency", "random")] + ["proportional+saliency+reference"]
+
+
+def arm_name(text: str) -> str:
+    """An argparse type: the name of an arm, in which values that its selection has anyway may be written out."""
+    names = {"+".join(parts): name for name, parts in ARMS.items()} | {name: name for name in (CONTROL, *ARMS)}
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"'{text}' is not {CONTROL}, allocation+selection or allocation+selection+"
+                                         "values, such as rl+saliency or proportional+saliency+reference")
+    return names[text]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
     add_model_option(parser)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS, metavar="ARM",
-                        help=f"of: {', '.join(ARMS)}; the control always runs")
+    parser.add_argument("--arms", nargs="+", type=arm_name, default=DEFAULT_ARMS, metavar="ARM",
+                        help=f"allocation+selection or allocation+selection+values: rl, {', '.join(ALLOCATORS)}; "
+                        f"{', '.join(SELECTORS)}; {', '.join(INITIALISERS)}. Values left out are zero for saliency, "
+                        "else reference, the dense weights; the control always runs")
     parser.add_argument("--num_seeds", type=positive_int, default=3, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity that regrowth starts from")
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="sparsity that every arm ends at")
@@ -86,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 < round(args.before_share * args.finetune_epochs) < args.finetune_epochs:
         raise UserError(f"--before_share {args.before_share} of {args.finetune_epochs} epochs leaves a part without "
                         "epochs")
-    args.arms = [CONTROL, *(arm for arm in ARMS[1:] if arm in args.arms)]
+    args.arms = [CONTROL, *(arm for arm in ARMS if arm in args.arms)]
     return args
 
 
@@ -101,9 +109,10 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
 
 
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: int) -> Outcome:
-    """The model that an arm of the form allocation+selection ends with."""
-    allocation, selection = arm.split("+")
-    method, given = SELECTIONS[selection]
+    """The model that an arm other than the control ends with."""
+    allocation, selection, values = ARMS[arm]
+    published = (selection, values) == ("reference", "reference")
+    method = rl_regrowth_nas.METHOD if published else rl_saliency_regrowth.METHOD
     pruned_model(run, args, args.start_sparsity, epochs_before)
     after = args.finetune_epochs - epochs_before
     options = regrowth_arguments(
@@ -111,8 +120,9 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: i
         start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
         patience=after + 1, finetune_lr=args.finetune_lr, finetune_schedule=args.finetune_schedule,
         search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
-        save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite, **given)
-    return regrowth_run.regrow(run, options, method)[-1]
+        save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite,
+        selection=selection, init_strategy=values)
+    return regrowth_run.regrow(run, options, method, passes=epochs_before)[-1]
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,15 @@ from utils.datasets import ImageDataset
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def make_images(per_class: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Learnable 32x32 images: each class has its own stripe frequency and tint, plus noise."""
+TINY_COUNTS = (60, 50, 40, 30, 20)  # training images of each class: as folders are, class by class and unequal
+FOLDER_COUNTS = (17, 14, 11, 9, 8, 7, 5, 4, 3, 2)
+
+
+def make_images(per_class: int | Sequence[int], classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Learnable 32x32 images, class by class: each class has its own stripe frequency and tint, plus noise.
+
+    per_class: images of every class, or of each.
+    """
     random = np.random.RandomState(seed)
     targets = np.repeat(np.arange(classes), per_class)
     stripes = np.sin(np.arange(32) * (targets[:, None] + 1) * 0.35)[:, :, None, None]
@@ -31,8 +39,8 @@ def make_images(per_class: int, classes: int, seed: int) -> tuple[np.ndarray, np
 
 @pytest.fixture(scope="session")
 def tiny_dataset() -> ImageDataset:
-    """200 training and 50 test images of five classes, in memory."""
-    train, test = make_images(40, 5, 0), make_images(10, 5, 1)
+    """200 training (`TINY_COUNTS`) and 50 test images of five classes, in memory, class by class."""
+    train, test = make_images(TINY_COUNTS, 5, 0), make_images(10, 5, 1)
     return ImageDataset("tiny", "test", *train, *test, classes=tuple("abcde"))
 
 
@@ -44,9 +52,9 @@ def tiny_loaders(tiny_dataset):
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """An image folder train|test/<class>/*.png of ten classes: 80 training and 20 test images."""
+    """An image folder train|test/<class>/*.png of ten classes: 80 training (`FOLDER_COUNTS`) and 20 test images."""
     root = tmp_path_factory.mktemp("image_folder")
-    for part, per_class, seed in (("train", 8, 0), ("test", 2, 1)):
+    for part, per_class, seed in (("train", FOLDER_COUNTS, 0), ("test", 2, 1)):
         images, targets = make_images(per_class, 10, seed)
         for number, (image, target) in enumerate(zip(images, targets)):
             folder = root / part / f"class_{target}"

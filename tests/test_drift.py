@@ -8,16 +8,20 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from utils.analysis_utils import clone_model
+from utils.data_loader import BatchLoader
 from utils.drift import (
     BlockwiseFeatureExtractor,
     compute_block_ssim,
-    layer_drift,
     map_similarity,
     normalised_maps,
     scale_to_unit,
 )
 
 LAYERS = ["0", "4", "8"]  # two convolutions (32x32 and 8x8 maps) and the Linear of `small_cnn`
+
+
+def layer_drift(one: nn.Module, other: nn.Module, layers: list[str], loader: BatchLoader) -> dict[str, float]:
+    return compute_block_ssim(*(BlockwiseFeatureExtractor(model, layers).extract(loader) for model in (one, other)))
 
 
 def other_model(model: nn.Module, seed: int = 1) -> nn.Module:

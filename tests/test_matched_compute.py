@@ -5,16 +5,18 @@ import csv
 import json
 
 import pytest
+import torch
 
 from experiments import matched_compute as study
 from utils.errors import UserError
+from utils.training import Trainer
 
 
 def options(image_folder, tmp_path) -> list[str]:
     return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
             "--precision", "fp32", "--max_epochs", "1", "--finetune_epochs", "2", "--search_budget", "2",
             "--mini_finetune_epochs", "1", "--finetune_schedule", "constant", "--num_seeds", "2", "--arms",
-            "rl+saliency", "proportional+reference", "random+random"]
+            "rl+saliency", "proportional+reference", "random+random", "proportional+saliency+reference"]
 
 
 def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkeypatch, capsys):
@@ -31,7 +33,7 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
     with pytest.raises(UserError, match="--resume"):
         study.main(words)
     study.main([*words, "--resume"])
-    assert calls[2] == calls[3] and len(calls) == 9  # four arms, two seeds, one repeated
+    assert calls[2] == calls[3] and len(calls) == 11  # five arms, two seeds, one repeated
     folder = tmp_path / "matched_compute/resnet20"
     with open(folder / "runs.csv") as file:
         rows = list(csv.DictReader(file))
@@ -39,13 +41,51 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
     assert {row["arm"]: row["search_epochs"] for row in rows}["rl+saliency"] != "0"
     with open(folder / "verdicts.csv") as file:
         verdicts = list(csv.DictReader(file))
-    assert [row["arm"] for row in verdicts] == ["rl+saliency", "proportional+reference", "random+random"]
+    assert [row["arm"] for row in verdicts] == ["rl+saliency", "proportional+saliency+reference",
+                                                "proportional+reference", "random+random"]
     assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts.png").stat().st_size > 1000
     assert "against one-shot" in capsys.readouterr().out
     made = [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/*/*0.97.json")]
     made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/resnet20/ckpt_after_prune/*.json")]
-    assert len(made) == 5 and {config["recipe"]["schedule"] for config in made} == {"constant"}
+    assert len(made) == 6 and {config["recipe"]["schedule"] for config in made} == {"constant"}
+    values = [(config["allocation"], config["selection"], config["init_strategy"]) for config in made
+              if config.get("method") == "saliency"]
+    assert sorted(values) == [("proportional", "saliency", "reference"), ("random", "random", "reference"),
+                              ("rl", "saliency", "zero")]
     assert [config["mini_finetune_epochs"] for config in made if config.get("allocation") == "rl"] == [[1]]
+
+
+def test_the_control_and_the_arms_see_the_images_in_the_same_order(image_folder, tmp_path, monkeypatch):
+    orders, real = [], Trainer._train_epoch
+
+    def watch(trainer, bar):
+        orders.append((trainer.recipe.batch_size, trainer.train_loader.generator.get_state()))
+        return real(trainer, bar)
+    monkeypatch.setattr(Trainer, "_train_epoch", watch)
+    study.main([*options(image_folder, tmp_path)[:-4], "proportional+random", "uniform+reference", "--num_seeds", "1"])
+    _, control, middle, *others = orders  # after the epoch of pretraining
+    assert len(others) == 3  # the start's epoch, then that of each arm
+    for order, expected in zip(others, (control, middle, middle), strict=True):
+        assert order[0] == expected[0] and torch.equal(order[1], expected[1])
+    assert not torch.equal(control[1], middle[1])
+
+
+def test_an_arm_is_an_allocation_a_selection_and_perhaps_values():
+    assert study.ARMS["proportional+saliency"] == ("proportional", "saliency", "zero")
+    assert study.ARMS["proportional+saliency+reference"] == ("proportional", "saliency", "reference")
+    assert study.ARMS["rl+random"] == ("rl", "random", "reference")
+    words = ["--m_name", "resnet20", "--arms", "uniform+saliency+zero", "greedy+gradient+kaiming", "one-shot",
+             "rl+reference+reference"]
+    assert study.parse_args(words).arms == ["one-shot", "rl+reference", "uniform+saliency", "greedy+gradient+kaiming"]
+    assert set(study.DEFAULT_ARMS) - {study.CONTROL} <= set(study.ARMS)
+
+
+@pytest.mark.parametrize("arm", ["rl", "rl+", "best+saliency", "rl+best", "rl+saliency+dense", "rl+saliency+zero+zero"])
+def test_an_unknown_arm_is_one_line(arm, capsys):
+    with pytest.raises(SystemExit):
+        study.parse_args(["--m_name", "resnet20", "--arms", arm])
+    error = capsys.readouterr().err
+    assert f"'{arm}' is not one-shot, allocation+selection" in error and len(error) < 600 and error.count("\n") == 1
 
 
 def test_comparison_by_hand():

@@ -286,7 +286,7 @@ def test_a_new_rule_is_one_function_and_one_line(monkeypatch):
     def smallest(name: str, layer: nn.Module, evidence: Evidence) -> regrowth.Ranking:
         return regrowth.Ranking(-layer.weight_orig.abs(), layer.weight_mask)
 
-    monkeypatch.setitem(SELECTORS, "smallest", smallest)
+    monkeypatch.setitem(SELECTORS, "smallest", regrowth.Selector(smallest))
     record = WeightRegrowth(one_linear(WEIGHT, MASK), "smallest", Evidence()).apply_regrowth({"0": 2})
     assert record.layers["0"].indices.tolist() == [2, 5]
     assert {record.source_names[code] for code in record.layers["0"].sources} == {"smallest"}
@@ -401,7 +401,7 @@ def test_the_memory_format_does_not_matter(dense):
 def test_a_step_draws_anew(dense):
     values = []
     for step in (1, 2):
-        regrower = SaliencyBasedRegrowth(pruned_copy(dense), evidence_for(dense, dense).saliency, "kaiming")
+        regrower = SaliencyBasedRegrowth(pruned_copy(dense), evidence_for(dense, dense).make("saliency"), "kaiming")
         values.append(regrower.apply_regrowth({"4": 50}, step=step).layers["4"])
     assert torch.equal(values[0].indices, values[1].indices) and not torch.equal(values[0].values, values[1].values)
     assert values[1].steps.tolist() == [2] * 50
@@ -466,7 +466,7 @@ def test_undo_restores_and_replay_repeats_bit_for_bit(dense, init_strategy, seed
 
 def test_a_record_survives_a_file_and_several_steps_merge(dense, tmp_path):
     start = pruned_copy(dense)
-    model, scores = clone_model(start), evidence_for(dense, dense).saliency
+    model, scores = clone_model(start), evidence_for(dense, dense).make("saliency")
     steps = [SaliencyBasedRegrowth(model, scores, "kaiming").apply_regrowth({"4": 30, "8": 5}, step=1),
              SaliencyBasedRegrowth(model, scores, "zero").apply_regrowth({"0": 9, "4": 40}, step=2)]
     merged = RegrowthRecord.merge(steps)
@@ -521,7 +521,7 @@ def test_a_hundred_times_faster_than_a_loop_and_with_the_same_result():
     start = nn.Sequential(nn.Linear(300, 200, bias=False), nn.Linear(200, 100, bias=False))
     add_masks(start)
     start = pruned_copy(start, density=0.01)
-    saliency = evidence_for(start, start).saliency
+    saliency = evidence_for(start, start).make("saliency")
     allocation = {"0": 600, "1": 200}  # 1 % of the weights
     fast, slow, seconds = clone_model(start), clone_model(start), []
     for _ in range(10):

@@ -49,7 +49,7 @@ def test_schedules_by_hand(name, step, expected):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_learns_with_every_optimizer(name, small_cnn, tiny_loaders):
-    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "adamw": 3e-3}[name], epochs=6)
+    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "adamw": 1e-2}[name], epochs=6)
     result = make_trainer(small_cnn, tiny_loaders, recipe).run(show=False)
     assert result.accuracy > 60 and result.epochs == 6  # five classes: chance is 20
 

@@ -18,10 +18,10 @@ from utils import checkpoint, regrowth_run
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import clone_model, prunable_layers, set_masks
 from utils.baselines import argsort_lamp_masks, elementwise_regrowth, plain_dataloader, plain_training_epoch
-from utils.data_loader import BatchLoader, channel_statistics
+from utils.data_loader import BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
 from utils.model_loader import model_loader
-from utils.regrowth import WeightRegrowth
+from utils.regrowth import SELECTORS, WeightRegrowth
 from utils.run import Run, open_run
 from utils.saliency import stored_weight
 from utils.seeding import generator
@@ -48,8 +48,8 @@ def synthetic_dataset(num_images: int, seed: int) -> ImageDataset:
 
 
 def first_images(data: ImageDataset, num_images: int) -> ImageDataset:
-    """The data set with at most `num_images` training images, taken evenly (an image folder is sorted by class)."""
-    picks = np.linspace(0, len(data.train_images) - 1, min(num_images, len(data.train_images))).astype(int)
+    """The data set with at most `num_images` training images, class-balanced and mixed."""
+    picks = balanced_indices(data.train_images, data.train_targets, num_images, seed=0)
     return replace(data, train_images=data.train_images[picks], train_targets=data.train_targets[picks])
 
 
@@ -105,9 +105,12 @@ def run_episode(run: Run, args: argparse.Namespace, method: regrowth_run.Method)
         dense, start = regrowth_run.load_dense(run, args), regrowth_run.load_start(run, args)
     step = regrowth_run.plan_step(run, args, method, start, 1)
     with clock.stage("drift (SSIM)"):
-        problem = regrowth_run.allocation_problem(run, args, step, dense.model)
+        evidence = regrowth_run.evidence_maker(run, args, dense.model)(start.model)
+        problem = regrowth_run.allocation_problem(args, step, evidence)
     with clock.stage("evidence"):
-        regrower = method.prepare(run, args, start.model, dense.model)
+        for kind in SELECTORS[method.rule(args)[0]].needs:
+            evidence.make(kind)
+        regrower = regrowth_run.regrower_of(run, args, method, evidence)
     amounts = ALLOCATORS["proportional"](problem, generator(run.seed, "allocation"))
     model, allocation = clone_model(start.model), dict(zip(problem.layers, amounts, strict=True))
     regrowth = regrower(model)
@@ -157,7 +160,7 @@ def _plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> l
     for name in allocation:
         layer = layers[name]
         values = stored_weight(evidence.reference_layer(name, layer))
-        scores = values.abs() if evidence.saliency is None else evidence.saliency[name]
+        scores = evidence.tensor(*SELECTORS[regrowth.rule].needs, name)
         tensors = (layer.weight_orig.detach(), layer.weight_mask, scores, values)
         parts.append([tensor.clone() for tensor in tensors])
     return parts

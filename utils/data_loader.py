@@ -6,6 +6,7 @@ on a GPU the same gather runs as one kernel. Every random choice comes from the 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,26 @@ class BatchLoader:
         other.augment, other.shuffle, other.windows = False, False, None
         return other
 
+    def subset(self, indices: np.ndarray, batch_size: int | None = None) -> BatchLoader:
+        """The images at these positions, in this order, neither augmented nor shuffled."""
+        other, where = self.unaugmented(batch_size), torch.from_numpy(indices).to(self.device)
+        other.images, other.targets = self.images[where], self.targets[where]
+        return other
+
+    def balanced_sample(self, num_images: int, batch_size: int, seed: int) -> BatchLoader:
+        """Un-augmented batches of at most `num_images` images, each with all classes: `balanced_indices`.
+
+        What is estimated from part of the data is estimated from this. A last, smaller batch is left out.
+        """
+        num_images = min(num_images, self.num_images)
+        num_images -= num_images % batch_size if num_images > batch_size else 0
+        return self.subset(balanced_indices(self.images, self.targets, num_images, seed), batch_size)
+
+    def skip(self, passes: int) -> None:
+        """Leaves out so many passes: the next one has the order and augmentation that it would have had after them."""
+        for _ in range(passes):
+            self._draw_pass()
+
     def _windows(self) -> np.ndarray | Tensor:
         """Every crop of the padded images as a strided view (N, 2P+1, 2P+1, H, W, C); only the padding is copied."""
         padded = torch.nn.functional.pad(self.images, (0, 0, PAD, PAD, PAD, PAD))
@@ -91,8 +112,7 @@ class BatchLoader:
         return view.numpy() if self.device.type == "cpu" else view  # numpy's gather is ~20x torch's on a CPU
 
     def _batches(self) -> Iterator[Batch]:
-        order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
-        moves = self._draw_moves() if self.augment else None
+        order, moves = self._draw_pass()
         if self.device.type != "cpu":
             order = None if order is None else order.to(self.device, non_blocking=True)
             moves = None if moves is None else moves.to(self.device, non_blocking=True)
@@ -101,6 +121,11 @@ class BatchLoader:
             where = span if order is None else order[span]
             pixels = self.images[where] if moves is None else self._crop_and_flip(where, moves[:, span])
             yield self._normalise(pixels), self.targets[where]
+
+    def _draw_pass(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a pass takes from the generator: the order of the images and their `_draw_moves`."""
+        order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
+        return order, self._draw_moves() if self.augment else None
 
     def _draw_moves(self) -> Tensor:
         """int64 (3, N): crop row and column in 0..2P and flip 0/1 of each image of a pass."""
@@ -173,6 +198,25 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = counts @ values / total
     variance = counts @ values**2 / total - mean**2
     return mean, np.sqrt(np.maximum(variance, 1e-6))
+
+
+def balanced_indices(images: np.ndarray | Tensor, targets: np.ndarray | Tensor, num_images: int,
+                     seed: int) -> np.ndarray:
+    """Where a class-balanced random sample of `num_images` images lies; images: uint8 (N, ...), targets: int (N,).
+
+    Every class gives equally many; one with too few gives all it has, and the others fill up evenly. The order spreads
+    each class evenly over the sample. Which images, and in which order, follows from the seed and their pixels alone:
+    the same set of images gives the same sample, however they are sorted and their classes numbered.
+    """
+    pixels, targets = np.ascontiguousarray(torch.as_tensor(images).cpu()), np.asarray(torch.as_tensor(targets).cpu())
+    key = seed.to_bytes(8, "big")
+    draws = np.frombuffer(b"".join(hashlib.blake2b(image, digest_size=8, key=key).digest() for image in pixels), ">u8")
+    counts, ranks = np.bincount(targets), np.empty(len(targets), dtype=np.int64)
+    ranks[np.lexsort((draws, targets))] = np.concatenate([np.arange(count) for count in counts])  # within its class
+    chosen = np.lexsort((draws, ranks))[:num_images]
+    taken = np.bincount(targets[chosen], minlength=len(counts))
+    shares = (ranks[chosen] + 0.5) / taken[targets[chosen]]
+    return chosen[np.lexsort((draws[chosen], shares))]
 
 
 def split_indices(num_images: int, val_split: float, split_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -110,14 +110,3 @@ def compute_block_ssim(dense_maps: Mapping[str, np.ndarray], pruned_maps: Mappin
     if dense_maps.keys() != pruned_maps.keys():
         raise ValueError(f"maps of different layers: {sorted(dense_maps.keys() ^ pruned_maps.keys())}")
     return {name: map_similarity(dense_maps[name], pruned_maps[name]) for name in dense_maps}
-
-
-def layer_drift(dense: nn.Module, pruned: nn.Module, layers: Sequence[str], loader: Iterable[tuple[Tensor, Tensor]], *,
-                precision: str = "fp32", max_batches: int | None = None) -> dict[str, float]:
-    """SSIM between what `layers` of the dense and of the pruned model compute on the same un-augmented images.
-
-    loader: must give the same batches at each pass (not shuffled, not augmented).
-    """
-    maps = [BlockwiseFeatureExtractor(model, layers, precision).extract(loader, max_batches)
-            for model in (dense, pruned)]
-    return compute_block_ssim(*maps)

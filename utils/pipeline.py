@@ -185,13 +185,19 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     after_prune = evaluate(model, run.val, run.precision).accuracy
     label = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}"
     print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning {after_prune:.2f} %")
-    trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision)
+    trainer = Trainer(model, run.train, run.val, recipe, seed=finetuning_seed(run, step.iteration),
+                      precision=run.precision)
     result = stage.fit(trainer, label)
     stage.finish(model.state_dict(), run.card(
         **describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
         best_epoch=result.best_epoch, seconds=trainer.seconds))
     run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
+
+
+def finetuning_seed(run: Run, iteration: int = 1) -> int:
+    """Of the order of the images in a finetuning: every model of a seed that is compared sees them alike."""
+    return derive_seed(run.seed, "finetune", iteration)
 
 
 def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True) -> None:

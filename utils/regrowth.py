@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from utils.analysis_utils import count_pruned_params, prunable_layers
 from utils.errors import UserError
 from utils.positions import Positions, Ranking, map_tensors, random_indices, top_indices
 from utils.regrowth_record import LayerRecord, RegrowthRecord, masked_layers, write_weights
-from utils.saliency import SaliencyComputer, stored_weight  # noqa: F401  (SaliencyComputer: published under this name)
+from utils.saliency import Evidence, SaliencyComputer, stored_weight  # noqa: F401  (the computer is published here)
 from utils.seeding import derive_seed, generator
 
 # ---- targets, capacity, budget -------------------------------------------------------------------------------------
@@ -78,38 +77,6 @@ def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None,
 # ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What rules and initialisers look at besides the pruned model; each takes what it needs.
-
-    saliency, gradient: layer name -> tensor of the weight's shape; reference: a dense or pruned model of the same
-    architecture; magnitude: the reference's |w| by layer, where it was computed once for many regrowths
-    (`reference_magnitudes`).
-    """
-
-    saliency: Mapping[str, Tensor] | None = None
-    gradient: Mapping[str, Tensor] | None = None
-    reference: nn.Module | None = None
-    magnitude: Mapping[str, Tensor] | None = None
-
-    def tensor(self, kind: str, name: str) -> Tensor:
-        """The layer's tensor of `kind` 'saliency' or 'gradient'. Raises ValueError if there is none."""
-        tensors = getattr(self, kind)
-        if tensors is None or name not in tensors:
-            raise ValueError(f"no {kind} is given for layer {name!r}")
-        return tensors[name]
-
-    def reference_layer(self, name: str, layer: nn.Module) -> nn.Module:
-        """The reference's counterpart of a layer. Raises ValueError if there is none of this name and shape."""
-        try:
-            counterpart = self.reference.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"no reference with a layer {name!r} is given") from error
-        if counterpart.weight.shape != layer.weight_mask.shape:
-            raise ValueError(f"{name}: the reference has weights of shape {tuple(counterpart.weight.shape)}")
-        return counterpart
-
-
 def _elementwise(ufunc: np.ufunc, operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """The same function by NumPy on the CPU, where it is several times faster on large tensors, else by PyTorch."""
     tensors = [tensor.detach() for tensor in tensors]
@@ -131,7 +98,7 @@ def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
     if hasattr(reference, "weight_mask"):
         mask = _elementwise(np.greater_equal, torch.ge, mask, reference.weight_mask)  # free: 0 here and 1 there
-    known = evidence.magnitude or {}
+    known = evidence.get("magnitude") or {}
     return Ranking(known[name] if name in known else _magnitude(stored_weight(reference)), mask)
 
 
@@ -141,7 +108,7 @@ def reference_magnitudes(reference: nn.Module) -> dict[str, Tensor]:
 
 
 def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
-    """|gradient|, as RigL grows (Evci et al., ICML 2020)."""
+    """|gradient| of the sparse model where it is pruned, as RigL grows (Evci et al., ICML 2020)."""
     return Ranking(_magnitude(evidence.tensor("gradient", name)), layer.weight_mask)
 
 
@@ -154,13 +121,20 @@ def _at_random(name: str, layer: nn.Module, evidence: Evidence) -> None:
     """No opinion on any position: all are drawn."""
 
 
+class Selector(NamedTuple):
+    """A rule, and the evidence (of `Evidence.KINDS`) that must be made before it is asked."""
+
+    rank: Callable[[str, nn.Module, Evidence], Ranking | None]
+    needs: tuple[str, ...] = ()
+
+
 # Where a rule has no opinion, the rest of a layer's budget is drawn at random.
-SELECTORS: dict[str, Callable[[str, nn.Module, Evidence], Ranking | None]] = {
-    "saliency": _by_saliency,
-    "reference": _by_reference,
-    "gradient": _by_gradient,
-    "magnitude": _by_magnitude,
-    "random": _at_random,
+SELECTORS: dict[str, Selector] = {
+    "saliency": Selector(_by_saliency, needs=("saliency",)),
+    "reference": Selector(_by_reference, needs=("magnitude",)),
+    "gradient": Selector(_by_gradient, needs=("gradient",)),
+    "magnitude": Selector(_by_magnitude),
+    "random": Selector(_at_random),
 }
 FILL = "random fill"  # the source of what another rule had no opinion on
 
@@ -260,7 +234,10 @@ class WeightRegrowth:
         counts = {name: operator.index(count) for name, count in allocation.items() if count}
         if any(count < 0 for count in counts.values()):
             raise ValueError(f"an allocation must not be negative: {counts}")
-        rankings = [partial(SELECTORS[self.rule], name, layers[name], self.evidence) for name in counts]
+        selector = SELECTORS[self.rule]
+        for kind in selector.needs:
+            self.evidence.make(kind)
+        rankings = [partial(selector.rank, name, layers[name], self.evidence) for name in counts]
         device = next(self.model.parameters()).device
         best = top_indices(rankings, list(counts.values()), device)
         targets = [layers[name] for name in counts]

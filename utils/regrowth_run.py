@@ -1,5 +1,6 @@
 """Stage 2: from a pruned checkpoint to a regrown one; everything that `rl_regrowth_nas.py` and
-`rl_saliency_regrowth.py` share. What they do not share, how weights are selected within a layer, is a `Method`.
+`rl_saliency_regrowth.py` share. What they do not share, which rule selects weights within a layer and with what values
+they return, is a `Method`.
 """
 from __future__ import annotations
 
@@ -7,26 +8,31 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from utils import checkpoint, pipeline
 from utils.allocation import ALLOCATORS, AllocationProblem
 from utils.analysis_utils import clone_model, count_pruned_params, has_masks, prunable_layers
-from utils.drift import layer_drift
+from utils.data_loader import BatchLoader
+from utils.drift import BlockwiseFeatureExtractor, compute_block_ssim
 from utils.errors import UserError
 from utils.pipeline import Outcome
-from utils.regrowth import WeightRegrowth, layer_capacities, regrowth_budget, target_layers
+from utils.regrowth import WeightRegrowth, layer_capacities, reference_magnitudes, regrowth_budget, target_layers
 from utils.regrowth_record import RegrowthRecord
 from utils.run import Run, prerequisite_command
+from utils.saliency import Evidence, SaliencyComputer
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
 from utils.stage import Stage
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate
 
-DRIFT_BATCH_SIZE = 500  # images; both models see the same un-augmented training images
+SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
+DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
 Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows weights in this model
 
 
@@ -34,16 +40,15 @@ Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows 
 class Method:
     """What tells the two scripts apart: their names, and how weights are chosen within a layer.
 
-    prepare: ``prepare(run, args, pruned, dense)`` does what can be done once per step (loading the reference, computing
-    saliency) and returns the `Regrower`; add_options: adds the method's own options to a parser; options: their names,
-    for run cards.
+    rule: the names, in `SELECTORS` and `INITIALISERS`, that the arguments ask for; add_options: adds the method's own
+    options to a parser; options: their names, for run cards.
     """
 
     name: str
     save_dir: str
     search_stem: str
     best_file: str
-    prepare: Callable[[Run, argparse.Namespace, nn.Module, nn.Module], Regrower]
+    rule: Callable[[argparse.Namespace], tuple[str, str]]
     add_options: Callable[[argparse.ArgumentParser], None]
     options: tuple[str, ...]
 
@@ -130,11 +135,75 @@ def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
     return {name: int(args.max_ratio * capacity) for name, capacity in capacities.items()}
 
 
-def allocation_problem(run: Run, args: argparse.Namespace, step: Step, dense: nn.Module) -> AllocationProblem:
+# --- evidence ------------------------------------------------------------------------------------------------------
+
+
+def reference_path(run: Run, name: str | None) -> Path | None:
+    """The file of `--reference_model`, named by path or by its sparsity under the root; None: the dense model.
+
+    UserError when it is missing.
+    """
+    if name is None:
+        return None
+    try:
+        path = checkpoint.pruned_path(run.root, run.m_name, float(name))
+    except ValueError:
+        path = Path(name)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; --reference_model takes a file, or a sparsity under the root")
+    return path
+
+
+def reference_config(run: Run, name: str | None) -> dict[str, str]:
+    """What a result depends on through `--reference_model`: the file's digest, none for the dense model."""
+    path = reference_path(run, name)
+    return {"reference": checkpoint.file_digest(path)} if path else {}
+
+
+def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Callable[[nn.Module], Evidence]:
+    """Gives the evidence about a pruned model; what comes from the dense or the reference model alone is made once.
+
+    All models see the same class-balanced sample of the training images, un-augmented. Saliency is that of the dense
+    model, or of the pruned one by `--saliency_source`; the gradient is the pruned model's. UserError if the reference
+    cannot be loaded.
+    """
+    path = reference_path(run, getattr(args, "reference_model", None))
+    reference = pipeline.load_outcome(run, path).model if path else dense
+
+    def sample(batches: int, size: int) -> BatchLoader:
+        return run.train.balanced_sample(batches * size, size, derive_seed(run.seed, "evidence"))
+
+    def pass_over(model: nn.Module, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        computer = SaliencyComputer(model, sample(args.saliency_max_batches, SALIENCY_BATCH), precision=run.precision,
+                                    source=source)
+        return computer.compute(), computer.gradients
+
+    def maps(model: nn.Module) -> dict[str, np.ndarray]:
+        extractor = BlockwiseFeatureExtractor(model, list(prunable_layers(model)), run.precision)
+        return extractor.extract(sample(args.ssim_batches, DRIFT_BATCH))
+    dense_pass, dense_maps, magnitude = (cache(partial(*call)) for call in (
+        (pass_over, dense, "dense"), (maps, dense), (reference_magnitudes, reference)))
+
+    def about(pruned: nn.Module) -> Evidence:
+        pruned_pass = cache(partial(pass_over, pruned, "pruned"))
+        return Evidence(reference=reference, magnitude=magnitude,
+                        saliency=lambda: (dense_pass if args.saliency_source == "dense" else pruned_pass)()[0],
+                        gradient=lambda: pruned_pass()[1],
+                        drift=lambda: compute_block_ssim(dense_maps(), maps(pruned)))
+    return about
+
+
+def regrower_of(run: Run, args: argparse.Namespace, method: Method, evidence: Evidence) -> Regrower:
+    """The method's rule on this evidence; what it needs is made at its first use."""
+    rule, init_strategy = method.rule(args)
+    seed = derive_seed(run.seed, "regrowth")
+    return lambda model: WeightRegrowth(model, rule, evidence, init_strategy, seed)
+
+
+def allocation_problem(args: argparse.Namespace, step: Step, evidence: Evidence) -> AllocationProblem:
     """Target layers in the order of their drift (lowest SSIM first) with capacities and sizes."""
     model, capacities = step.start.model, _capacities(step.start.model, args)
-    drift = layer_drift(dense, model, list(capacities), run.train.unaugmented(DRIFT_BATCH_SIZE),
-                        precision=run.precision, max_batches=args.ssim_batches)
+    drift = evidence.make("drift")
     order = sorted(capacities, key=lambda name: drift[name])
     weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
     return AllocationProblem(
@@ -146,14 +215,19 @@ def allocation_problem(run: Run, args: argparse.Namespace, step: Step, dense: nn
 # --- one step ------------------------------------------------------------------------------------------------------
 
 
-def regrow(run: Run, args: argparse.Namespace, method: Method) -> list[Outcome]:
-    """All steps of a stage-2 script, each from the model before, then the report; returns the regrown models."""
+def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0) -> list[Outcome]:
+    """All steps of a stage-2 script, each from the model before, then the report; returns the regrown models.
+
+    passes: over the training images before the final finetuning, which sees them in the order of a finetuning that has
+    had so many (`pipeline.prune_and_finetune` begins with none).
+    """
     dense, start = load_dense(run, args), load_start(run, args)
-    outcomes = [start]
+    about, outcomes = evidence_maker(run, args, dense.model), [start]
     for number in range(1, args.regrow_iterations + 1):
         step = plan_step(run, args, method, outcomes[-1], number)
         checkpoint.ensure_writable(step.folder, "--save_dir")
-        outcomes.append(_regrow_step(run, args, method, step, dense))
+        config = {**step_config(run, args, method, step, dense), "passes_before": passes}
+        outcomes.append(_regrow_step(run, args, method, step, config, about))
     return outcomes
 
 
@@ -165,6 +239,7 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
                   "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget")
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
+            "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
             "start": checkpoint.file_digest(step.start.artifact), "dense": checkpoint.file_digest(dense.artifact),
             "recipe": final_recipe(args).as_dict(), **{key: str(value) if isinstance(value, Path) else value
                                                        for key, value in options.items()}}
@@ -176,15 +251,15 @@ def final_recipe(args: argparse.Namespace) -> Recipe:
                    patience=args.patience)
 
 
-def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> Outcome:
-    config = step_config(run, args, method, step, dense)
+def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, config: Mapping[str, Any],
+                 about: Callable[[nn.Module], Evidence]) -> Outcome:
     stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
     if stage.finished:
         print(stage.reuse_note())
         return pipeline.load_outcome(run, step.artifact)
     started = time.perf_counter()
-    problem = allocation_problem(run, args, step, dense.model)
-    regrower = method.prepare(run, args, step.start.model, dense.model)
+    evidence = about(step.start.model)
+    problem, regrower = allocation_problem(args, step, evidence), regrower_of(run, args, method, evidence)
     found = _find_allocation(run, args, method, step, problem, regrower, config)
     before = evaluate(step.start.model, run.val, run.precision).accuracy
     model, record = apply_allocation(step.start.model, problem, found.allocation, regrower, step.number)
@@ -192,8 +267,8 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown / 100)
     print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.4f} -> "
           f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} % before finetuning")
-    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=derive_seed(run.seed, "final finetune"),
-                      precision=run.precision)
+    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=pipeline.finetuning_seed(run),
+                      precision=run.precision, passes_before=config["passes_before"])
     result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
     stage.finish(model.state_dict(), run.card(
         **pipeline.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,

@@ -1,9 +1,10 @@
-"""Saliency of every prunable weight, accumulated in one pass over the data."""
+"""Evidence that rules look at, and saliency of every prunable weight, accumulated in one pass over the data."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,56 @@ from torch.nn import functional as F
 
 from utils.analysis_utils import overall_sparsity, prunable_layers
 from utils.precision import autocast
+
+
+class Evidence:
+    """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
+
+    reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
+    that makes it: saliency, s of `SaliencyComputer`; gradient, dL/dw of the model to be changed with respect to its
+    effective weights, pruned ones included, both of the weight's shape; magnitude, the reference's |w|; drift, the SSIM
+    to the dense model (1: none). A rule names in its registry which of these `KINDS` it needs; no other is made.
+    """
+
+    KINDS = ("saliency", "gradient", "magnitude", "drift")
+
+    def __init__(self, *, reference: nn.Module | None = None, **sources: Mapping[str, Any] | Callable[[], Any] | None):
+        """sources: by names of `KINDS`; TypeError for another name."""
+        if unknown := sources.keys() - set(self.KINDS):
+            raise TypeError(f"evidence of unknown kind {', '.join(sorted(unknown))}; known: {', '.join(self.KINDS)}")
+        self.reference, self._sources = reference, sources
+
+    def make(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, made if it is not there yet; None without a source for it.
+
+        For what is not a rule: a rule may be asked about several layers at once, by as many threads, and uses `get`.
+        """
+        source = self._sources.get(kind)
+        self._sources[kind] = source() if callable(source) else source
+        return self._sources[kind]
+
+    def get(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, None where there is no source for it. Raises ValueError unless `make` made it."""
+        if callable(self._sources.get(kind)):
+            raise ValueError(f"a rule looks at {kind} without naming it among its needs")
+        return self._sources.get(kind)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The layer's tensor of a kind. Raises ValueError if there is none."""
+        tensors = self.get(kind)
+        if tensors is None or name not in tensors:
+            raise ValueError(f"no {kind} is given for layer {name!r}")
+        return tensors[name]
+
+    def reference_layer(self, name: str, layer: nn.Module) -> nn.Module:
+        """The reference's counterpart of a layer. Raises ValueError if there is none of this name and shape."""
+        try:
+            counterpart = self.reference.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"no reference with a layer {name!r} is given") from error
+        if counterpart.weight.shape != layer.weight_mask.shape:
+            raise ValueError(f"{name}: the reference has weights of shape {tuple(counterpart.weight.shape)}")
+        return counterpart
 
 
 class SaliencyComputer:

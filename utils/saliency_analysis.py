@@ -19,7 +19,7 @@ from torch import nn
 from utils import checkpoint, pipeline, saliency_plots
 from utils.analysis_utils import count_pruned_params, get_masks
 from utils.class_saliency import MEASURES, PER_IMAGE, ClassSaliency, gradient_saliency, hessian_saliency
-from utils.data_loader import BatchLoader
+from utils.data_loader import BatchLoader, balanced_indices
 from utils.errors import UserError
 from utils.run import (
     ArgumentParser,
@@ -33,7 +33,7 @@ from utils.run import (
     prerequisite_command,
     script,
 )
-from utils.seeding import generator
+from utils.seeding import derive_seed
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 NOISY = 0.5  # relative error of single weights above which they are not counted in words
@@ -212,14 +212,10 @@ def load_model(run: Run, args: argparse.Namespace) -> pipeline.Outcome:
 
 def class_sample(loader: BatchLoader, per_class: int, seed: int) -> BatchLoader:
     """Un-augmented batches of at most `per_class` images of each class (0: all), sorted by class; shares no state."""
-    sample = loader.unaugmented()
-    targets = loader.targets.cpu()
-    order = torch.randperm(len(targets), generator=generator(seed, "saliency images"))
-    order = order[torch.argsort(targets[order], stable=True)]
-    chosen = torch.cat([part[:per_class or None] for part in order.split(targets.bincount().tolist())])
-    where = chosen.to(loader.device)
-    sample.images, sample.targets = sample.images[where], sample.targets[where]
-    return sample
+    targets = loader.targets.cpu().numpy()
+    order = balanced_indices(loader.images, targets, len(targets), derive_seed(seed, "evidence"))
+    return loader.subset(np.concatenate([order[targets[order] == label][:per_class or None]
+                                         for label in range(targets.max() + 1)]))
 
 
 def compute(run: Run, args: argparse.Namespace, model: nn.Module, sample: BatchLoader) -> Iterator[ClassSaliency]:

@@ -122,13 +122,15 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, train: BatchLoader, val: BatchLoader, recipe: Recipe, *, seed: int,
-                 precision: str = "fp32", params: Any = None,
+                 precision: str = "fp32", params: Any = None, passes_before: int = 0,
                  constrain: Callable[[torch.optim.Optimizer], Any] | None = None):
-        """params: optimizer parameter groups (default: all parameters); constrain: called with the optimizer to
-        register step hooks (default: hold pruned weights)."""
+        """params: optimizer parameter groups (default: all parameters); passes_before: the order of the images is that
+        after so many epochs with this seed; constrain: called with the optimizer to register step hooks (default: hold
+        pruned weights)."""
         self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
         self.train_loader = train.with_batch_size(recipe.batch_size)
         self.train_loader.reseed(derive_seed(seed, "train"))
+        self.train_loader.skip(passes_before)
         torch.manual_seed(derive_seed(seed, "dropout"))
         self.device = next(model.parameters()).device
         self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters() if params is None else params, recipe)
