@@ -22,6 +22,7 @@ from utils.datasets import DATASETS, ImageDataset, load_dataset
 from utils.errors import UserError
 
 CLASSES = ("cat", "ship")
+CACHE = ".image_cache_32x32.npz"
 
 
 def pixels(seed: int, side: int = 32) -> np.ndarray:
@@ -50,9 +51,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = image_folder._decode
 
-    def recording(path: Path) -> np.ndarray:
+    def recording(path: Path, *how: object) -> np.ndarray:
         names.append(f"{path.parent.name}/{path.name}")
-        return decode(path)
+        return decode(path, *how)
 
     monkeypatch.setattr(image_folder, "_decode", recording)
     return names
@@ -69,8 +70,8 @@ def random_dataset(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> ImageDa
 
 
 def test_registry_has_cifar10_first_and_unknown_names_list_the_known() -> None:
-    assert list(DATASETS) == ["cifar10", "photos"]
-    with pytest.raises(UserError, match="unknown dataset 'mnist'; known are cifar10, photos"):
+    assert list(DATASETS) == ["cifar10", "photos", "folder"]
+    with pytest.raises(UserError, match="unknown dataset 'mnist'; known are cifar10, photos, folder"):
         load_dataset("mnist")
 
 
@@ -115,8 +116,8 @@ def test_fingerprint_is_computed_once_and_fast() -> None:
 
 def test_wrong_arrays_are_programming_errors() -> None:
     good, targets = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2, np.int64)
-    for images, labels in ((good.astype(np.float32), targets), (good[:, :16], targets), (good, targets[:1]),
-                           (good, targets.astype(np.int32))):
+    for images, labels in ((good.astype(np.float32), targets), (good[:, :16], targets), (good[:, :16, :16], targets),
+                           (good, targets[:1]), (good, targets.astype(np.int32))):
         with pytest.raises(ValueError, match="must be"):
             ImageDataset("cifar10", "x", good, targets, images, labels, CLASSES)
 
@@ -154,13 +155,73 @@ def test_part_of_cifar10_is_used_with_a_note(folder: Path, capsys: pytest.Captur
     assert "not the whole of CIFAR-10: 2 classes (cat, ship), 6 training and 4 test images" in capsys.readouterr().err
 
 
-def test_files_that_are_no_images_are_left_out(folder: Path) -> None:
-    for name in (".hidden.png", "Thumbs.db", "notes.txt"):
-        (folder / "train" / "cat" / name).write_bytes(b"x")
+def test_files_that_are_not_read_are_counted_and_named_in_one_note(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("cat/.hidden.png", "cat/Thumbs.db", "ship/z.webp", "loose.png", ".loose.png"):
+        (folder / "train" / name).write_bytes(b"x")
     (folder / "train" / ".checkpoints").mkdir()
-    (folder / "train" / "README").write_text("x")
-    (folder / "train" / "cat" / "folder.png").mkdir()
-    assert len(load_dataset("cifar10", folder).train_images) == 6
+    for name in ("more/001.png", "more/deep/002.jpg", "folder.png/003.gif"):
+        path = folder / "test" / "cat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    for _ in range(2):
+        data = load_dataset("folder", folder)
+        assert len(data.train_images) == 6 and len(data.test_images) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: 6 files in {folder} are left out (train/loose.png, train/cat/Thumbs.db, "
+                           "train/ship/z.webp and 3 more)") and "train|test/<class>/*.png|.jpg|.jpeg" in line
+    for path in (folder / "test" / "cat").glob("*.png"):
+        path.is_dir() or path.unlink()
+    with pytest.raises(UserError, match=r"test/cat has no images \(.*not read: test/cat/folder.png/003.gif, "):
+        load_dataset("folder", folder)
+
+
+def test_other_sizes_are_resized_once_for_a_folder_of_ones_own(folder: Path, decoded: list[str]) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 200  # the square around the centre
+    Image.fromarray(wide).save(folder / "train" / "cat" / "001.png")
+    turned = Image.fromarray(np.concatenate([np.zeros((8, 16, 3), np.uint8), np.full((8, 16, 3), 200, np.uint8)]))
+    turned.save(folder / "train" / "cat" / "002.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"
+                                                         b"\0\x03\0\0\0\0\0\0")  # orientation 3: upside down
+    data = load_dataset("folder", folder, image_size=16)
+    assert (data.name, data.source, data.image_size) == ("data", "image folder (PNG) at 16x16", 16)
+    assert (data.train_images[1] > 180).all() and data.train_images.shape == (6, 16, 16, 3)
+    assert (data.train_images[2, :8] > 180).all() and (data.train_images[2, 8:] < 20).all()
+    assert len(decoded) == 10
+    load_dataset("folder", folder, image_size=16)
+    assert len(decoded) == 10
+    at_32 = load_dataset("folder", folder)
+    assert at_32.source == "image folder (PNG)" and np.array_equal(at_32.train_images[0], pixels(0))
+    with pytest.raises(UserError, match="001.png has 60x20 pixels.*--dataset folder"):
+        load_dataset("cifar10", folder)  # what was resized above is not taken for it
+    with pytest.raises(UserError, match="--image_size 16: the images of --dataset cifar10 are 32x32"):
+        load_dataset("cifar10", folder, image_size=16)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_a_place_inside_of_a_data_set_is_answered_with_its_parent(folder: Path, name: str,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    for inside in ("train", "test/", "train/cat"):
+        with pytest.raises(UserError, match=f"parent of its (train|test) folder, {folder}$"):
+            load_dataset(name, folder / inside)
+    monkeypatch.chdir(folder / "train")
+    with pytest.raises(UserError, match=f"parent of its train folder, {folder}$"):
+        load_dataset(name, ".")
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    (batches / "data_batch_1").write_bytes(b"x")
+    with pytest.raises(UserError, match=f"cifar-10-batches-py is the folder of .* its parent, {folder}, where"):
+        load_dataset(name, batches)
+    with pytest.raises(UserError, match="data_batch_1 is a file.*its parent"):
+        load_dataset(name, batches / "data_batch_1")
+
+
+def test_a_folder_of_ones_own_needs_a_folder_and_two_classes(folder: Path) -> None:
+    with pytest.raises(UserError, match="no image folder in .*train/<class>"):
+        load_dataset("folder", folder / "nowhere")
+    for split in ("train", "test"):
+        remove(folder / split / "ship")
+    with pytest.raises(UserError, match="train has but one class, cat; a classifier needs two"):
+        load_dataset("folder", folder)
 
 
 def test_broken_images_are_named(folder: Path) -> None:
@@ -219,7 +280,7 @@ def test_second_load_reads_the_cache(folder: Path, decoded: list[str]) -> None:
     assert len(decoded) == 10
     second = load_dataset("cifar10", folder)
     assert len(decoded) == 10 and second.fingerprint() == first.fingerprint()
-    assert [path.name for path in folder.iterdir() if path.is_file()] == [image_folder.CACHE_NAME]
+    assert [path.name for path in folder.iterdir() if path.is_file()] == [CACHE]
 
 
 def replace_same_size(root: Path) -> None:
@@ -246,13 +307,13 @@ def test_cache_notices(folder: Path, decoded: list[str], change, count: int) -> 
     decoded.clear()
     data = load_dataset("cifar10", folder)
     assert len(decoded) == len(data.train_images) + len(data.test_images) == count
-    (folder / image_folder.CACHE_NAME).unlink()
+    (folder / CACHE).unlink()
     assert load_dataset("cifar10", folder).fingerprint() == data.fingerprint()
 
 
 def test_corrupt_cache_is_rebuilt(folder: Path, decoded: list[str]) -> None:
     expected = load_dataset("cifar10", folder).fingerprint()
-    cache = folder / image_folder.CACHE_NAME
+    cache = folder / CACHE
     whole = cache.read_bytes()
     rng = np.random.default_rng(0)
     spoiled = [b"", b"PK", whole[:-1], whole[: len(whole) // 2], whole[1000:], b"x" * len(whole)]
@@ -268,7 +329,7 @@ def test_corrupt_cache_is_rebuilt(folder: Path, decoded: list[str]) -> None:
 
 def test_cache_of_another_kind_is_not_believed(folder: Path) -> None:
     expected = load_dataset("cifar10", folder).fingerprint()
-    cache = folder / image_folder.CACHE_NAME
+    cache = folder / CACHE
     with np.load(cache) as content:
         digest = content["digest"]
     for images in (np.zeros((10, 32, 32, 3), np.float32), np.zeros((9, 32, 32, 3), np.uint8),
@@ -278,7 +339,7 @@ def test_cache_of_another_kind_is_not_believed(folder: Path) -> None:
 
 
 def test_no_cache_where_none_can_be_written(folder: Path, decoded: list[str], capsys: pytest.CaptureFixture) -> None:
-    (folder / image_folder.CACHE_NAME / "in the way").mkdir(parents=True)
+    (folder / CACHE / "in the way").mkdir(parents=True)
     load_dataset("cifar10", folder)
     assert capsys.readouterr().err.count("not cached") == 1
     load_dataset("cifar10", folder)

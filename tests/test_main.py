@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from iclr2021_solution import iterate
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of
 from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
 from utils import checkpoint, pipeline
+from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.models import MODELS
 from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
@@ -289,3 +291,43 @@ def test_options_reach_the_recipes():
     assert (amount, pre.epochs, post.epochs, iterate_args.device) == (0.2, 3, 40, "cuda:1")
     assert (pre.lr, pre.patience, pre.batch_size) == (0.05, 4, 64)
     assert (post.lr, post.patience, post.batch_size, post.schedule) == (0.002, 4, 64, "cosine")
+
+
+@pytest.fixture(scope="module")
+def flowers(image_folder, tmp_path_factory) -> Path:
+    """Two classes of `image_folder` under names of their own."""
+    root = tmp_path_factory.mktemp("own") / "flowers"
+    for split in ("train", "test"):
+        for name, own in (("class_0", "rose"), ("class_1", "tulip")):
+            shutil.copytree(image_folder / split / name, root / split / own)
+    (root / "train" / "rose" / "more.webp").write_bytes(b"x")
+    return root
+
+
+def test_images_of_ones_own(flowers, image_folder, tmp_path, capsys):
+    own = ["--m_name", "resnet20", "--pruner", "none", "--max_epochs", "1", "--root", str(tmp_path), "--device", "cpu",
+           "--dataset", "folder", "--data_dir", str(flowers), "--image_size", "16"]
+    main_script.main(own)
+    dense = checkpoint.dense_path(tmp_path, "resnet20")
+    content, card = checkpoint.load_checkpoint(dense), checkpoint.read_card(dense)
+    assert content["net"]["linear.weight"].shape == (2, 64)
+    assert rows_of(tmp_path)[0]["dataset"] == card["config"]["dataset"] == "flowers, image folder (PNG) at 16x16"
+    pixels = load_dataset("folder", flowers, 16).train_images / 255.0
+    known = content["input"]
+    assert known["mean"] == pytest.approx(pixels.mean(axis=(0, 1, 2))) and len(known["mean"]) == 3
+    assert known["std"] == pytest.approx(pixels.std(axis=(0, 1, 2)))
+    assert (known["image_size"], known["classes"]) == (16, ["rose", "tulip"])
+    assert card["input"] == {**known, "dataset": "folder", "data_dir": str(flowers)}
+
+    main_script.main(own)  # reads the data once more
+    output = capsys.readouterr()
+    assert "resnet20 on flowers, image folder (PNG) at 16x16" in output.out and "cifar10" not in output.out
+    assert output.err.count("note: ") == 1 and "1 files in" in output.err
+    moved = flowers.with_name("plants")
+    shutil.copytree(flowers, moved)
+    main_script.main([*own, "--data_dir", str(moved), "--resume"])  # the same images under another name
+    at_32 = ["--image_size", "32"]
+    for words in (at_32, [*at_32, "--dataset", "cifar10", "--data_dir", str(image_folder)]):
+        with pytest.raises(UserError, match=r"trained on another data set: flowers, .*\(2 classes, 16 pixels\), .* use "
+                           f"--dataset folder --data_dir {flowers} --image_size 16"):
+            main_script.main([*own, *words, "--resume"])

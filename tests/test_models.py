@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.errors import UserError
-from utils.model_loader import model_loader
+from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.models.densenet import DenseLayer
 from utils.models.effnet import MBConv, mbconv_blocks
@@ -88,6 +88,19 @@ def test_seven_classes(name):
     model = model_loader(name, num_classes=7).eval()
     with torch.no_grad():
         assert model(images()).shape == (2, 7)
+
+
+@every_model
+def test_larger_images(name):
+    model = copy.deepcopy(built(name)).to("meta")
+    assert all(model(torch.empty(1, 3, side, side, device="meta")).shape == (1, 10) for side in (33, 48, 64, 224))
+
+
+def test_images_too_small_for_a_model_are_refused_by_name():
+    for name, size, least in (("vgg16", 20, 32), ("densenet", 4, 8), ("alexnet", 14, 15)):
+        with pytest.raises(UserError, match=f"--image_size {size}: {name} .* smallest it takes are {least}x{least}"):
+            check_image_size(name, size)
+        check_image_size(name, least)
 
 
 @every_model

@@ -39,6 +39,7 @@ class BatchLoader:
         self.device = torch.device(device)
         self.images = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         self.targets = torch.from_numpy(np.asarray(targets, dtype=np.int64)).to(self.device)
+        self.mean, self.std = mean, std
         self.scale = torch.tensor(1.0 / std, dtype=torch.float32, device=self.device)
         self.shift = torch.tensor(-mean / std, dtype=torch.float32, device=self.device)
         self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
@@ -247,13 +248,14 @@ def loaders_from(data: ImageDataset, *, batch_size: int = 128, val_split: float 
 
 def data_loader(data_dir: str | Path = "./data", dataset: str = "cifar10", *, batch_size: int = 128,
                 val_split: float = 0.2, seed: int = 0, split_seed: int = 0, device: str | torch.device = "cpu",
-                eval_batch_size: int = 500) -> tuple[BatchLoader, BatchLoader, TestLoader]:
+                eval_batch_size: int = 500, image_size: int = 32) -> tuple[BatchLoader, BatchLoader, TestLoader]:
     """Loads a data set and returns its train, validation and test loaders.
 
     data_dir: where CIFAR-10 lies (torchvision's folder or archive, or an image folder); dataset: a name of
     `utils.datasets.DATASETS`; val_split: fraction of the training images held out; seed: order and augmentation;
-    split_seed: which images are held out (apart from `seed`, so that runs of different seeds share the split).
+    split_seed: which images are held out (apart from `seed`, so that runs of different seeds share the split);
+    image_size: side of the images of a folder, in pixels.
     Validation and test are never augmented. Raises UserError when the data cannot be had.
     """
-    return loaders_from(load_dataset(dataset, data_dir), batch_size=batch_size, val_split=val_split, seed=seed,
-                        split_seed=split_seed, device=device, eval_batch_size=eval_batch_size)
+    return loaders_from(load_dataset(dataset, data_dir, image_size), batch_size=batch_size, val_split=val_split,
+                        seed=seed, split_seed=split_seed, device=device, eval_batch_size=eval_batch_size)

@@ -1,4 +1,6 @@
-"""Where images come from: CIFAR-10 (torchvision's files, an image folder, a download) and the embedded photographs."""
+"""Where images come from: CIFAR-10 (torchvision's files, an image folder, a download), any other image folder, and the
+embedded photographs.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +10,6 @@ import io
 import os
 import queue
 import socket
-import sys
 import tempfile
 import threading
 import urllib.request
@@ -21,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import photos
-from utils.errors import UserError
-from utils.image_folder import has_image_folder, load_image_folder
+from utils.errors import UserError, note
+from utils.image_folder import SIDE, SPLITS, has_image_folder, load_image_folder
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000  # images
@@ -33,10 +34,11 @@ _DOWNLOAD_FAULTS = (OSError, http.client.HTTPException, RuntimeError)  # no netw
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A data set in memory. Images are uint8 (N, 32, 32, 3), targets int64 (N,) with indices into `classes`.
+    """A data set in memory. Images are uint8 (N, S, S, 3), targets int64 (N,) with indices into `classes`.
 
-    `name` is the registry name; `source` says where the bytes come from ('torchvision', 'image folder (JPEG)',
-    'embedded') and labels results. Raises ValueError for arrays of another shape or type.
+    `name` is the registry name, or that of the user's own folder; `source` says where the bytes come from
+    ('torchvision', 'image folder (JPEG)', 'embedded') and labels results. Raises ValueError for arrays of another shape
+    or type.
     """
 
     name: str
@@ -48,11 +50,17 @@ class ImageDataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        shape = (self.image_size, self.image_size, 3)
         for images, targets in ((self.train_images, self.train_targets), (self.test_images, self.test_targets)):
-            if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-                raise ValueError(f"images must be uint8 (N, 32, 32, 3), got {images.dtype} {images.shape}")
+            if images.dtype != np.uint8 or images.shape[1:] != shape:
+                raise ValueError(f"images must be uint8 {('N', *shape)}, got {images.dtype} {images.shape}")
             if targets.dtype != np.int64 or targets.shape != images.shape[:1]:
                 raise ValueError(f"targets must be int64 ({len(images)},), got {targets.dtype} {targets.shape}")
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.train_images.shape[1]
 
     def fingerprint(self) -> str:
         """12 hex digits over all images, targets and class names: the same data, wherever it came from, has the same.
@@ -71,17 +79,22 @@ class ImageDataset:
         return digest.hexdigest()
 
 
-def load_dataset(name: str, data_dir: str | Path = "./data") -> ImageDataset:
+def load_dataset(name: str, data_dir: str | Path = "./data", image_size: int = SIDE) -> ImageDataset:
     """The data set `name` of `DATASETS`, complete in memory.
 
-    Raises UserError for an unknown name (listing the known ones) and for data that is missing or damaged.
+    image_size: side of the images in pixels; 'folder' alone has others than 32. Raises UserError for an unknown name
+    (listing the known ones), for data that is missing or damaged and for a size that the data set does not have.
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}'; known are {', '.join(DATASETS)}")
+    if image_size != SIDE and name != "folder":
+        raise UserError(f"--image_size {image_size}: the images of --dataset {name} are {SIDE}x{SIDE}; other sizes "
+                        "are for --dataset folder")
     data_dir = Path(data_dir).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"the data folder {data_dir} is a file; --data_dir needs a folder")
-    return DATASETS[name](data_dir)
+        raise UserError(f"the data folder {data_dir} is a file; --data_dir needs a folder, such as its parent "
+                        f"{data_dir.parent}")
+    return load_folder(data_dir, image_size) if name == "folder" else DATASETS[name](data_dir)
 
 
 def load_photos(data_dir: Path) -> ImageDataset:
@@ -100,7 +113,8 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
     if (data_dir / _ARCHIVE).is_file():
         return _install(data_dir, _extract_placed)
     if has_image_folder(data_dir):
-        return _read_image_folder(data_dir)
+        return _cifar10_folder(data_dir)
+    _refuse_inner_folder(data_dir)
     try:
         _require_answer(_torchvision_class().url)
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -109,22 +123,53 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
         raise UserError(_out_of_reach(data_dir, str(getattr(error, "reason", error)))) from error
 
 
-DATASETS: dict[str, Callable[[Path], ImageDataset]] = {"cifar10": load_cifar10, "photos": load_photos}
+def load_folder(data_dir: Path, image_size: int = SIDE) -> ImageDataset:
+    """The user's own images, `data_dir/train|test/<class>/*`, resized to `image_size` pixels; named as the folder is.
+
+    Raises UserError for what cannot be used, see `load_image_folder`.
+    """
+    if not has_image_folder(data_dir):
+        _refuse_inner_folder(data_dir)
+        raise UserError(f"no image folder in {data_dir}: --dataset folder needs train/<class>/* and test/<class>/* in "
+                        "--data_dir")
+    return _from_folder(data_dir.resolve().name or "folder", data_dir, image_size, resize=True)
+
+
+DATASETS: dict[str, Callable[[Path], ImageDataset]] = {
+    "cifar10": load_cifar10, "photos": load_photos, "folder": load_folder}
 
 
 # --- an image folder -----------------------------------------------------------------------------------------------
 
 
-def _read_image_folder(data_dir: Path) -> ImageDataset:
-    """The image folder in `data_dir`; one that is not all of CIFAR-10 is used, but never in silence."""
-    folder = load_image_folder(data_dir)
-    found = (len(folder.train_images), len(folder.test_images))
-    if found != (CIFAR10_TRAIN, CIFAR10_TEST) or folder.classes != CIFAR10_CLASSES:
-        print(f"note: the image folder in {data_dir} is not the whole of CIFAR-10: {len(folder.classes)} classes "
-              f"({', '.join(folder.classes[:10])}), {found[0]:,} training and {found[1]:,} test images",
-              file=sys.stderr)
-    return ImageDataset("cifar10", f"image folder ({folder.formats})", folder.train_images, folder.train_targets,
-                        folder.test_images, folder.test_targets, folder.classes)
+def _from_folder(name: str, data_dir: Path, image_size: int = SIDE, resize: bool = False) -> ImageDataset:
+    folder = load_image_folder(data_dir, image_size, resize)
+    source = f"image folder ({folder.formats})" + (f" at {image_size}x{image_size}" if image_size != SIDE else "")
+    return ImageDataset(name, source, folder.train_images, folder.train_targets, folder.test_images,
+                        folder.test_targets, folder.classes)
+
+
+def _cifar10_folder(data_dir: Path) -> ImageDataset:
+    """The image folder in `data_dir` as CIFAR-10; one that is not all of it is used, but never in silence."""
+    data = _from_folder("cifar10", data_dir)
+    found = (len(data.train_images), len(data.test_images))
+    if found != (CIFAR10_TRAIN, CIFAR10_TEST) or data.classes != CIFAR10_CLASSES:
+        note(f"the image folder in {data_dir} is not the whole of CIFAR-10: {len(data.classes)} classes "
+             f"({', '.join(data.classes[:10])}), {found[0]:,} training and {found[1]:,} test images; for images of "
+             "your own there is --dataset folder")
+    return data
+
+
+def _refuse_inner_folder(data_dir: Path) -> None:
+    """UserError when `data_dir` is not the place of a data set but a folder inside of one, naming its parent."""
+    if any((data_dir / name).is_file() for name in ("data_batch_1", "batches.meta")):
+        raise UserError(f"{data_dir} is the folder of CIFAR-10's files itself; give --data_dir its parent, "
+                        f"{data_dir.resolve().parent}, where it must be called {_FOLDER}")
+    here = data_dir.resolve()
+    for part in (here, here.parent):
+        if part.name in SPLITS and here.is_dir() and all((part.parent / split).is_dir() for split in SPLITS):
+            raise UserError(f"{data_dir} is inside of an image folder; give --data_dir the parent of its "
+                            f"{part.name} folder, {part.parent}")
 
 
 # --- torchvision ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-"""Errors that a script reports in one line instead of a traceback."""
+"""What a script says in one line: errors instead of a traceback, and notes."""
 from __future__ import annotations
+
+import sys
+from functools import cache
 
 
 class UserError(Exception):
@@ -15,3 +18,9 @@ class RunFailed(UserError):
     """The input was fine but the run could not go on (a diverged training, say); exit code 1."""
 
     exit_code = 1
+
+
+@cache
+def note(text: str) -> None:
+    """Prints ``note: <text>`` on stderr, each text once in a process."""
+    print(f"note: {text}", file=sys.stderr)

@@ -142,8 +142,8 @@ def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
-    load_model_state(model, artifact.weights, str(artifact.path))
     pipeline.check_data(run, artifact.path)
+    load_model_state(model, artifact.weights, str(artifact.path))
     if not (plan.needs_regrown or plan.starting_checkpoint):
         return Source(model, artifact.path, None, recorded_origin(artifact))
     start = find_start(artifact, plan.starting_checkpoint, run.root)

@@ -160,6 +160,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     result = stage.fit(trainer, f"pretrain {run.m_name}")
     state = trainer.state_dict()
     content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
+               "input": run.model_input(),
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
     stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
                                    best_epoch=result.best_epoch, seconds=trainer.seconds))
@@ -236,8 +237,8 @@ def load_outcome(run: Run, artifact: Path) -> Outcome:
     """
     model = run.new_model()
     loaded = checkpoint.load_checkpoint(artifact, run.device)
-    load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
     check_data(run, artifact)
+    load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
     return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
 
 
@@ -247,14 +248,13 @@ def check_data(run: Run, artifact: Path) -> None:
     With another split its training images would be among the run's validation images, and every choice made on them
     too good. Other images of the same data set (such as a JPEG copy) are only warned of.
     """
-    config = (checkpoint.read_card(artifact) or {}).get("config", {})
+    card = checkpoint.read_card(artifact) or {}
+    config = card.get("config", {})
     if "data_fingerprint" not in config:
         return
-    there, here = config["dataset"], run.data_label
-    if there.split(",")[0] != here.split(",")[0]:
-        raise UserError(f"{artifact} was trained on {there}, and this run reads {here}; use --dataset "
-                        f"{there.split(',')[0]}, or another --root")
     if config["data_fingerprint"] != run.data.fingerprint():
+        there, here = config["dataset"], run.data_label
+        _check_same_data_set(run, artifact, there, card.get("input", {}))
         print(f"warning: {artifact} was trained on other images ({there}) than this run reads ({here}); it may have "
               "seen some that are held out here")
         return
@@ -262,6 +262,23 @@ def check_data(run: Run, artifact: Path) -> None:
     if split is not None and split != run.val_split:
         raise UserError(f"{artifact} was trained with --val_split {split:g}; with {run.val_split:g} images that it was "
                         f"trained on would count as validation. Use --val_split {split:g}, or train it anew")
+
+
+def _check_same_data_set(run: Run, artifact: Path, there: str, known: dict[str, Any]) -> None:
+    """UserError when name, classes or image size of the data that an artifact was trained on are not the run's.
+
+    there: the data's label in the artifact's card; known: the card's `input`, empty on older cards.
+    """
+    name, here = there.rpartition(", ")[0], run.model_input()
+    if name == run.data.name and all(known.get(key, here[key]) == here[key] for key in ("classes", "image_size")):
+        return
+    labels = [f"{label} ({len(facts['classes'])} classes, {facts['image_size']} pixels)" if facts else label
+              for label, facts in ((there, known), (run.data_label, here))]
+    options = f"--dataset {known.get('dataset', name)}"
+    if known.get("dataset") == "folder":
+        options += f" --data_dir {known['data_dir']} --image_size {known['image_size']}"
+    raise UserError(f"{artifact} was trained on another data set: {labels[0]}, and this run reads {labels[1]}; use "
+                    f"{options}, or another --root")
 
 
 def _reuse(run: Run, stage: Stage) -> Outcome:

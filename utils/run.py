@@ -19,7 +19,8 @@ from utils.checkpoint import ensure_writable
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, ImageDataset, load_dataset
 from utils.errors import UserError
-from utils.model_loader import model_loader
+from utils.image_folder import SIDE
+from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.precision import PRECISIONS, resolve_precision
 from utils.seeding import derive_seed
@@ -82,8 +83,12 @@ def add_run_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
     """
     group = parser.add_argument_group("run")
     group.add_argument("--dataset", choices=list(DATASETS), default="cifar10",
-                       help="cifar10, or photos (embedded, needs no network)")
-    group.add_argument("--data_dir", type=Path, default=Path("data"), help="where CIFAR-10 lies or is downloaded to")
+                       help="cifar10, photos (embedded, needs no network), or folder: images of your own, "
+                       "train|test/<class>/* in --data_dir")
+    group.add_argument("--data_dir", type=Path, default=Path("data"),
+                       help="where the data lies, and where CIFAR-10 is downloaded to")
+    group.add_argument("--image_size", type=positive_int, default=SIDE,
+                       help="side of the square images in pixels, to which those of a folder are resized")
     group.add_argument("--val_split", type=fraction, default=0.2,
                        help="fraction of the training images held out for validation")
     if seed:
@@ -155,6 +160,7 @@ class Run:
     val: BatchLoader
     test: TestLoader
     command: str
+    place: dict[str, str] = field(default_factory=dict)  # the options that name the data
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
 
     @property
@@ -172,10 +178,17 @@ class Run:
         return model_loader(self.m_name, self.device, num_classes=len(self.data.classes),
                             seed=derive_seed(self.seed, "init"))
 
+    def model_input(self) -> dict[str, Any]:
+        """What a model needs to know of its input, for checkpoints and cards: side of the images in pixels, class
+        names, mean and standard deviation of each channel where a pixel is 0..1 (as of torchvision's `Normalize`).
+        """
+        return {"image_size": self.data.image_size, "classes": list(self.data.classes),
+                "mean": (self.train.mean / 255).tolist(), "std": (self.train.std / 255).tolist()}
+
     def card(self, **entries: Any) -> dict[str, Any]:
-        """A run card: the given entries, then the command, versions and hardware."""
-        return {**entries, "command": self.command, "environment": environment(self.device),
-                "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+        """A run card: the given entries, then the model's input and its place, the command, versions and hardware."""
+        return {**entries, "input": {**self.model_input(), **self.place}, "command": self.command,
+                "environment": environment(self.device), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
@@ -189,10 +202,12 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     root = args.root.expanduser()
     ensure_writable(root)
     torch.backends.cudnn.benchmark = True  # fixed batch shapes: let cuDNN choose its fastest kernels
-    data = data or load_dataset(args.dataset, args.data_dir.expanduser())
+    data = data or load_dataset(args.dataset, args.data_dir.expanduser(), args.image_size)
+    if data.image_size != SIDE:
+        check_image_size(args.m_name, data.image_size)
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
     return Run(args.m_name, args.seed, args.val_split, device, precision, root, data, train, val, test,
-               command=command_line())
+               command=command_line(), place={"dataset": args.dataset, "data_dir": str(args.data_dir)})
 
 
 def command_line() -> str:
@@ -207,8 +222,8 @@ def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
     script = Path(__file__).resolve().parents[1] / "main.py"
     here = script.name if script.parent == Path.cwd() else str(script)
     command = ["python", here, "--m_name", args.m_name, *words]
-    for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("root", Path(".")), ("seed", 0),
-                          ("val_split", 0.2)):
+    for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("image_size", SIDE), ("root", Path(".")),
+                          ("seed", 0), ("val_split", 0.2)):
         if getattr(args, name) != default:
             command += [f"--{name}", str(getattr(args, name))]
     return shlex.join(command)

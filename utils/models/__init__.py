@@ -1,4 +1,4 @@
-"""Image classifiers for 32x32 RGB images, one file per architecture family.
+"""Image classifiers for RGB images of 32x32 and other sizes, one file per architecture family.
 
 `MODELS` maps a name to a function of `num_classes` that builds the network; it also feeds the scripts' `choices`.
 Layer names, shapes and order are those of the published checkpoints. Adding a model takes a file and one line here.

@@ -42,7 +42,7 @@ def transition(inputs: int) -> nn.Sequential:
 
 
 def densenet(num_classes: int) -> nn.Sequential:
-    """Build DenseNet-121: (B, 3, 32, 32) -> (B, num_classes) logits."""
+    """Build DenseNet-121: (B, 3, S, S) -> (B, num_classes) logits."""
     width = 2 * GROWTH
     children: dict[str, nn.Module] = {"conv1": nn.Conv2d(3, width, 3, padding=1, bias=False)}
     for block, count in enumerate(BLOCKS, start=1):

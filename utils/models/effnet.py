@@ -91,7 +91,7 @@ def mbconv_blocks() -> nn.Sequential:
 
 
 def effnet(num_classes: int) -> nn.Sequential:
-    """Build EfficientNet-B0: (B, 3, 32, 32) -> (B, num_classes) logits."""
+    """Build EfficientNet-B0: (B, 3, S, S) -> (B, num_classes) logits."""
     tail = head(STAGES[-1][1], num_classes)
     linear = tail.pop("linear")
     return named(

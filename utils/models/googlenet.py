@@ -47,7 +47,7 @@ class Inception(nn.Module):
 
 
 def googlenet(num_classes: int) -> nn.Sequential:
-    """Build GoogLeNet: (B, 3, 32, 32) -> (B, num_classes) logits."""
+    """Build GoogLeNet: (B, 3, S, S) -> (B, num_classes) logits."""
     width = 192
     children: dict[str, nn.Module] = {"pre_layers": nn.Sequential(*conv_bn_relu(3, width, 3))}
     for name, plan in INCEPTIONS.items():

@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 def resnet(width: int, blocks: Sequence[int], num_classes: int) -> nn.Sequential:
     """Build a stem of `width` channels and one stage per entry of `blocks`; a stage halves H and W, doubles the width.
 
-    (B, 3, 32, 32) -> (B, num_classes) logits. The first stage keeps the stem's size and width.
+    (B, 3, S, S) -> (B, num_classes) logits. The first stage keeps the stem's size and width.
     """
     conv1, bn1 = conv_bn(3, width, 3, 1)
     stages = {}

@@ -79,7 +79,7 @@ class DownUnit(nn.Module):
 
 
 def shufflenetv2(num_classes: int) -> nn.Sequential:
-    """Build ShuffleNet V2 2x: (B, 3, 32, 32) -> (B, num_classes) logits."""
+    """Build ShuffleNet V2 2x: (B, 3, S, S) -> (B, num_classes) logits."""
     stages = {}
     inputs = STEM
     for stage, (width, count) in enumerate(STAGES, start=1):
