@@ -18,7 +18,7 @@ class Evidence:
     """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
 
     reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
-    that makes it: saliency, s of `SaliencyComputer`; gradient, dL/dw of the model to be changed with respect to its
+    that makes it: saliency, s of `SaliencyComputer`; gradient, |dL/dw| of the model to be changed as to its
     effective weights, pruned ones included, both of the weight's shape; magnitude, the reference's |w|; drift, the SSIM
     to the dense model (1: none). A rule names in its registry which of these `KINDS` it needs; no other is made.
     """
