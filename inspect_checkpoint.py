@@ -31,6 +31,7 @@ from utils.training import FINETUNE_FINAL
 
 LR_ORIGINAL, LR_REGROWN = 1e-4, 1e-3
 PHASE_EPOCHS = 10, 30
+DATA = ("dataset", "data_dir", "image_size", "val_split", "precision")  # options that a run card answers too
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optional = _add_finetuning(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
+    # None: not given, so that the run card of the artifact decides first
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in DATA}, **dict.fromkeys(DATA))
     args = parser.parse_args(argv)
     args.root = args.root.expanduser()
     check_options(args, [*optional, "resume", "overwrite"])
@@ -130,6 +133,23 @@ def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
     return guess[0]
 
 
+def take_data(args: argparse.Namespace, artifact: Artifact) -> None:
+    """Fills the options of the data that were not given: from the run card, said in a line, else the defaults."""
+    start = finetuning.find_start(artifact, args.starting_checkpoint, args.root) if artifact.kind.is_best else None
+    found = finetuning.recorded_data(artifact, start)
+    if args.dataset not in (None, found.get("dataset")):
+        found = {name: value for name, value in found.items() if name not in ("data_dir", "image_size")}
+    if not Path(found.get("data_dir", "")).expanduser().is_dir():
+        found.pop("data_dir", None)  # the card may come from another machine
+    taken = {name: value for name, value in found.items() if getattr(args, name) is None}
+    if taken:
+        print(f"from the run card: {' '.join(f'--{name} {taken[name]}' for name in DATA if name in taken)}")
+    for name in DATA:
+        if getattr(args, name) is None:
+            setattr(args, name, taken.get(name, args.defaults[name]))
+    args.data_dir = Path(args.data_dir)
+
+
 def print_report(outcome: Outcome) -> None:
     """Accuracies before and after, and where the files are."""
     card = outcome.card
@@ -149,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(description, indent=2) if args.json else inspection.render(description))
         return
     args.m_name = args.m_name or recognise_model(args, artifact)
+    take_data(args, artifact)
     print_report(finetuning.finetune(open_run(args), artifact, plan(args)))
 
 

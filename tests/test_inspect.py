@@ -528,3 +528,47 @@ def test_finetuning_from_the_command_line(run, run_script, image_folder, tmp_pat
         inspect_checkpoint.main([*map(str, words), "--lr", "0.02"])
     again = describe(load_artifact(final))
     assert again["model"] == "resnet20" and again["run card"]["starting_checkpoint"] == str(tmp_path / "start.pth")
+
+
+def carded(path: Path, **facts: object) -> Path:
+    """Gives a checkpoint a run card with these entries."""
+    checkpoint.save_json({"sha256": checkpoint.file_digest(path), **facts}, checkpoint.card_path(path))
+    return path
+
+
+def data_options(path: Path, *words: object) -> dict[str, object]:
+    args = inspect_checkpoint.parse_args(["--file", str(path), "--finetune", *map(str, words)])
+    inspect_checkpoint.take_data(args, load_artifact(path))
+    return {name: getattr(args, name) for name in inspect_checkpoint.DATA}
+
+
+def test_data_split_and_precision_come_from_the_card_unless_told_otherwise(tmp_path, capsys):
+    path = saved(resnet(0.5).state_dict(), tmp_path)
+    config = {"dataset": "flowers, image folder (PNG)", "val_split": 0.3, "precision": "bf16"}
+    known = {"dataset": "folder", "data_dir": str(tmp_path), "image_size": 16}
+    defaults = {"dataset": "cifar10", "data_dir": Path("data"), "image_size": 32, "val_split": 0.2, "precision": "auto"}
+    assert data_options(path) == defaults and capsys.readouterr().out == ""
+    carded(path, config=config, input=known)
+    recorded = {**known, "data_dir": tmp_path, "val_split": 0.3, "precision": "bf16"}
+    assert data_options(path) == recorded
+    assert f"--dataset folder --data_dir {tmp_path} --image_size 16 --val_split 0.3" in capsys.readouterr().out
+    assert data_options(path, "--precision", "fp32", "--image_size", 8, "--data_dir", "x") == \
+        {**recorded, "precision": "fp32", "image_size": 8, "data_dir": Path("x")}
+    assert data_options(path, "--dataset", "photos") == {**defaults, "dataset": "photos", "val_split": 0.3,
+                                                         "precision": "bf16"}
+    best = saved({**BEST, "allocation": [1], "regrow_indices": {"linear": [1]}, "starting_checkpoint": str(path)},
+                 tmp_path, "best.pth")
+    assert data_options(best) == recorded
+    carded(path, config={**config, "dataset": "photos, embedded"})  # an older card
+    assert data_options(path)["dataset"] == "photos"
+    carded(path, config=config, input={**known, "data_dir": str(tmp_path / "elsewhere")})
+    assert data_options(path)["data_dir"] == Path("data")
+
+
+def test_what_a_model_needs_to_know_of_its_input_is_shown(tmp_path):
+    known = {"image_size": 16, "classes": ["rose", "tulip"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    path = saved({"net": resnet().state_dict(), "acc": 50.0, "epoch": 1, "input": known}, tmp_path)
+    assert describe(load_artifact(path))["input"] == known
+    path = carded(saved(resnet(0.5).state_dict(), tmp_path, "pruned.pth"), config={}, input=known)
+    text = inspect_checkpoint.inspection.render(describe(load_artifact(path)))
+    assert "rose, tulip" in text and "0.5000, 0.4000, 0.3000" in text

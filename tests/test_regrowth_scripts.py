@@ -217,7 +217,7 @@ def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_
     assert "trained on other images" in capsys.readouterr().out
     card["config"]["dataset"] = "photos, embedded"
     checkpoint.save_json(card, path)
-    with pytest.raises(UserError, match=r"another data set: photos, embedded, and this run reads cifar10.*--dataset photos"):
+    with pytest.raises(UserError, match=r"data set: photos, embedded, and this run reads cifar10.*--dataset photos"):
         rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "0"])
 
 

@@ -349,6 +349,11 @@ def test_a_noisy_estimate_is_called_noise():
     assert "unknown" in noise_warning([{**row, "noise": float("nan")}])
 
 
+def test_few_classes_fit_the_number_of_classes():
+    assert [saliency_analysis.default_few_classes(count) for count in (2, 3, 5, 10, 100)] == [1, 1, 2, 3, 30]
+    assert saliency_analysis.parse_args(["--m_name", "resnet20"]).few_classes is None
+
+
 def test_class_sample_is_balanced_unaugmented_and_reproducible(tiny_dataset, tiny_loaders):
     train = tiny_loaders[0]
     sample = class_sample(train, 4, seed=0)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from utils import checkpoint, pipeline
 from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
 from utils.data_loader import BatchLoader
+from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.inspection import Artifact
 from utils.pipeline import Outcome
@@ -87,7 +88,7 @@ class Origin:
     digest: str | None = None
 
 
-# --- where the model comes from ------------------------------------------------------------------------------------
+# --- where the data and the model come from ------------------------------------------------------------------------
 
 
 def recorded_origin(artifact: Artifact) -> Origin:
@@ -96,6 +97,19 @@ def recorded_origin(artifact: Artifact) -> Origin:
         return Origin(artifact.content.get("starting_checkpoint"), artifact.content.get("starting_digest"))
     card = checkpoint.read_card(artifact.path) or {}
     return Origin(card.get("starting_checkpoint"), card.get("config", {}).get("start"))
+
+
+def recorded_data(artifact: Artifact, start: Path | None) -> dict[str, Any]:
+    """The options of the data that a run card names, as far as it does: dataset, data_dir, image_size, val_split,
+    precision. The card is the artifact's own or, where it has none, as a best allocation, that of its `start`.
+    """
+    card = checkpoint.read_card(artifact.path) or (start and checkpoint.read_card(start)) or {}
+    config, known = card.get("config", {}), card.get("input", {})
+    found = {name: config[name] for name in ("val_split", "precision") if name in config}
+    dataset = known.get("dataset") or config.get("dataset", "").rpartition(", ")[0]
+    if dataset in DATASETS:
+        found |= {"dataset": dataset, **{name: known[name] for name in ("data_dir", "image_size") if name in known}}
+    return found
 
 
 def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | None:

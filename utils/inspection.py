@@ -190,7 +190,7 @@ def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable
 def _describe_training_checkpoint(content: Mapping[str, Any]) -> Sections:
     training = {key: content[key] for key in ("acc", "epoch") if key in content}
     return {**describe_weights(content["net"]), "training": training, "arguments": content.get("args"),
-            "other entries": entry_rows(content, skip=("net", "acc", "epoch", "args"), depth=1)}
+            "other entries": entry_rows(content, skip=("net", "acc", "epoch", "args", "input"), depth=1)}
 
 
 def _describe_other(content: Mapping[str, Any]) -> Sections:
@@ -299,7 +299,10 @@ def describe(artifact: Artifact) -> Sections:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
-    if card := read_card(artifact.path):
+    card = read_card(artifact.path)
+    if known := (card or {}).get("input") or (artifact.content.get("input") if artifact.kind in MODEL_KINDS else None):
+        sections["input"] = known
+    if card:
         facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
         sections |= {"run card": facts, "arguments": sections.get("arguments") or card.get("config")}
     kept = {key: value for key, value in sections.items() if key == "model" or value not in (None, [], {})}

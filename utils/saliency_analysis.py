@@ -187,7 +187,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="Rademacher vectors for every 8 images of a class (hessian)")
     parser.add_argument("--threshold_percentile", type=positive_float, default=90.0,
                         help="a weight is important for a class above this percentile of its layer")
-    parser.add_argument("--few_classes", type=positive_int, default=3, help="how many classes are few")
+    parser.add_argument("--few_classes", type=positive_int,
+                        help="how many classes are few; default: three in ten of them")
     parser.add_argument("--save_dir", type=Path, help="default: saliency_analysis/{m_name} under --root")
     add_run_options(parser)
     args = parser.parse_args(argv)
@@ -199,6 +200,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.precision = "fp32"
     args.measure = [measure for measure in MEASURES if measure in args.measure]
     return args
+
+
+def default_few_classes(classes: int) -> int:
+    """How many of the data set's classes are few: three in ten, at least one."""
+    return max(1, round(0.3 * classes))
 
 
 def load_model(run: Run, args: argparse.Namespace) -> pipeline.Outcome:
@@ -270,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Computes the measures, analyses them, writes CSV files, figures and a card."""
     args = parse_args(argv)
     run = open_run(args)
+    args.few_classes = args.few_classes or default_few_classes(len(run.data.classes))
     if args.few_classes >= len(run.data.classes):
         raise UserError(f"--few_classes {args.few_classes} is not few of {len(run.data.classes)} classes; "
                         "use a smaller number")
