@@ -14,18 +14,19 @@ import torch
 from torch import nn
 
 import inspect_checkpoint
-from tests.conftest import assert_user_error
-from utils import checkpoint, finetuning, inspection
+from tests.conftest import REPOSITORY, assert_user_error
+from utils import checkpoint, datasets, finetuning, inspection
 from utils.allocation import AllocationProblem
-from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
+from utils.analysis_utils import clone_model, get_masks, load_model_state, prunable_layers, set_masks
 from utils.controller import RegrowthPolicyGradient, SearchConfig
+from utils.data_loader import BatchLoader
 from utils.errors import UserError
 from utils.finetuning import Origin, Phase, Source
 from utils.inspection import describe, load_artifact, render
 from utils.model_loader import model_loader
 from utils.regrowth import ReferenceBasedRegrowth
 from utils.run import script
-from utils.training import FINETUNE_FINAL, Recipe, Trainer
+from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate
 
 # --- recognition ---------------------------------------------------------------------------------------------------
 
@@ -572,3 +573,23 @@ def test_what_a_model_needs_to_know_of_its_input_is_shown(tmp_path):
     path = carded(saved(resnet(0.5).state_dict(), tmp_path, "pruned.pth"), config={}, input=known)
     text = inspect_checkpoint.inspection.render(describe(load_artifact(path)))
     assert "rose, tulip" in text and "0.5000, 0.4000, 0.3000" in text
+
+
+def test_the_readme_loads_the_shipped_model_in_plain_pytorch(image_folder, tmp_path, monkeypatch, capsys):
+    blocks = (REPOSITORY / "README.md").read_text().split("```python\n")
+    (example,) = [block.split("```")[0] for block in blocks if block.startswith("import json, torch")]
+    (tmp_path / "data").symlink_to(image_folder)
+    (tmp_path / "results").symlink_to(REPOSITORY / "results")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    known, data = names["known"], datasets.load_dataset("cifar10", image_folder)
+    assert known["classes"] == list(datasets.CIFAR10_CLASSES) and known["image_size"] == 32
+    model = model_loader("resnet20", seed=0)
+    load_model_state(model, checkpoint.load_checkpoint(Path(names["path"] + ".pth")))
+    mean, std = (255 * np.array(known[key]) for key in ("mean", "std"))
+    loader = BatchLoader(data.test_images, data.test_targets, 500, mean=mean, std=std)
+    assert f"{evaluate(model.eval(), loader, 'fp32').accuracy:.2f} %" in capsys.readouterr().out
+    ((inputs, _),) = list(loader)
+    mine = torch.stack([image for image, _ in names["images"]])
+    assert torch.allclose(mine, inputs, atol=1e-5) and torch.allclose(names["model"](mine), model(inputs), atol=1e-4)
