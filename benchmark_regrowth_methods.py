@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     stage2_arguments(args)  # raises on sparsities that do not go together
     earlier = report.load_earlier(args.compare) if args.compare else None
-    folder = args.save_dir or args.root.expanduser() / "benchmark" / args.m_name
+    folder = args.save_dir or args.root / "benchmark" / args.m_name
     checkpoint.ensure_writable(folder, "--save_dir")
     partial = folder / "episodes.partial.csv"
     with tempfile.TemporaryDirectory() as temporary:

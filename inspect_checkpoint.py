@@ -16,10 +16,10 @@ from utils import finetuning, inspection
 from utils.errors import UserError
 from utils.finetuning import Phase, Plan
 from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
-from utils.models import MODELS
 from utils.pipeline import Outcome
 from utils.run import (
     ArgumentParser,
+    add_model_option,
     add_overwrite_options,
     add_run_options,
     open_run,
@@ -48,7 +48,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # None: not given, so that the run card of the artifact decides first
     parser.set_defaults(defaults={name: parser.get_default(name) for name in DATA}, **dict.fromkeys(DATA))
     args = parser.parse_args(argv)
-    args.root = args.root.expanduser()
     check_options(args, [*optional, "resume", "overwrite"])
     return args
 
@@ -58,7 +57,7 @@ def _add_finetuning(parser: argparse.ArgumentParser) -> list[str]:
     group = parser.add_argument_group("finetuning")
     single = group.add_mutually_exclusive_group()
     options = [
-        group.add_argument("--model", "--m_name", dest="m_name", choices=list(MODELS), help="default: recognised"),
+        add_model_option(group, text="default: recognised", required=False),
         group.add_argument("--epochs", type=positive_int, help=f"default: {FINETUNE_FINAL.epochs}"),
         group.add_argument("--lr", type=positive_float, help=f"learning rate, default: {FINETUNE_FINAL.lr}"),
         group.add_argument("--patience", type=positive_int, help="epochs without a better validation accuracy before "
@@ -163,7 +162,7 @@ def print_report(outcome: Outcome) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Describes the file, or finetunes from it."""
     args = parse_args(argv)
-    artifact = load_artifact(args.file.expanduser(), args.type)
+    artifact = load_artifact(args.file, args.type)
     if not args.finetune:
         description = inspection.describe(artifact)
         print(json.dumps(description, indent=2) if args.json else inspection.render(description))

@@ -28,13 +28,13 @@ from experiments.published import (  # noqa: E402
 )
 from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
-from utils.models import MODELS  # noqa: E402
 from utils.pipeline import Outcome, PruneStep  # noqa: E402
 from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
+    add_model_option,
     add_overwrite_options,
     add_run_options,
     count,
@@ -54,7 +54,7 @@ AMOUNT = 0.4  # of setting A
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--m_name", choices=list(MODELS), default=PUBLISHED_MODEL, help="network")
+    add_model_option(parser, default=PUBLISHED_MODEL)
     parser.add_argument("--rows", nargs="+", default=list(PUBLISHED), metavar="ROW",
                         help="A, B, R (all of a setting) or single ones such as B:0.99")
     parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="each a training of its own")
@@ -126,7 +126,7 @@ def measure(run: Run, args: argparse.Namespace, entry: Entry) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, seed by seed, and puts it beside the published tables."""
     args = parse_args(argv)
-    folder = args.save_dir or args.root.expanduser() / "vgg16_tables" / args.m_name
+    folder = args.save_dir or args.root / "vgg16_tables" / args.m_name
     config = {key: getattr(args, key) for key in ("m_name", "max_epochs", "lr", "iterative_epochs", "finetune_epochs",
                                                   "finetune_lr", "method", "allocation", "search_budget", "dataset",
                                                   "val_split", "precision")}

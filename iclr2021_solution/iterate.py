@@ -41,7 +41,7 @@ from utils.training import Recipe  # noqa: E402
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
-    add_model_option(parser, "--model", "--m_name")
+    add_model_option(parser)
     parser.add_argument("--pruner", choices=list(PRUNERS), default="lamp", help="which weights go")
     add_iteration_options(parser, iter_end=10, amount="prune rate of an iteration, instead of the model's own")
     parser.add_argument("--cuda", type=count, metavar="N", help="GPU number, short for --device cuda:N")

@@ -63,8 +63,8 @@ def ensure_writable(directory: Path, option: str = "--root") -> None:
 
     UserError otherwise, naming the `option` that chooses the place.
     """
-    there = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     try:
+        there = next(path for path in (directory, *directory.resolve().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -130,7 +130,7 @@ def save_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{item:.6g}" if isinstance(item, float) else item for key, item in row.items()})
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # a folder's name may be no UTF-8
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def file_digest(path: Path) -> str:
 def read_card(artifact: Path) -> dict[str, Any] | None:
     """The run card of an artifact, or None when there is none that belongs to these very bytes."""
     try:
-        card = json.loads(card_path(artifact).read_text())
-    except (OSError, ValueError):
+        card = json.loads(card_path(artifact).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     if not isinstance(card, dict) or not artifact.is_file() or card.get("sha256") != file_digest(artifact):
         return None

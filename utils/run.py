@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import platform
 import shlex
 import sys
@@ -28,26 +30,57 @@ from utils.seeding import derive_seed
 # --- options -------------------------------------------------------------------------------------------------------
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one."""
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Wraps paragraphs and long choices at the terminal's width; shows a default where there is one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(_Formatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        if _has_many_choices(action):
+            return lambda number: (default_metavar,) * number
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {None: action.dest.upper(), Path: "PATH"}.get(action.type, "N")
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if isinstance(action.default, list) and action.help:
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        text = action.help
+        if text and _has_many_choices(action):
+            text += f"; one of {', '.join(action.choices)}"
+        if text and isinstance(action.default, list):
+            text += f" (default: {' '.join(map(str, action.default))})"
+        elif text and action.default not in (None, False, argparse.SUPPRESS) and "%(default)" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+def _has_many_choices(action: argparse.Action) -> bool:
+    """Whether the choices would make a word too long for a line; the help names them instead."""
+    return action.metavar is None and len(",".join(action.choices or ())) > (20 if action.nargs == "+" else 40)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line errors, default values in the help, and no abbreviated flags."""
+    """argparse with one-line errors, default values in the help, ``~`` in every path, and no abbreviated flags."""
 
     def __init__(self, description: str | None = None):
         """description: usually the script's docstring."""
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=_Formatter)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse; ``~/x`` and ``--option=~/x`` mean the home folder, also where no shell has replaced it."""
+        words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
         self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
+
+
+def _at_home(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("-") else os.path.expanduser(word)
 
 
 def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -58,7 +91,8 @@ def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: 
         except ValueError:
             value = None
         if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}")
+            meant = f"; did you mean {value / 100:.10g}?" if value and value > 1 and accepts(value / 100) else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}{meant}")
         return value
     return parse
 
@@ -70,10 +104,10 @@ count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
-def add_model_option(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """The model's name (`--m_name`, or the given flags)."""
-    parser.add_argument(*(flags or ("--m_name",)), dest="m_name", choices=list(MODELS), required=True,
-                        help="network to use")
+def add_model_option(parser: Any, default: str | None = None, text: str = "network to use", **more: Any) -> Any:
+    """The model's name, `--m_name` or `--model`; required unless there is a default or `more` says otherwise."""
+    return parser.add_argument("--m_name", "--model", dest="m_name", choices=list(MODELS), default=default, help=text,
+                               **{"required": default is None, **more})
 
 
 def add_run_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
@@ -197,16 +231,16 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     args: a namespace with the options of `add_run_options` and `m_name`; data: instead of what the options name.
     Nothing but an empty folder is written.
     """
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a program without a console has none; bars and notes need one
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
-    root = args.root.expanduser()
-    ensure_writable(root)
+    ensure_writable(args.root)
     torch.backends.cudnn.benchmark = True  # fixed batch shapes: let cuDNN choose its fastest kernels
-    data = data or load_dataset(args.dataset, args.data_dir.expanduser(), args.image_size)
+    data = data or load_dataset(args.dataset, args.data_dir, args.image_size)
     if data.image_size != SIDE:
         check_image_size(args.m_name, data.image_size)
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
-    return Run(args.m_name, args.seed, args.val_split, device, precision, root, data, train, val, test,
+    return Run(args.m_name, args.seed, args.val_split, device, precision, args.root, data, train, val, test,
                command=command_line(), place={"dataset": args.dataset, "data_dir": str(args.data_dir)})
 
 
@@ -235,16 +269,51 @@ def _resume_command() -> str:
     return command if any(word.split("=")[0] in ("--resume", "-r") for word in sys.argv) else f"{command} --resume"
 
 
+class _Pipe(io.FileIO):
+    """An output whose reader may leave, as ``| head`` does: what is written after that is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _make_output_safe() -> None:
+    """Nothing that is printed stops a run, though the reader has left or the encoding lacks a name's letters.
+
+    An output that is not Python's own, as in a notebook, stays as it is.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:
+            stream.reconfigure(errors="backslashreplace")
+            if not stream.isatty():
+                pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+def _os_error_line(error: OSError) -> str:
+    """``/path/of/file: permission denied``"""
+    return ": ".join(map(str, filter(None, (error.filename, (error.strerror or str(error)).lower()))))
+
+
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True) -> NoReturn:
     """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
 
-    resumable: whether the script has `--resume`.
+    A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`.
     """
+    _make_output_safe()
     try:
         main(None)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # raised by a library, not by the system
+            raise
+        print(f"error: {_os_error_line(error)}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         if not resumable:
             print("\ninterrupted; run the same command again", file=sys.stderr)

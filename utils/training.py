@@ -149,8 +149,9 @@ class Trainer:
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
             self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
+        interval = 0.5 if getattr(sys.stderr, "isatty", bool)() else 20  # a notebook's stderr may have no isatty
         with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
-                  disable=not show, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+                  disable=not show, dynamic_ncols=True, mininterval=interval) as bar:
             while not self.finished:
                 row = self._run_epoch(bar)
                 self._keep_best(row["val_acc"])
