@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import RunFailed, UserError
 
 
 def test_sparsity_in_file_names():
@@ -88,10 +92,64 @@ def test_missing_truncated_and_foreign_files_are_one_line_errors(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_numpy_values_of_published_checkpoints_load(tmp_path):
-    torch.save({"acc": np.float64(91.5), "allocation": np.array([1, 2], dtype=np.int64)}, tmp_path / "old.pth")
+@pytest.mark.parametrize("kind", [kind for kind in np.typecodes["All"] if kind not in "OV"])
+def test_numpy_values_of_every_plain_dtype_load(kind, tmp_path):
+    values = np.array([1, 0, 1]).astype("M8[s]" if kind == "M" else kind)
+    torch.save({"acc": values[0], "allocation": values}, tmp_path / "old.pth")
     loaded = checkpoint.load_checkpoint(tmp_path / "old.pth")
-    assert loaded["acc"] == 91.5 and loaded["allocation"].tolist() == [1, 2]
+    assert loaded["acc"] == values[0] and loaded["allocation"].dtype == values.dtype
+    assert loaded["allocation"].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("package", [b"numpy.core", b"numpy._core"])
+def test_numpy_values_load_whatever_numpy_wrote_them(package, tmp_path):
+    buffer = io.BytesIO()
+    torch.save({"acc": np.float64(91.5), "a": np.arange(3)}, buffer, _use_new_zipfile_serialization=False)
+    here = np.zeros(1).__reduce__()[0].__module__.rpartition(".")[0].encode()  # numpy.core before NumPy 2
+    assert here + b".multiarray" in buffer.getvalue()
+    (tmp_path / "a.pth").write_bytes(buffer.getvalue().replace(here + b".multiarray", package + b".multiarray"))
+    loaded = checkpoint.load_checkpoint(tmp_path / "a.pth")
+    assert loaded["acc"] == 91.5 and loaded["a"].tolist() == [0, 1, 2]
+
+
+def test_an_error_that_is_not_damage_is_not_called_damage(tmp_path, monkeypatch):
+    path = tmp_path / "whole.pth"
+    torch.save({"net": nn.Linear(2, 2)}, path)
+    with pytest.raises(UserError, match=r"holds torch.nn.modules.linear.Linear, a Python object.* refused") as error:
+        checkpoint.load_checkpoint(path)
+    assert "damaged" not in str(error.value)
+
+    def fail(*_, **__):
+        raise AttributeError("module 'torch' has no attribute 'new'")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="AttributeError: module 'torch' has no attribute 'new'") as error:
+        checkpoint.load_checkpoint(path)
+    assert "damaged" not in str(error.value)
+    with pytest.raises(UserError, match="cannot read .*: File name too long"):
+        checkpoint.load_checkpoint(tmp_path / ("x" * 300))
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UserError, match="cannot read .*: Permission denied"):
+        checkpoint.load_checkpoint(path)
+
+
+def test_no_message_is_longer_than_600_characters_and_the_end_stays():
+    message = str(UserError("a.pth does not fit: " + "layer.weight\n" * 2000 + "; use another file"))
+    assert len(f"error: {message}") < 600 and "\n" not in message
+    assert message.startswith("a.pth does not fit: ") and message.endswith("; use another file")
+    left_out = int(re.search(r"\[\.\.\. ([\d,]+) characters left out \.\.\.\]", message)[1].replace(",", ""))
+    assert left_out + 540 == len("a.pth does not fit: ") + 2000 * 13 + len("; use another file")
+    assert str(RunFailed("x" * 590)) == "x" * 590
+
+
+def test_saved_tensors_are_contiguous_whatever_they_were_trained_in(tmp_path):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+    checkpoint.save_checkpoint({"net": model.state_dict()}, tmp_path / "a.pth")
+    loaded = checkpoint.load_checkpoint(tmp_path / "a.pth")["net"]["weight"]
+    assert torch.equal(loaded.view(-1), model.weight.detach().contiguous().view(-1))
 
 
 def test_a_card_counts_only_for_the_very_bytes_it_describes(tmp_path):
@@ -108,8 +166,9 @@ def test_a_card_counts_only_for_the_very_bytes_it_describes(tmp_path):
 
 def test_model_state_is_found_in_every_layout():
     state = {"w": torch.ones(1)}
-    for loaded in (state, {"net": state, "acc": 1.0}, {"state_dict": state}, {"model": state, "epoch": 3}):
-        assert checkpoint.model_state(loaded, "x")["w"] is state["w"]
+    for loaded in (state, {"net": state, "acc": 1.0}, {"state_dict": state}, {"model": "resnet20", "state_dict": state},
+                   {"model": state, "epoch": 3}, {"model_state_dict": state, "optimizer_state_dict": {}}):
+        assert checkpoint.find_state(loaded) is state and checkpoint.model_state(loaded, "x") == state
     with pytest.raises(UserError, match="no model weights"):
         checkpoint.model_state({"allocation": [1, 2]}, "x.pth")
 

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from utils.checkpoint import has_mask_entries, model_state
 from utils.drift import BlockwiseFeatureExtractor, compute_block_ssim  # noqa: F401  (published under this module's name)
-from utils.errors import UserError
+from utils.errors import UserError, note
 
 
 class PruneCounts(NamedTuple):
@@ -34,8 +36,13 @@ class PruneCounts(NamedTuple):
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Conv2d and Linear of the model by name, in `named_modules` order; their `weight` is what is pruned."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    """Every Conv2d and Linear of the model by name, in `named_modules` order; their `weight` is what is pruned.
+
+    Left out is the output projection of `nn.MultiheadAttention`, whose weight is read without the layer being called: a
+    mask would freeze it.
+    """
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, NonDynamicallyQuantizableLinear)}
 
 
 def _is_masked(layer: nn.Module) -> bool:
@@ -157,24 +164,34 @@ def clone_model(model: nn.Module) -> nn.Module:
 def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> None:
     """Load a masked or a dense state dict, strictly; the model's masks are put on or removed to match.
 
-    A `module.` prefix on all names is dropped. Raises UserError, with the model unchanged, if an entry is missing,
-    unexpected or of another shape or a mask is not 0/1: it names `source` (a file, say) and the first few entries.
+    state_dict: also a checkpoint that holds one; `utils.checkpoint.model_state` brings it into this project's form, and
+    what it changed is said on stderr. Raises UserError, with the model unchanged, if an entry is missing, unexpected,
+    of another shape or not finite, or a mask is not 0/1: it names `source` (a file, say) and the first few entries.
     """
-    if not isinstance(state_dict, Mapping) or not all(isinstance(v, Tensor) for v in state_dict.values()):
-        raise UserError(f"{source} is not a state dict: it must map names to tensors")
-    if all(key.startswith("module.") for key in state_dict):
-        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    masked = any(key.endswith(("weight_orig", "weight_mask")) for key in state_dict)
-    problems = _differences(_expected_shapes(model, masked), state_dict)
-    if problems:
-        raise UserError(f"{source} does not fit this model, it looks like another model's: {'; '.join(problems)}")
-    bad = [key for key, value in state_dict.items() if key.endswith("weight_mask") and not _is_binary(value)]
-    if bad:
+    layers = prunable_layers(model)
+    state = model_state(state_dict, source, layers, lambda text: note(f"{source}: {text}"))
+    masked = has_mask_entries(state)
+    expected = _expected_shapes(model, masked)
+    if problems := _differences(expected, state):
+        guess = ", it looks like another model's" if _is_other_model(expected, state) else ""
+        raise UserError(f"{source} does not fit this model{guess}: {'; '.join(problems)}")
+    if bad := [key for key, value in state.items() if key.endswith("weight_mask") and not _is_binary(value)]:
         raise UserError(f"{source} holds masks with values other than 0 and 1: {_first_few(bad)}")
+    if bad := [key for key, value in state.items() if not bool(value.isfinite().all())]:
+        raise UserError(f"{source} holds values that are not finite (NaN or infinite), nothing can come of it: "
+                        f"{_first_few(bad)}")
     (add_masks if masked else remove_masks)(model)
-    model.load_state_dict(state_dict)
-    for layer in prunable_layers(model).values() if masked else ():
+    model.load_state_dict(state)
+    for layer in layers.values() if masked else ():
         _refresh(layer)
+
+
+def _is_other_model(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> bool:
+    """Whether more than one layer, and a fifth of the model's, is there on one side only."""
+    mine, theirs = ({key.rpartition(".")[0] for key, shape in shapes.items()
+                     if key.rpartition(".")[2] in ("weight", "weight_orig") and len(shape) in (2, 4)}
+                    for shapes in (expected, {key: value.shape for key, value in found.items()}))
+    return len(mine ^ theirs) > max(1, len(mine) // 5)
 
 
 def _expected_shapes(model: nn.Module, masked: bool) -> dict[str, torch.Size]:

@@ -9,10 +9,12 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 # --- paths ---------------------------------------------------------------------------------------------------------
 
@@ -99,8 +101,8 @@ def _canonical(value: Any) -> Any:
     A pickle depends on which strings and containers are the same object; that differs between a run that was resumed
     and one that was not.
     """
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+    if isinstance(value, Tensor):  # contiguous, whatever the memory format it is trained in: view(-1) works on it
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if isinstance(value, str):
         return sys.intern(value)
     if isinstance(value, Mapping):
@@ -135,35 +137,56 @@ def save_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 # --- loading -------------------------------------------------------------------------------------------------------
 
-def _safe_globals() -> list[Any]:
-    """What numpy scalars and arrays in already published checkpoints are made of; none of it can run code."""
-    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    old_names = [(scalar, "numpy.core.multiarray.scalar"), (rebuild, "numpy.core.multiarray._reconstruct")]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "b1")]
-    return [np.ndarray, np.dtype, scalar, rebuild, *old_names, *kinds]
+@lru_cache(maxsize=1)
+def _allow_numpy() -> None:
+    """Lets PyTorch load NumPy scalars and arrays of plain dtypes, written under NumPy 1 or 2; none can run code."""
+    kinds = [type(np.dtype(kind)) for kind in np.typecodes["All"] if kind not in "OV"]
+    makers = [_in_module(maker, f"{package}.multiarray") for package in ("numpy.core", "numpy._core")
+              for maker in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])]
+    def encode(text: str, encoding: str) -> bytes:  # how a pickle of torch.save holds bytes; PyTorch 2.5 has it itself
+        return text.encode("latin1")
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *makers, *kinds, _in_module(encode, "_codecs")])
+
+
+def _in_module(function: Callable[..., Any], module: str) -> Callable[..., Any]:
+    """The function as if defined in `module`: PyTorch before 2.6 goes by the function's own name."""
+    def call(*args: Any) -> Any:
+        return function(*args)
+    call.__module__, call.__name__, call.__qualname__ = module, function.__name__, function.__name__
+    return call
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Loads a checkpoint without executing anything in it (``weights_only=True``).
 
-    Raises UserError in one line when the file is missing, is no checkpoint, is truncated, or holds anything but
-    tensors, numpy values and plain containers.
+    Raises UserError in one line that names the reason when the file is missing, may not be read, is no checkpoint, is
+    truncated, or holds anything but tensors, numpy values and plain containers.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    _allow_numpy()
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error below says it in one line
             return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported global" in str(error):
-            raise UserError(f"{path} holds Python objects that would run code when loaded; refused, nothing was "
-                            "executed. Only checkpoints of tensors and plain values can be read") from error
-        raise UserError(f"{path} is not a readable PyTorch checkpoint (damaged or of another kind)") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is not a readable PyTorch checkpoint (truncated, damaged or of another kind)") \
-            from error
+    except Exception as error:
+        raise UserError(f"{path} {_load_problem(error)}") from error
+
+
+def _load_problem(error: Exception) -> str:
+    """Why PyTorch could not load a file; called damage only where the file itself cannot be taken apart."""
+    text = str(error).split("WeightsUnpickler error: ")[-1]
+    if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", text)):
+        return (f"holds {refused[1]}, a Python object that could run code when loaded; refused, nothing was executed. "
+                "Save tensors and plain values only, as torch.save(model.state_dict(), FILE) does")
+    reason = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no details'}"
+    damaged = isinstance(error, (EOFError, pickle.UnpicklingError)) or "PytorchStreamReader" in text
+    return f"is not a readable PyTorch checkpoint{' (truncated, damaged or of another kind)' * damaged}: {reason[:200]}"
 
 
 def file_digest(path: Path) -> str:
@@ -182,14 +205,106 @@ def read_card(artifact: Path) -> dict[str, Any] | None:
     return card
 
 
-def model_state(loaded: Any, source: str | Path) -> dict[str, Tensor]:
-    """The state dict inside a loaded checkpoint: the value itself, or its `net`, `state_dict` or `model` entry.
+# --- state dicts ---------------------------------------------------------------------------------------------------
 
-    Raises UserError when there is none.
+STATE_KEYS = ("net", "model_state_dict", "state_dict", "model")  # under which a training checkpoint has its weights
+WRAPPERS = ("module.", "model.", "net.")  # prefixes of data-parallel training and of trainers' wrappers
+PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
+                          torch.int8, torch.int16, torch.int32, torch.int64})
+LARGEST = 2**30  # elements; a tensor of more can only be a mistake, or a view that would fill the memory
+SPARSE_FROM = 1e-3  # share of weights that are exactly 0; by chance it is below 1e-6
+
+
+def find_state(loaded: Any) -> Mapping[str, Tensor] | None:
+    """The state dict in a loaded checkpoint: the value itself, or the entry of it that `STATE_KEYS` name; else None."""
+    entries = [loaded[key] for key in STATE_KEYS if key in loaded] if isinstance(loaded, Mapping) else []
+    return next((value for value in (loaded, *entries) if isinstance(value, Mapping) and value and all(
+        isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())), None)
+
+
+def model_state(loaded: Any, source: str | Path, layers: Collection[str] | None = None,
+                say: Callable[[str], Any] = lambda text: None) -> dict[str, Tensor]:
+    """The state dict inside a loaded checkpoint in this project's own form, whoever wrote it.
+
+    Without wrappers' prefixes; sparse tensors dense; counters of batch normalisation, which old files lack, filled in;
+    masks for all of the `layers` or none. Masks that other parameters have are multiplied out. Where weights without a
+    mask are exactly 0, more than by chance, masks are made from them. layers: names of the layers that masks are for
+    (None: those whose `weight` has 2 or 4 dimensions); say: is told what a user should know. Raises UserError, naming
+    `source`, for what is no state dict or holds tensors of a kind that no model has.
     """
-    candidates = [loaded] + [loaded[key] for key in ("net", "state_dict", "model")
-                             if isinstance(loaded, Mapping) and key in loaded]
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
-            return dict(candidate)
-    raise UserError(f"{source} holds no model weights (expected a state dict, or a dict with 'net')")
+    found = find_state(loaded)
+    if found is None:
+        raise UserError(f"{source} holds no model weights: expected a state dict (names to tensors), or a dict that "
+                        f"has one as {', '.join(map(repr, STATE_KEYS))}")
+    state = {key: _plain_tensor(value, key, source) for key, value in _without_prefixes(found, layers or ()).items()}
+    state = _multiply_out(state, layers, say)
+    for key in [key for key in state if _last(key) == "running_var"]:
+        state.setdefault(key.removesuffix("running_var") + "num_batches_tracked", torch.tensor(0))
+    return _complete_masks(state, layers, say)
+
+
+def has_mask_entries(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has a mask for any weight."""
+    return any(_last(key) == "weight_mask" for key in state)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _maskable(key: str, value: Tensor, layers: Collection[str] | None) -> bool:
+    """Whether an entry is the weight, masked or not, of a layer that masks are for."""
+    layer, _, name = key.rpartition(".")
+    return name in ("weight", "weight_orig") and (value.dim() in (2, 4) if layers is None else layer in layers)
+
+
+def _without_prefixes(state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """Names as the model itself has them; a prefix that is the name of a module of the model stays."""
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}  # of torch.compile, at any depth
+    for prefix in WRAPPERS * 2:
+        if all(key.startswith(prefix) for key in state) and not any(name.startswith(prefix) for name in layers):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _plain_tensor(value: Tensor, key: str, source: str | Path) -> Tensor:
+    problem = ("is a meta tensor, without values" if value.is_meta else
+               "is a nested tensor" if value.is_nested else
+               f"is of type {str(value.dtype).removeprefix('torch.')}" if value.dtype not in PLAIN_DTYPES else
+               f"has {value.numel():,} elements" if value.numel() > LARGEST else None)
+    if problem:
+        raise UserError(f"{source}: {key} {problem}; only ordinary tensors of floats, whole numbers or bools serve")
+    value = value.detach()
+    return value if value.layout == torch.strided else value.to_dense()
+
+
+def _multiply_out(state: dict[str, Tensor], layers: Collection[str] | None, say: Callable[[str], Any]
+                  ) -> dict[str, Tensor]:
+    """Biases and other parameters that have masks as plain parameters."""
+    stems = [key.removesuffix("_orig") for key, value in state.items() if key.endswith("_orig")
+             and not _maskable(key, value, layers) and key.removesuffix("_orig") + "_mask" in state
+             and state[key.removesuffix("_orig") + "_mask"].shape == value.shape]
+    if stems:
+        say(one_line("only weights of Conv2d and Linear keep masks; these are multiplied out, and what they prune is 0 "
+                     f"but trains on: {', '.join(stems)}"))
+    masks = {f"{stem}_orig": state.pop(f"{stem}_mask") for stem in stems}
+    return {key.removesuffix("_orig") if key in masks else key: value * masks[key] if key in masks else value
+            for key, value in state.items()}
+
+
+def _complete_masks(state: dict[str, Tensor], layers: Collection[str] | None, say: Callable[[str], Any]
+                    ) -> dict[str, Tensor]:
+    """Masks for layers without one: from exact zeros where there are many, else, if others have masks, all ones."""
+    bare = {key: value for key, value in state.items() if _last(key) == "weight" and _maskable(key, value, layers)}
+    total = sum(value.numel() for value in bare.values())
+    zeros = total - sum(int(value.count_nonzero()) for value in bare.values())
+    sparse = zeros > SPARSE_FROM * total
+    if not (sparse or has_mask_entries(state)):
+        return state
+    if sparse:
+        say(f"{zeros:,} of {total:,} weights without a mask are exactly 0; they count as pruned and stay 0")
+    complete: dict[str, Tensor] = {}
+    for key, value in state.items():
+        mask = (value != 0).to(value.dtype) if sparse else torch.ones_like(value)
+        complete |= {f"{key}_orig": value, f"{key}_mask": mask} if key in bare else {key: value}
+    return complete

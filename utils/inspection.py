@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import load_checkpoint, model_state, read_card
-from utils.errors import UserError
+from utils.checkpoint import find_state, has_mask_entries, load_checkpoint, model_state, read_card
+from utils.errors import UserError, one_line
 from utils.model_loader import model_loader
 from utils.models import MODELS
 from utils.regrowth_record import LayerRecord
@@ -56,7 +56,7 @@ class Artifact:
         if self.kind not in MODEL_KINDS:
             raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint "
                             "or a best allocation")
-        return without_prefix(model_state(self.content, self.path))
+        return dict(find_state(self.content))
 
 
 def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
@@ -79,12 +79,11 @@ def _holds(content: Any, *keys: str) -> bool:
     return isinstance(content, Mapping) and set(keys) <= set(content)
 
 
-def _is_state(content: Any) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
-
-
-def _has_masks(state: Mapping[str, Tensor]) -> bool:
-    return any(key.endswith("weight_mask") for key in state)
+def _is_model(content: Any, *, masked: bool, bare: bool) -> bool:
+    """Whether it is a state dict (bare) or has one as an entry, with masks or without."""
+    state = find_state(content)
+    return state is not None and (state is content) == bare and has_mask_entries(state) == masked and (
+        masked or not bare or bool(layer_rows(state)))
 
 
 def _is_search(content: Any) -> bool:
@@ -93,10 +92,6 @@ def _is_search(content: Any) -> bool:
 
 def _is_progress(content: Any) -> bool:
     return _holds(content, "config", "trainer") and _holds(content["trainer"], "model", "epoch", "history")
-
-
-def _is_training_checkpoint(content: Any) -> bool:
-    return _holds(content, "net") and _is_state(content["net"])
 
 
 def _is_other(content: Any) -> bool:
@@ -116,17 +111,11 @@ class LayerRow(NamedTuple):
     sparsity: float
 
 
-def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without the ``module.`` prefix of data-parallel training, where all names have it."""
-    shared = all(key.startswith("module.") for key in state)
-    return {key.removeprefix("module.") if shared else key: value for key, value in state.items()}
-
-
 def layer_rows(state: Mapping[str, Tensor]) -> list[LayerRow]:
     """One row for each Conv2d or Linear weight; without a mask, weights that are exactly 0 count as pruned."""
     rows = []
     for key, value in state.items():
-        if not key.endswith(("weight", "weight_orig")) or value.dim() not in (2, 4):
+        if key.rpartition(".")[2] not in ("weight", "weight_orig") or value.dim() not in (2, 4):
             continue
         stem = key.removesuffix("_orig").removesuffix("weight")
         active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
@@ -144,6 +133,9 @@ def _layout(name: str, classes: int) -> dict[str, torch.Size]:
 
 def guess_model(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
     """Name and number of classes of the model whose state dict, dense or masked, has these names and shapes."""
+    if not state:
+        return None
+    state = model_state(state, "state dict")
     shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: value.shape
               for key, value in state.items() if not key.endswith("weight_mask")}
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
@@ -166,12 +158,13 @@ def models_with_layers(layers: Iterable[str]) -> list[str]:
 
 def describe_weights(state: Mapping[str, Tensor]) -> Sections:
     """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict."""
-    state = without_prefix(state)
+    masks, warnings = has_mask_entries(state), []
+    state = model_state(state, "state dict", say=warnings.append)
     rows, guess = layer_rows(state), guess_model(state)
     weights, active = sum(row.weights for row in rows), sum(row.active for row in rows)
-    return {"model": guess and guess[0], "classes": guess and guess[1], "masks": _has_masks(state),
+    return {"model": guess and guess[0], "classes": guess and guess[1], "masks": masks,
             "sparsity": 1 - active / weights if weights else 0.0, "weights": weights, "active": active,
-            "layers": [row._asdict() for row in rows], "warnings": list(_problems(state, rows))}
+            "layers": [row._asdict() for row in rows], "warnings": warnings + list(_problems(state, rows))}
 
 
 def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable[str]:
@@ -181,7 +174,7 @@ def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable
     if any(not bool(torch.isfinite(value).all()) for value in state.values()):
         yield "there are values that are not finite"
     if empty := [row.layer for row in rows if not row.active]:
-        yield f"nothing is left in {', '.join(empty)}"
+        yield one_line(f"nothing is left in {', '.join(empty)}")
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------
@@ -189,16 +182,14 @@ def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable
 
 def _describe_training_checkpoint(content: Mapping[str, Any]) -> Sections:
     training = {key: content[key] for key in ("acc", "epoch") if key in content}
-    return {**describe_weights(content["net"]), "training": training, "arguments": content.get("args"),
-            "other entries": entry_rows(content, skip=("net", "acc", "epoch", "args", "input"), depth=1)}
+    state = find_state(content)
+    known = ("acc", "epoch", "args", "input", *(key for key, value in content.items() if value is state))
+    return {**describe_weights(state), "training": training, "arguments": content.get("args"),
+            "other entries": entry_rows(content, skip=known, depth=1)}
 
 
 def _describe_other(content: Mapping[str, Any]) -> Sections:
-    try:
-        weights = describe_weights(model_state(content, "file"))
-    except UserError:
-        weights = {}
-    return {**weights, "entries": entry_rows(content)}
+    return {"entries": entry_rows(content)}
 
 
 def _describe_progress(content: Mapping[str, Any]) -> Sections:
@@ -271,11 +262,11 @@ def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 MODEL_KINDS = (
-    Kind("masked training checkpoint", lambda c: _is_training_checkpoint(c) and _has_masks(c["net"]),
-         _describe_training_checkpoint),
-    Kind("dense checkpoint", _is_training_checkpoint, _describe_training_checkpoint),
-    Kind("masked state dict (a pruned or regrown model)", lambda c: _is_state(c) and _has_masks(c), describe_weights),
-    Kind("dense state dict", lambda c: _is_state(c) and bool(layer_rows(c)), describe_weights),
+    Kind("masked state dict (a pruned or regrown model)", lambda c: _is_model(c, masked=True, bare=True),
+         describe_weights),
+    Kind("dense state dict", lambda c: _is_model(c, masked=False, bare=True), describe_weights),
+    Kind("masked training checkpoint", lambda c: _is_model(c, masked=True, bare=False), _describe_training_checkpoint),
+    Kind("dense checkpoint", lambda c: _is_model(c, masked=False, bare=False), _describe_training_checkpoint),
 )
 KINDS = (  # the first that matches
     Kind("best allocation", lambda c: _holds(c, "allocation", "regrow_indices"), _describe_best, is_best=True),
@@ -296,6 +287,8 @@ def describe(artifact: Artifact) -> Sections:
     header = {"file": str(artifact.path), "bytes": artifact.path.stat().st_size, "kind": artifact.kind.name}
     try:
         sections = artifact.kind.describe(artifact.content)
+    except UserError as error:
+        raise UserError(f"{artifact.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
@@ -317,7 +310,8 @@ def plain(value: Any) -> Any:
         rows = value and isinstance(value[0], Mapping)
         return [plain(item) for item in value] if rows or len(value) <= LISTED else _in_words(value)
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return plain(value.item()) if math.prod(value.shape) == 1 else _in_words(value)
+        single = math.prod(value.shape) == 1 and not getattr(value, "is_meta", False)
+        return plain(value.item()) if single else _in_words(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, type(None))) else str(value)

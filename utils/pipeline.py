@@ -238,7 +238,7 @@ def load_outcome(run: Run, artifact: Path) -> Outcome:
     model = run.new_model()
     loaded = checkpoint.load_checkpoint(artifact, run.device)
     check_data(run, artifact)
-    load_model_state(model, checkpoint.model_state(loaded, artifact), str(artifact))
+    load_model_state(model, loaded, str(artifact))
     return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
 
 

@@ -144,7 +144,7 @@ class Trainer:
             show: bool = True) -> TrainResult:
         """Trains to the end of the recipe or of its patience; `on_epoch` is called after every epoch.
 
-        Raises RunFailed on a non-finite loss; what `on_epoch` has saved by then stays.
+        Raises RunFailed on a non-finite training or validation loss; what `on_epoch` has saved by then stays.
         """
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
@@ -180,13 +180,17 @@ class Trainer:
         start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
         loss, accuracy = self._train_epoch(bar)
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            raise RunFailed(f"the training loss became {loss} in epoch {self.epoch + 1} (learning rate {lr:.3g}); "
-                            "the last good checkpoint is kept. Try a lower learning rate or --precision fp32")
+        self._check_finite("training", loss, lr)
         val = evaluate(self.model, self.val, self.precision)
+        self._check_finite("validation", val.loss, lr)
         self.epoch += 1
         return {"epoch": self.epoch, "lr": lr, "train_loss": loss, "train_acc": accuracy, "val_loss": val.loss,
                 "val_acc": val.accuracy, "images_per_s": self.train_loader.num_images / seconds, "seconds": seconds}
+
+    def _check_finite(self, name: str, loss: float, lr: float) -> None:
+        if not math.isfinite(loss):
+            raise RunFailed(f"the {name} loss became {loss} in epoch {self.epoch + 1} (learning rate {lr:.3g}); "
+                            "the last good checkpoint is kept. Try a lower learning rate or --precision fp32")
 
     def _train_epoch(self, bar: tqdm) -> Evaluation:
         """One pass; losses are summed on the device and read once at the end, so that no step waits for the host."""
@@ -221,6 +225,9 @@ class Trainer:
         """Continues from `state_dict`; the trainer must have been built from the same arguments."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for param, kept in self.optimizer.state.items():  # saved contiguous; fused steps need the parameter's strides
+            kept.update({key: torch.empty_like(param).copy_(value) for key, value in kept.items()
+                         if isinstance(value, Tensor) and value.shape == param.shape})
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.train_loader.load_state_dict(state["loader"])
         set_global_rng_state(state["global_rng"])
