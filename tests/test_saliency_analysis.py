@@ -448,7 +448,7 @@ def test_user_errors(tiny_options, tmp_path):
                            (["--threshold_percentile", "100"], "below 100"),
                            (["--precision", "bf16"], "fp32 only"),
                            (["--checkpoint", str(tmp_path / "none.pth")], "no checkpoint at"),
-                           ([], "does not fit this model")):
+                           ([], "trained on another data set: it tells 7 classes apart, and this data set has 10")):
         with pytest.raises(UserError, match=message):
             saliency_analysis.main([*tiny_options, *words])
     assert not (tmp_path / "saliency_analysis").exists()

@@ -173,6 +173,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source:
     masked = has_mask_entries(state)
     expected = _expected_shapes(model, masked)
     if problems := _differences(expected, state):
+        _check_classes(list(layers)[-1], expected, state, source)
         guess = ", it looks like another model's" if _is_other_model(expected, state) else ""
         raise UserError(f"{source} does not fit this model{guess}: {'; '.join(problems)}")
     if bad := [key for key, value in state.items() if key.endswith("weight_mask") and not _is_binary(value)]:
@@ -184,6 +185,18 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source:
     model.load_state_dict(state)
     for layer in layers.values() if masked else ():
         _refresh(layer)
+
+
+def _check_classes(last: str, expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], source: str) -> None:
+    """UserError when all that differs is how many classes the `last` layer tells apart."""
+    sizes = {(found[key].shape[0], shape[0]) for key, shape in expected.items()
+             if key in found and key.startswith(f"{last}.") and found[key].shape[1:] == shape[1:]}
+    same = all(key in found and (found[key].shape == shape or key.startswith(f"{last}."))
+               for key, shape in expected.items())
+    if same and len(found) == len(expected) and len(sizes) == 1:
+        theirs, mine = sizes.pop()
+        raise UserError(f"{source} was trained on another data set: it tells {theirs} classes apart, and this data set "
+                        f"has {mine}. Name its own with --dataset and --data_dir")
 
 
 def _is_other_model(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> bool:

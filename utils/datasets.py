@@ -283,13 +283,8 @@ def _require_answer(url: str) -> None:
 
 
 def _out_of_reach(data_dir: Path, reason: str) -> str:
-    """The message when CIFAR-10 cannot be had: what was tried, each with why it failed, and the three ways on."""
-    return (f"CIFAR-10 cannot be had. Tried:\n"
-            f"  - the folder {data_dir / _FOLDER}: not there\n"
-            f"  - the archive {data_dir / _ARCHIVE}: not there\n"
-            f"  - an image folder {data_dir / 'train|test' / '<class>' / '*.png|jpg|jpeg'}: not there\n"
-            f"  - a download of {_torchvision_class().url}: {reason}\n"
-            f"Ways on:\n"
-            f"  - place the archive {_ARCHIVE} in {data_dir}\n"
-            f"  - place an image folder train|test/<class>/* in {data_dir}\n"
-            f"  - use --dataset photos, which needs no network")
+    """The message when CIFAR-10 cannot be had: what was tried, and the three ways on."""
+    return (f"CIFAR-10 cannot be had: {data_dir} has neither the folder {_FOLDER}, nor the archive {_ARCHIVE}, nor an "
+            f"image folder train|test/<class>/*.png|jpg|jpeg, and a download of {_torchvision_class().url} failed "
+            f"({reason}). Ways on: place the archive there, place an image folder there, or use --dataset photos, "
+            "which needs no network")
