@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from utils.analysis_utils import clone_model, get_masks, set_masks
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import RunFailed
 from utils.precision import PRECISIONS, autocast, has_native_bf16, resolve_precision
 from utils.training import OPTIMIZERS, PRETRAIN, SCHEDULES, Recipe, Trainer, evaluate
@@ -75,6 +76,35 @@ def test_a_non_finite_loss_stops_with_a_clear_message_and_keeps_the_last_state(s
     with pytest.raises(RunFailed, match=r"loss became (nan|inf) in epoch 1.*lower learning rate"):
         trainer.run(show=False, on_epoch=saved.append)
     assert saved == []
+
+
+def test_a_non_finite_validation_loss_stops_the_stage_and_keeps_the_last_state(small_cnn, tiny_loaders):
+    saved = []
+    trainer = make_trainer(small_cnn, tiny_loaders, SHORT)
+
+    def spoil(trainer):
+        saved.append(trainer.epoch)
+        small_cnn[1].momentum = 0.0
+        small_cnn[1].running_mean.fill_(float("nan"))  # used in validation only
+    with pytest.raises(RunFailed, match=r"the validation loss became nan in epoch 2.*last good checkpoint is kept"):
+        trainer.run(show=False, on_epoch=spoil)
+    assert saved == [1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_state_saved_contiguous_continues_with_the_strides_of_the_parameters(optimizer, small_cnn, tiny_loaders,
+                                                                                tmp_path):
+    recipe = replace(SHORT, optimizer=optimizer, lr=1e-3)
+    small_cnn.to(memory_format=torch.channels_last)
+    whole, start = make_trainer(small_cnn, tiny_loaders, recipe), clone_model(small_cnn)
+    saved = tmp_path / "progress.pth"
+    whole.run(show=False, on_epoch=lambda t: t.epoch == 1 and save_checkpoint(t.state_dict(), saved))
+    again = make_trainer(start, tiny_loaders, recipe)
+    again.load_state_dict(load_checkpoint(saved))
+    for param, state in again.optimizer.state.items():
+        assert all(value.stride() == param.stride() for value in state.values() if getattr(value, "ndim", 0) == 4)
+    again.run(show=False)
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in small_cnn.state_dict().items())
 
 
 def test_training_is_a_pure_function_of_its_seed(small_cnn, tiny_loaders):

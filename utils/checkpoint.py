@@ -208,7 +208,7 @@ def read_card(artifact: Path) -> dict[str, Any] | None:
 # --- state dicts ---------------------------------------------------------------------------------------------------
 
 STATE_KEYS = ("net", "model_state_dict", "state_dict", "model")  # under which a training checkpoint has its weights
-WRAPPERS = ("module.", "model.", "net.")  # prefixes of data-parallel training and of trainers' wrappers
+WRAPPERS = {"module", "model", "net"}  # what data-parallel training and trainers put before every name
 PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
                           torch.int8, torch.int16, torch.int32, torch.int64})
 LARGEST = 2**30  # elements; a tensor of more can only be a mistake, or a view that would fill the memory
@@ -259,11 +259,16 @@ def _maskable(key: str, value: Tensor, layers: Collection[str] | None) -> bool:
 
 
 def _without_prefixes(state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """Names as the model itself has them; a prefix that is the name of a module of the model stays."""
+    """Names as the model itself has them: the module that all names start with is none of the model's.
+
+    Where the model's layers are unknown, only `WRAPPERS` are dropped.
+    """
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}  # of torch.compile, at any depth
-    for prefix in WRAPPERS * 2:
-        if all(key.startswith(prefix) for key in state) and not any(name.startswith(prefix) for name in layers):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    own = {name.partition(".")[0] for name in layers}
+    while all("." in key for key in state) and len(heads := {key.partition(".")[0] for key in state}) == 1:
+        if heads <= own or not (layers or heads <= WRAPPERS):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
     return state
 
 
