@@ -252,7 +252,7 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _maskable(key: str, value: Tensor, layers: Collection[str] | None) -> bool:
+def is_maskable(key: str, value: Tensor, layers: Collection[str] | None = None) -> bool:
     """Whether an entry is the weight, masked or not, of a layer that masks are for."""
     layer, _, name = key.rpartition(".")
     return name in ("weight", "weight_orig") and (value.dim() in (2, 4) if layers is None else layer in layers)
@@ -287,7 +287,7 @@ def _multiply_out(state: dict[str, Tensor], layers: Collection[str] | None, say:
                   ) -> dict[str, Tensor]:
     """Biases and other parameters that have masks as plain parameters."""
     stems = [key.removesuffix("_orig") for key, value in state.items() if key.endswith("_orig")
-             and not _maskable(key, value, layers) and key.removesuffix("_orig") + "_mask" in state
+             and not is_maskable(key, value, layers) and key.removesuffix("_orig") + "_mask" in state
              and state[key.removesuffix("_orig") + "_mask"].shape == value.shape]
     if stems:
         say(one_line("only weights of Conv2d and Linear keep masks; these are multiplied out, and what they prune is 0 "
@@ -300,7 +300,7 @@ def _multiply_out(state: dict[str, Tensor], layers: Collection[str] | None, say:
 def _complete_masks(state: dict[str, Tensor], layers: Collection[str] | None, say: Callable[[str], Any]
                     ) -> dict[str, Tensor]:
     """Masks for layers without one: from exact zeros where there are many, else, if others have masks, all ones."""
-    bare = {key: value for key, value in state.items() if _last(key) == "weight" and _maskable(key, value, layers)}
+    bare = {key: value for key, value in state.items() if _last(key) == "weight" and is_maskable(key, value, layers)}
     total = sum(value.numel() for value in bare.values())
     zeros = total - sum(int(value.count_nonzero()) for value in bare.values())
     sparse = zeros > SPARSE_FROM * total

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import find_state, has_mask_entries, load_checkpoint, model_state, read_card
+from utils.checkpoint import find_state, has_mask_entries, is_maskable, load_checkpoint, model_state, read_card
 from utils.errors import UserError, one_line
 from utils.model_loader import model_loader
 from utils.models import MODELS
@@ -83,7 +83,7 @@ def _is_model(content: Any, *, masked: bool, bare: bool) -> bool:
     """Whether it is a state dict (bare) or has one as an entry, with masks or without."""
     state = find_state(content)
     return state is not None and (state is content) == bare and has_mask_entries(state) == masked and (
-        masked or not bare or bool(layer_rows(state)))
+        masked or not bare or any(is_maskable(key, value) for key, value in state.items()))
 
 
 def _is_search(content: Any) -> bool:
@@ -115,7 +115,7 @@ def layer_rows(state: Mapping[str, Tensor]) -> list[LayerRow]:
     """One row for each Conv2d or Linear weight; without a mask, weights that are exactly 0 count as pruned."""
     rows = []
     for key, value in state.items():
-        if key.rpartition(".")[2] not in ("weight", "weight_orig") or value.dim() not in (2, 4):
+        if not is_maskable(key, value):
             continue
         stem = key.removesuffix("_orig").removesuffix("weight")
         active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
