@@ -17,6 +17,7 @@ from torch import nn
 
 from utils import checkpoint
 from utils.errors import RunFailed, UserError
+from utils.run import ArgumentParser
 
 
 def test_sparsity_in_file_names():
@@ -135,13 +136,16 @@ def test_an_error_that_is_not_damage_is_not_called_damage(tmp_path, monkeypatch)
         checkpoint.load_checkpoint(path)
 
 
-def test_no_message_is_longer_than_600_characters_and_the_end_stays():
+def test_no_message_is_longer_than_600_characters_and_the_end_stays(capsys):
     message = str(UserError("a.pth does not fit: " + "layer.weight\n" * 2000 + "; use another file"))
     assert len(f"error: {message}") < 600 and "\n" not in message
     assert message.startswith("a.pth does not fit: ") and message.endswith("; use another file")
     left_out = int(re.search(r"\[\.\.\. ([\d,]+) characters left out \.\.\.\]", message)[1].replace(",", ""))
     assert left_out + 540 == len("a.pth does not fit: ") + 2000 * 13 + len("; use another file")
     assert str(RunFailed("x" * 590)) == "x" * 590
+    with pytest.raises(SystemExit):
+        ArgumentParser().parse_args(["x" * 5000])
+    assert len(capsys.readouterr().err) < 600
 
 
 def test_saved_tensors_are_contiguous_whatever_they_were_trained_in(tmp_path):

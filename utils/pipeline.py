@@ -13,7 +13,7 @@ from torch import nn
 
 from utils import checkpoint, plots
 from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.run import Run
 from utils.seeding import derive_seed
 from utils.stage import Stage
@@ -212,8 +212,8 @@ def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, a
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         pruner(model, 1.0 - keep / counts.surviving, seed=seed)
     if announce and (empty := empty_layers(model)):
-        print(f"warning: no weight is left at sparsity {sparsity:.4g} in {', '.join(empty)}; what passes through there "
-              "alone is lost")
+        print(one_line(f"warning: no weight is left at sparsity {sparsity:.4g} in {', '.join(empty)}; what passes "
+                       "through there alone is lost"))
 
 
 def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int:

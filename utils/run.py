@@ -20,7 +20,7 @@ from torch import nn
 from utils.checkpoint import ensure_writable
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, ImageDataset, load_dataset
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.image_folder import SIDE
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
@@ -75,7 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
-        self.exit(2, f"error: {message} (see {Path(self.prog).name} --help)\n")
+        self.exit(2, f"error: {one_line(f'{message} (see {Path(self.prog).name} --help)')}\n")
 
 
 def _at_home(word: str) -> str:
