@@ -2,8 +2,9 @@
 """The whole regrowth budget on one layer at a time: which layers repay it, and does SSIM drift predict which?
 
 From the pruned checkpoint, K = (start - target sparsity) of all weights return to one layer (fewer where its capacity
-is smaller), copied from the reference; accuracy right after and after finetuning. A row '(none)' is finetuned without
-regrowth, so that the gain of the weights can be told from the gain of training on.
+is smaller), copied from the reference; accuracy right after, with the batch-norm statistics as they are and
+re-estimated, and after finetuning. A row '(none)' is finetuned without regrowth, so that the gain of the weights can
+be told from the gain of training on.
 """
 from __future__ import annotations
 
@@ -36,9 +37,10 @@ from utils.run import (
 from utils.saliency import Evidence
 from utils.seeding import derive_seed
 from utils.table import ResumableTable
-from utils.training import FINETUNE_FINAL, Trainer, evaluate
+from utils.training import FINETUNE_FINAL, Trainer, accuracy_with_new_statistics, evaluate
 
 CONTROL = "(none)"
+IMMEDIATE = ("immediate_gain_as_is", "immediate_gain")  # with stale batch-norm statistics, and with new ones
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,8 +74,9 @@ def configuration(run: Run, args: argparse.Namespace, start: Path, dense: Path) 
 
 
 def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, evidence: Evidence, layer: str, number: int,
-                 seed: int) -> tuple[float, float]:
-    """Validation accuracy (%) right after `number` weights returned to `layer`, and after finetuning.
+                 seed: int) -> tuple[float, float, float]:
+    """Validation accuracy (%) right after `number` weights returned to `layer`, the same with batch-norm statistics
+    re-estimated, and after finetuning.
 
     Every layer sees the same order of the same images for a seed.
     """
@@ -82,12 +85,13 @@ def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, evidence:
         regrowth_seed = derive_seed(run.seed, "single layer", seed)
         WeightRegrowth(model, "reference", evidence, "reference", regrowth_seed).apply_regrowth({layer: number})
     immediate = evaluate(model, run.val, run.precision).accuracy
+    reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
     recipe = replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=None)
     if not recipe.epochs:
-        return immediate, immediate
+        return immediate, reestimated, reestimated
     trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "single layer", seed),
                       precision=run.precision)
-    return immediate, trainer.run(show=False).accuracy
+    return immediate, reestimated, trainer.run(show=False).accuracy
 
 
 def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: nn.Module,
@@ -104,24 +108,26 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     for layer, seed in bar:
         capacity = capacities.get(layer, 0)
         number = min(budget, capacity)
-        immediate, final = regrow_layer(run, args, start, evidence, layer, number, seed)
+        immediate, reestimated, final = regrow_layer(run, args, start, evidence, layer, number, seed)
         bar.set_postfix(layer=layer, ssim=f"{drift.get(layer, 1.0):.2f}",
-                        val=f"{before:.2f}->{immediate:.2f}->{final:.2f}")
+                        val=f"{before:.2f}->{reestimated:.2f}->{final:.2f}")
         table.add({"layer": layer, "seed": seed, "ssim": drift.get(layer, 1.0), "capacity": capacity,
                    "budget": budget, "regrown": number, "capped": int(number < budget), "val_acc_before": before,
-                   "val_acc_immediate": immediate, "val_acc_final": final, "immediate_gain": immediate - before,
+                   "val_acc_immediate": immediate, "val_acc_immediate_bn": reestimated, "val_acc_final": final,
+                   "immediate_gain_as_is": immediate - before, "immediate_gain": reestimated - before,
                    "final_gain": final - before}, run.card(data=run.data_label))
 
 
 def by_layer(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds, a row per layer in SSIM order; the final gain is over the control's of the same seed."""
+    """Means over the seeds, a row per layer in SSIM order; the final gain is over the control's of the same seed, the
+    immediate one is with batch-norm statistics re-estimated."""
     control = {row["seed"]: row["final_gain"] for row in rows if row["layer"] == CONTROL}
     means = []
     for layer in dict.fromkeys(row["layer"] for row in rows if row["layer"] != CONTROL):
         mine = [row for row in rows if row["layer"] == layer]
         gain = sum(row["final_gain"] - control[row["seed"]] for row in mine) / len(mine)
         means.append({**{key: mine[0][key] for key in ("layer", "ssim", "capacity", "regrown", "capped")},
-                      "immediate_gain": sum(row["immediate_gain"] for row in mine) / len(mine), "final_gain": gain})
+                      **{key: sum(row[key] for row in mine) / len(mine) for key in IMMEDIATE}, "final_gain": gain})
     return sorted(means, key=lambda row: row["ssim"])
 
 
@@ -130,7 +136,8 @@ def correlations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     those that took the whole budget, where size cannot pass for drift."""
     whole = [row for row in layers if not row["capped"]]
     results = []
-    for gain, when in (("immediate_gain", "right after regrowth"), ("final_gain", "after finetuning")):
+    for gain, when in (("immediate_gain", "right after regrowth, batch-norm statistics re-estimated"),
+                       ("final_gain", "after finetuning")):
         for unit, rows, per in (("points", layers, False), ("points per 1,000 weights", layers, True),
                                 ("points, uncapped layers only", whole, False)):
             values = [row[gain] / (row["regrown"] / 1000 if per else 1) for row in rows]
@@ -157,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plots.plot_single_layer(layers, results, folder / "single_layer.png", f"{run.m_name} on {run.data_label}")
     for row in sorted(layers, key=lambda row: -row["final_gain"]):
         print(f"{row['layer']:<28} SSIM {row['ssim']:6.3f}  {row['regrown']:>7,} weights  "
-              f"immediate {row['immediate_gain']:+6.2f}  final {row['final_gain']:+6.2f} points over the control")
+              f"immediate {row['immediate_gain']:+6.2f} (as is {row['immediate_gain_as_is']:+6.2f})  "
+              f"final {row['final_gain']:+6.2f} points over the control")
     print(*(row["verdict"] for row in results), f"tables and figure: {folder}", sep="\n")
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.controller import RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.errors import UserError
+from utils.regrowth_options import regrowth_parser, search_config
 from utils.search import Ladder
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
@@ -72,7 +75,7 @@ def toy_searches() -> list[tuple[Toy, RegrowthPolicyGradient, tuple]]:
     for seed in range(12):
         toy = Toy(seed)
         config = SearchConfig(num_epochs=100, batch_size=16, learning_rate=2e-2, hidden_size=16, eta=4,
-                              reward_temperature=0.02, start_beta=4.0, end_beta=2.0,
+                              reward_temperature=0.02, start_beta=20.0, end_beta=10.0,
                               search_budget=9 * len(toy.space) // 5)
         search = RegrowthPolicyGradient(toy.problem, toy, config, seed)
         searches.append((toy, search, search.run()))
@@ -161,12 +164,15 @@ def test_baseline_is_a_moving_average_that_starts_at_the_first_mean():
 
 
 def test_one_update_follows_the_gradient_of_the_stated_objective():
-    search = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=5)
+    search = RegrowthPolicyGradient(small_problem((6, 0, 8, 5, 7)), Trainer(), SMALL, seed=5)
     search.baseline = 0.5
     rollout = search.agent(search.problem, 2, torch.Generator().manual_seed(1))
     log_p, entropy = rollout.log_probs.sum(dim=1), rollout.entropies.sum(dim=1)
     # Advantages (0.51 - 0.5) / 0.005 = 2 and (0.485 - 0.5) / 0.005 = -3; the mean over two episodes.
-    loss = -(2 * log_p[0] - 3 * log_p[1]) / 2 - 0.4 * (entropy[0] + entropy[1]) / 2
+    # The entropy bonus is the mean per decision: what has no effect (budget spent, no capacity) is none.
+    decisions = int(rollout.decides.sum())
+    assert decisions < rollout.decides.numel()
+    loss = -(2 * log_p[0] - 3 * log_p[1]) / 2 - 0.4 * (entropy[0] + entropy[1]) / decisions
     expected = torch.autograd.grad(loss, list(search.agent.parameters()), retain_graph=True)
     search._learn(rollout, [0.51, 0.485])
     for parameter, gradient in zip(search.agent.parameters(), expected, strict=True):
@@ -372,3 +378,17 @@ def test_a_budget_below_one_batch_is_refused():
     config = SearchConfig(batch_size=3, rungs=(50,), search_budget=149)
     with pytest.raises(UserError, match="3 candidates for 50 epochs take 150"):
         RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=0)
+
+
+def test_the_published_search_is_what_the_readme_says():
+    """The options are read from the README's own sentence."""
+    readme = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text().split())
+    words = readme.split("The published search")[1].split("is exactly `")[1].split("`")[0].split()
+    config = search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20", *words]))
+    assert config == SearchConfig(num_epochs=500, batch_size=1, learning_rate=5e-3, rungs=(50,), search_budget=None,
+                                  warm_start=False)
+    trainer = Trainer()
+    search = RegrowthPolicyGradient(small_problem(), trainer, replace(config, num_epochs=5), seed=0)
+    assert search.run().episodes == 5 and {row["source"] for row in search.history} == {"rl"}
+    assert {epochs for _, epochs in trainer.calls} == {50}
+    assert search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20"])) == SearchConfig()

@@ -25,6 +25,7 @@ from utils.finetuning import Origin, Phase, Source
 from utils.inspection import describe, load_artifact, render
 from utils.model_loader import model_loader
 from utils.regrowth import ReferenceBasedRegrowth
+from utils.regrowth_record import BEST_ENTRIES
 from utils.run import script
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate
 
@@ -348,16 +349,25 @@ def test_phase_one_moves_regrown_weights_and_phase_two_everything_but_the_pruned
         assert torch.equal(moved, layer.weight_mask.bool())
 
 
-def test_batch_norm_statistics_are_means_over_one_pass():
-    norm = nn.BatchNorm2d(1, momentum=0.3)
-    model = nn.Sequential(nn.Dropout(0.5), norm)
-    norm.running_mean.fill_(9.0)
-    batches = [(torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), None), (torch.tensor([5.0, 11.0]).view(2, 1, 1, 1), None)]
-    finetuning.reset_bn_stats(model, batches)
-    assert norm.running_mean.item() == (2 + 8) / 2 and norm.running_var.item() == pytest.approx((2 + 18) / 2)
-    assert norm.momentum == 0.3 and model.training and model[0].training and norm.training
-    with pytest.raises(UserError, match="no batch normalisation"):
-        finetuning.reset_bn_stats(nn.Linear(1, 1), batches)
+def test_a_layer_that_never_runs_does_not_stop_the_freezing_of_original_weights(tiny_loaders):
+    class Skips(nn.Module):
+        """Like effnet's first block: a layer whose weights are there and never used."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.used = nn.Conv2d(3, 2, 1), nn.Linear(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x.mean(dim=(2, 3)))
+
+    model = Skips()
+    masks = {name: torch.arange(layer.weight.numel()).view_as(layer.weight) % 2 == 0
+             for name, layer in prunable_layers(model).items()}
+    set_masks(model, {name: torch.ones_like(mask) for name, mask in masks.items()})
+    start = clone_model(model).state_dict()
+    train(Source(model, Path("x"), masks, Origin()), Phase("regrown", RECIPES[0]), tiny_loaders)
+    moved = start["used.weight_orig"] != model.used.weight_orig
+    assert torch.equal(moved, masks["used"]) and torch.equal(start["unused.weight_orig"], model.unused.weight_orig)
 
 
 # --- where the model comes from ------------------------------------------------------------------------------------
@@ -394,7 +404,18 @@ def test_a_best_allocation_is_replayed_on_its_starting_checkpoint(run, tmp_path)
     source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), plan_for("--freeze_original"))
     assert_same_model(source.model, model)
     assert {name: int(mask.sum()) for name, mask in source.regrown.items() if mask.any()} == best["allocation"]
-    assert describe(load_artifact(tmp_path / "artifact.pth"))["regrown by source"] == {"reference": 60}
+    description = describe(load_artifact(tmp_path / "artifact.pth"))
+    assert description["regrown by source"] == {"reference": 60} and "what the entries are" not in description
+
+
+def test_a_best_allocation_says_what_its_entries_are(run, tmp_path, capsys):
+    best = {**regrown_best(run)[1], "entries": BEST_ENTRIES, "val_acc_after_regrowth": 72.0}
+    path = saved(best, tmp_path)
+    description = describe(load_artifact(path))
+    assert description["what the entries are"] == BEST_ENTRIES
+    assert description["rewards"]["val_acc_after_regrowth"] == 72.0 and "other entries" not in description
+    inspect_checkpoint.main(["--file", str(path)])
+    assert "before any finetuning" in capsys.readouterr().out
 
 
 def test_the_start_is_found_where_stage_1_puts_it_after_the_root_has_moved(run, tmp_path):

@@ -65,7 +65,8 @@ def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, optio
     assert "after regrowth" in process.stdout and "before           sparsity 0.9900" in process.stdout
     folder = tmp_path / folder / "resnet20"
     best = checkpoint.load_checkpoint(folder / best_name)
-    assert {"epoch", "reward", "accuracy", "allocation", "regrow_indices", "timestamp"} <= set(best)
+    assert {"epoch", "reward", "accuracy", "allocation", "regrow_indices", "timestamp"} <= set(best["entries"])
+    assert set(best["entries"]) <= set(best) and best["accuracy"] * 100 == best["val_acc_after_regrowth"]
     assert sum(best["allocation"].values()) == BACK == sum(len(found) for found in best["regrow_indices"].values())
     state = checkpoint.load_checkpoint(folder / "regrown_resnet20_0.97.pth")
     assert sum(int(value.sum()) for name, value in state.items() if name.endswith("weight_mask")) == KEPT + BACK
@@ -83,6 +84,11 @@ def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, optio
         assert (folder / name).stat().st_size > 100
     assert list(folder.glob(f"{stem}_epoch_*.pth"))
     card = json.loads((folder / "regrown_resnet20_0.97.json").read_text())
+    with open(folder / "regrowth_results.csv") as file:
+        (row,) = csv.DictReader(file)
+    for name in ("val_acc_after_regrowth", "val_acc_after_regrowth_bn"):
+        assert card[name] == best[name] and float(row[name]) == pytest.approx(card[name], abs=1e-3)
+    assert process.stdout.count(f"{card['val_acc_after_regrowth_bn']:.2f} % with batch-norm statistics") == 2
     assert card["start_test_acc"] == 11.0 and 0 <= card["test_acc"] <= 100 and card["regrown"] == BACK
 
 

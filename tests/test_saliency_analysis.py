@@ -23,7 +23,6 @@ from utils.checkpoint import dense_path, save_checkpoint
 from utils.class_saliency import (
     ClassSaliency,
     WeightFunction,
-    compute_class_saliency,
     diagonal_probes,
     gradient_saliency,
     hessian_saliency,
@@ -168,7 +167,8 @@ def test_published_interface():
     model, inputs, targets = linear_problem()
     both = gradient_saliency(model, [(inputs, targets)], 3)
     for second_order, measure in ((False, "gradient"), (True, "fisher")):
-        found = compute_class_saliency(model, [(inputs, targets)], 3, use_second_order=second_order)
+        found = saliency_analysis.compute_parameter_saliency_per_class(model, [(inputs, targets)], 3,
+                                                                       use_second_order=second_order)
         assert found.measure == measure and torch.equal(found.matrices[""], both[measure].matrices[""])
 
 

@@ -43,7 +43,8 @@ def test_the_verdict_follows_the_numbers(numbers, words):
 
 def test_gains_are_means_over_seeds_above_the_control_of_the_same_seed():
     base = {"capacity": 5, "regrown": 5, "capped": 0}
-    rows = [{"layer": layer, "seed": seed, "ssim": ssim, **base, "immediate_gain": immediate, "final_gain": final}
+    rows = [{"layer": layer, "seed": seed, "ssim": ssim, **base, "immediate_gain": immediate,
+             "immediate_gain_as_is": immediate - 30, "final_gain": final}
             for layer, seed, ssim, immediate, final in (
                 (study.CONTROL, 0, 1.0, 0.0, 1.0), (study.CONTROL, 1, 1.0, 0.0, 2.0),
                 ("b", 0, 0.9, -1.0, 2.0), ("b", 1, 0.9, -3.0, 2.0),
@@ -51,6 +52,7 @@ def test_gains_are_means_over_seeds_above_the_control_of_the_same_seed():
     layers = study.by_layer(rows)
     assert [(row["layer"], row["immediate_gain"], row["final_gain"]) for row in layers] == \
         [("a", 4.0, 3.5), ("b", -2.0, 0.5)]
+    assert [row["immediate_gain_as_is"] for row in layers] == [-26.0, -32.0]
 
 
 def test_layers_that_took_the_whole_budget_are_correlated_by_themselves():
@@ -113,6 +115,9 @@ def test_the_script_measures_every_layer_and_continues_after_a_stop(tmp_path, im
     assert [row["layer"] for row in rows][0] == study.CONTROL and len(rows) == 8
     for row in rows[1:]:
         capacity = int(row["capacity"])
+        before, as_is, new = (float(row[f"val_acc_{when}"]) for when in ("before", "immediate", "immediate_bn"))
+        assert float(row["immediate_gain"]) == pytest.approx(new - before, abs=1e-3)
+        assert float(row["immediate_gain_as_is"]) == pytest.approx(as_is - before, abs=1e-3)
         assert int(row["regrown"]) == min(BACK, capacity) and int(row["capped"]) == (capacity < BACK)
     assert (folder / "single_layer.png").stat().st_size > 1000 and (folder / "correlations.csv").exists()
     assert "SSIM" in capsys.readouterr().out

@@ -104,6 +104,26 @@ def test_an_interrupted_overwrite_loses_nothing(tmp_path, small_cnn, tiny_loader
     assert (artifact.read_bytes(), checkpoint.card_path(artifact).read_bytes()) == before
 
 
+def test_ctrl_c_loses_no_finished_epoch_though_saving_is_throttled(tmp_path, small_cnn, tiny_loaders, monkeypatch):
+    run_stage(tmp_path / "whole.pth", small_cnn, tiny_loaders)
+    monkeypatch.setattr(stage_module, "SAVE_SHARE", 1e-9)  # after the first epoch, nothing until the end
+    real, epochs = Trainer._train_epoch, []
+
+    def interrupted_in_the_fourth(trainer, bar):
+        result = real(trainer, bar)
+        epochs.append(trainer.epoch)
+        if len(epochs) == 4:  # the weights have moved on since the end of the third
+            raise KeyboardInterrupt
+        return result
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupted_in_the_fourth)
+    artifact = tmp_path / "stopped.pth"
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(artifact, small_cnn, tiny_loaders)
+    assert checkpoint.load_checkpoint(checkpoint.progress_path(artifact))["trainer"]["epoch"] == 3
+    run_stage(artifact, small_cnn, tiny_loaders, resume=True)
+    assert epochs == [0, 1, 2, 3, 3] and artifact.read_bytes() == (tmp_path / "whole.pth").read_bytes()
+
+
 def test_a_checkpoint_without_a_card_is_taken_only_when_asked(tmp_path):
     artifact = tmp_path / "published.pth"
     checkpoint.save_checkpoint({"net": {"w": torch.ones(1)}}, artifact)

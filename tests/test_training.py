@@ -3,15 +3,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from utils.analysis_utils import clone_model, get_masks, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.data_loader import BatchLoader
 from utils.errors import RunFailed
 from utils.precision import PRECISIONS, autocast, has_native_bf16, resolve_precision
-from utils.training import OPTIMIZERS, PRETRAIN, SCHEDULES, Recipe, Trainer, evaluate
+from utils.training import (
+    OPTIMIZERS,
+    PRETRAIN,
+    SCHEDULES,
+    Recipe,
+    Trainer,
+    accuracy_with_new_statistics,
+    evaluate,
+    reestimate_batch_norm,
+)
 
 SHORT = Recipe("sgd", lr=0.05, epochs=3, batch_size=32, schedule="cosine", weight_decay=5e-4)
 
@@ -175,3 +186,56 @@ def test_bf16_training_learns_and_keeps_float32_weights(small_cnn, tiny_loaders)
 def test_the_published_pretraining_recipe():
     assert (PRETRAIN.optimizer, PRETRAIN.lr, PRETRAIN.epochs, PRETRAIN.batch_size, PRETRAIN.schedule,
             PRETRAIN.weight_decay, PRETRAIN.patience) == ("sgd", 0.1, 200, 128, "cosine", 5e-4, 30)
+
+
+# --- batch-norm statistics -----------------------------------------------------------------------------------------
+
+
+def loader_of(values: list[int], batch_size: int) -> BatchLoader:
+    """Images of one pixel and one channel with these values, as they are, shuffled."""
+    images = np.array(values, np.uint8).reshape(-1, 1, 1, 1)
+    return BatchLoader(images, np.zeros(len(values)), batch_size, mean=np.zeros(1), std=np.ones(1), shuffle=True)
+
+
+@pytest.mark.parametrize("values, batch_size, variance", [
+    ([1, 3, 5, 11], 4, 56 / 3), ([1, 3, 5, 11], 2, 56 / 3), ([1, 3, 5, 11, 5], 3, 56 / 4)])
+def test_batch_norm_statistics_are_those_of_all_values_pooled(values, batch_size, variance):
+    """Mean 5, squares 16 + 4 + 0 + 36, whatever the batches; the means within batches alone would depend on them."""
+    norm, idle = nn.BatchNorm2d(1, momentum=0.3), nn.BatchNorm2d(1)
+    model = nn.Sequential(nn.Dropout(0.5), norm)
+    model[0].idle = idle  # is never run
+    norm.running_mean.fill_(9.0)
+    idle.running_mean.fill_(7.0)
+    assert reestimate_batch_norm(model, loader_of(values, batch_size))
+    assert norm.running_mean.item() == pytest.approx(5.0) and norm.running_var.item() == pytest.approx(variance)
+    assert norm.momentum == 0.3 and model.training and model[0].training and norm.training
+    assert idle.running_mean.item() == 7.0 and idle.momentum == 0.1
+    assert not reestimate_batch_norm(nn.Linear(1, 1), loader_of(values, 2))
+
+
+def test_new_statistics_leave_the_generators_and_everything_else_where_they_were(small_cnn, tiny_loaders):
+    train, val, _ = tiny_loaders
+    before = {name: value.clone() for name, value in small_cnn.state_dict().items()}
+    states = train.generator.get_state(), torch.get_rng_state()
+    accuracy_with_new_statistics(small_cnn, train, val, "fp32")
+    assert all(torch.equal(before[name], value) for name, value in small_cnn.state_dict().items())
+    reestimate_batch_norm(small_cnn, train)
+    assert torch.equal(states[0], train.generator.get_state()) and torch.equal(states[1], torch.get_rng_state())
+    changed = {name for name, value in small_cnn.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    again = small_cnn[1].running_var.clone()
+    reestimate_batch_norm(small_cnn, train)
+    assert torch.equal(again, small_cnn[1].running_var)  # the same images for every model
+    assert train.augment and train.shuffle
+
+
+def test_a_trained_model_loses_nothing_by_new_statistics(small_cnn, tiny_loaders):
+    train, val, _ = tiny_loaders
+    Trainer(small_cnn, train, val, Recipe("sgd", lr=0.05, epochs=6, batch_size=32), seed=0).run(show=False)
+    trained = evaluate(small_cnn, val)
+    assert trained.accuracy > 60
+    small_cnn[1].reset_running_stats()
+    assert evaluate(small_cnn, val).loss > trained.loss + 0.3
+    reestimate_batch_norm(small_cnn, train)
+    found = evaluate(small_cnn, val)
+    assert abs(found.loss - trained.loss) < 0.1 and found.accuracy > trained.accuracy - 5

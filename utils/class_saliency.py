@@ -109,8 +109,8 @@ class WeightFunction:
         return sum(sizes)
 
 
-def compute_class_saliency(model: nn.Module, loader: Loader, num_classes: int, use_second_order: bool = False,
-                           **options) -> ClassSaliency:
+def compute_parameter_saliency_per_class(model: nn.Module, loader: Loader, num_classes: int,
+                                         use_second_order: bool = False, **options) -> ClassSaliency:
     """The published interface: `gradient`, or with `use_second_order` `fisher`; options as of `gradient_saliency`."""
     measure = "fisher" if use_second_order else "gradient"
     return gradient_saliency(model, loader, num_classes, [measure], **options)[measure]

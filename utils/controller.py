@@ -115,14 +115,14 @@ class SearchConfig:
         learning_rate: Adam's, for the controller.
         hidden_size, action_space_size: of the `RegrowthAgent`.
         reward_temperature: a reward this much above the baseline has advantage 1.
-        start_beta, end_beta, decay_fraction: weight of the entropy bonus, see `beta`.
+        start_beta, end_beta, decay_fraction: weight of the entropy bonus (mean per decision, nats), see `beta`.
         baseline_decay: weight of the past in the moving average of the rewards.
         rungs: epochs of mini-finetuning, increasing; every candidate gets the first, those ahead the next ones. One
             rung means no halving (published: 50).
         eta: one in eta candidates goes on to the next rung.
         search_budget: epochs over all candidates and rungs, None for no limit.
         warm_start: the deterministic allocations (proportional, uniform, greedy, ERK) are candidates too. The
-            controller does not learn from them, so its own course stays the published one.
+            controller does not learn from them. False (`--no_warm_start`): the published search, without them.
 
     The defaults are a small budget: 60 epochs pay about 20 candidates for 1 epoch, 6 for 3 and 2 for 9. Raises
     UserError for values that make no sense.
@@ -293,12 +293,16 @@ class RegrowthPolicyGradient:
         return True
 
     def _learn(self, rollout: Rollout, rewards: list[float]) -> None:
-        """A step of REINFORCE with entropy bonus; then the baseline follows (it starts as the first batch's mean)."""
+        """A step of REINFORCE: gain is the advantage times the log-probability of the whole episode (a sum over its
+        decisions), the entropy bonus the mean over all decisions that had an effect. Then the baseline follows (it
+        starts as the first batch's mean).
+        """
         mean = sum(rewards) / len(rewards)
         baseline = mean if self.baseline is None else self.baseline
         advantages = scaled_advantages(torch.tensor(rewards), baseline, self.config.reward_temperature)
         gain = (advantages * rollout.log_probs.sum(dim=1)).mean()
-        bonus = self.config.beta(self.epoch) * rollout.entropies.sum(dim=1).mean()
+        decisions = rollout.decides.sum().clamp(min=1)
+        bonus = self.config.beta(self.epoch) * rollout.entropies.sum() / decisions  # the mean per decision
         self.optimizer.zero_grad()
         (-gain - bonus).backward()
         self.optimizer.step()

@@ -16,25 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from utils import checkpoint, pipeline
 from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
-from utils.data_loader import BatchLoader
 from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.inspection import Artifact
 from utils.pipeline import Outcome
 from utils.positions import Positions
-from utils.precision import autocast
 from utils.regrowth_record import LayerRecord, RegrowthRecord
 from utils.run import Run
 from utils.seeding import derive_seed
 from utils.stage import Stage
-from utils.training import Recipe, Trainer, TrainResult, evaluate
+from utils.training import Recipe, Trainer, TrainResult, evaluate, reestimate_batch_norm
 
-STATISTICS_BATCH_SIZE = 500  # images, un-augmented
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
 Constrain = Callable[[Optimizer], Any]
 
@@ -268,7 +264,9 @@ def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
     @torch.no_grad()
     def hide_held(*_: object) -> None:
         torch._foreach_mul_(params, keeps)
-        torch._foreach_mul_([param.grad for param in params], keeps)
+        for param, keep in zip(params, keeps, strict=True):
+            if param.grad is not None:  # else its layer did not run
+                param.grad.mul_(keep)
 
     def constrain(optimizer: Optimizer) -> None:
         hold_weights(optimizer, pairs)
@@ -327,30 +325,6 @@ def train_phase(source: Source, phase: Phase, make_trainer: Callable[..., Traine
             param.requires_grad_(True)
 
 
-@torch.no_grad()
-def reset_bn_stats(model: nn.Module, loader: BatchLoader, precision: str = "fp32") -> None:
-    """Estimates the running statistics of batch normalisation anew, as plain means over one pass of `loader`.
-
-    Nothing else changes; dropout stays off. Raises UserError for a model without batch normalisation.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
-        raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
-    was_training, momenta = model.training, [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean instead of a moving one
-        norm.train()
-    device = next(model.parameters()).device
-    with autocast(device, precision):
-        for inputs, _ in loader:
-            model(inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
-
-
 # --- the flow ------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +358,8 @@ def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) ->
     started, model = time.perf_counter(), source.model
     facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
     if reset:
-        reset_bn_stats(model, run.train.unaugmented(STATISTICS_BATCH_SIZE), run.precision)
+        if not reestimate_batch_norm(model, run.train, run.precision):
+            raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
         facts["val_acc_after_bn_reset"] = evaluate(model, run.val, run.precision).accuracy
     if source.regrown is not None:
         facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())

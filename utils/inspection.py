@@ -16,11 +16,12 @@ from utils.checkpoint import find_state, has_mask_entries, is_maskable, load_che
 from utils.errors import UserError, one_line
 from utils.model_loader import model_loader
 from utils.models import MODELS
-from utils.regrowth_record import LayerRecord
+from utils.regrowth_record import BEST_ENTRIES, LayerRecord
 from utils.search import Ladder
 
 Sections = dict[str, Any]
-CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_pruning", "sparsity",
+CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
+              "val_acc_after_pruning", "sparsity",
               "sparsity_before", "regrown", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
               "command")
 RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
@@ -218,14 +219,16 @@ def _describe_search(content: Mapping[str, Any]) -> Sections:
 
 def _describe_best(content: Mapping[str, Any]) -> Sections:
     amounts, indices = allocation_by_layer(content), content["regrow_indices"]
-    rewards = {key: content[key] for key in ("reward", "accuracy", "epoch", "timestamp") if key in content}
+    rewards = {key: content[key] for key in BEST_ENTRIES if key not in ("allocation", "regrow_indices")
+               and key in content}
     origin = {key: content[key] for key in ("starting_checkpoint", "starting_digest") if key in content}
     columns = {"layer": list(amounts), "regrown": list(amounts.values()),
                "indices": [len(indices[name]) if name in indices else 0 for name in amounts]}
-    known = ("allocation", *rewards, *origin, *(f"regrow_{name}" for name in RECORD_ENTRIES))
+    known = ("allocation", "entries", *rewards, *origin, *(f"regrow_{name}" for name in RECORD_ENTRIES))
     return {**_model_by_layers(indices), "rewards": rewards, "regrown": sum(columns["indices"]), "start": origin,
             "values recorded": "regrow_values" in content, "regrown by source": _sources(content),
-            "allocation": _rows(columns), "other entries": entry_rows(content, skip=known)}
+            "allocation": _rows(columns), "what the entries are": content.get("entries"),
+            "other entries": entry_rows(content, skip=known)}
 
 
 def _sources(content: Mapping[str, Any]) -> dict[str, int]:

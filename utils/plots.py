@@ -258,7 +258,8 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
     ssim, capacity, final = ([row[key] for row in layers] for key in ("ssim", "capacity", "final_gain"))
     colors = ["C1" if row["capped"] else "C0" for row in layers]
     for axes, gain, words in ((first, "final_gain", "after finetuning, over the control (points)"),
-                              (second, "immediate_gain", "right after regrowth (points)")):
+                              (second, "immediate_gain",
+                               "right after regrowth,\nbatch-norm statistics re-estimated (points)")):
         values = [row[gain] for row in layers]
         axes.scatter(ssim, values, c=colors)
         _draw_trend(axes, ssim, values, shown[gain])

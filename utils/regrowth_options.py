@@ -78,6 +78,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mini_finetune_epochs", type=positive_int, nargs="+", default=list(default.rungs),
                        help="epochs of an episode; several: all episodes get the first, the best third the next, ... "
                        "(published: 50)")
+    group.add_argument("--no_warm_start", dest="warm_start", action="store_false",
+                       help="do not try the deterministic rules as first candidates (published)")
     group.add_argument("--num_epochs", type=positive_int, default=default.num_epochs, help="controller updates")
     group.add_argument("--batch_size", type=positive_int, default=default.batch_size,
                        help="episodes per controller update")
@@ -100,7 +102,7 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
         hidden_size=args.hidden_size, action_space_size=args.action_space_size,
         reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
         decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None)
+        search_budget=args.search_budget or None, warm_start=args.warm_start)
 
 
 def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

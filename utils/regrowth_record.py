@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from utils.analysis_utils import prunable_layers
 from utils.positions import Positions
 
+# What a best allocation's entries beside the record are; the first six are the published ones. Kept in the file.
+BEST_ENTRIES = {
+    "epoch": "controller updates when the search ended, 0 without a search",
+    "reward": "best validation accuracy (fraction) in the mini-finetuning of the best episode, None without a search",
+    "accuracy": "val_acc_after_regrowth as a fraction: right after regrowth, before any finetuning",
+    "allocation": "layer -> number of weights that returned",
+    "regrow_indices": "layer -> flat (row-major) positions in the weight of those that returned, ascending",
+    "timestamp": "local time of saving",
+    "val_acc_after_regrowth": "validation accuracy (%) before finetuning, batch-norm statistics of the pruned model",
+    "val_acc_after_regrowth_bn": "the same with batch-norm statistics re-estimated on augmented training batches",
+}
+
 
 class LayerRecord(NamedTuple):
     """The regrown weights of one layer, (n,) each, by ascending index."""

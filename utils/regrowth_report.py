@@ -31,7 +31,8 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
             "found_by": card.get("allocation_source", ""),
             "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"], "regrown": card["regrown"],
             "surviving": card["surviving"], "val_acc_before": card["val_acc_before"],
-            "val_acc_after_regrowth": card["val_acc_after_regrowth"], "val_acc": card["val_acc"],
+            "val_acc_after_regrowth": card["val_acc_after_regrowth"],
+            "val_acc_after_regrowth_bn": _or_empty(card.get("val_acc_after_regrowth_bn")), "val_acc": card["val_acc"],
             "start_test_acc": _or_empty(card.get("start_test_acc")), "test_acc": card["test_acc"],
             "one_shot_val_acc": _or_empty(same.get("val_acc")), "one_shot_test_acc": _or_empty(same.get("test_acc")),
             "one_shot_epochs": _or_empty(same.get("epochs")),
@@ -53,10 +54,12 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
     for row in rows:
         test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
+        bn = row["val_acc_after_regrowth_bn"]
+        again = "" if bn == "" else f", {bn:.2f} % with batch-norm statistics re-estimated"
         print(f"before           sparsity {row['sparsity_before']:.4f}  validation {row['val_acc_before']:.2f} %"
               f"{test}\n"
-              f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %  "
-              f"({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
+              f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %"
+              f"{again}  ({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
               f"after finetuning sparsity {row['sparsity']:.4f}  validation {row['val_acc']:.2f} %, "
               f"test {row['test_acc']:.2f} %  ({row['epochs']} epochs)")
         if row["one_shot_test_acc"] != "":

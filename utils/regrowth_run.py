@@ -23,13 +23,13 @@ from utils.drift import BlockwiseFeatureExtractor, compute_block_ssim
 from utils.errors import UserError
 from utils.pipeline import Outcome
 from utils.regrowth import WeightRegrowth, layer_capacities, reference_magnitudes, regrowth_budget, target_layers
-from utils.regrowth_record import RegrowthRecord
+from utils.regrowth_record import BEST_ENTRIES, RegrowthRecord
 from utils.run import Run, prerequisite_command
 from utils.saliency import Evidence, SaliencyComputer
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
 from utils.stage import Stage
-from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate
+from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
 DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
@@ -236,7 +236,8 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
     names = ("allocation", "max_ratio", "target_layers", "ssim_batches", *method.options)
     if args.allocation == "rl":
         names += ("num_epochs", "batch_size", "learning_rate", "hidden_size", "reward_temperature", "start_beta",
-                  "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget")
+                  "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget",
+                  "warm_start")
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
             "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
@@ -264,14 +265,17 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     before = evaluate(step.start.model, run.val, run.precision).accuracy
     model, record = apply_allocation(step.start.model, problem, found.allocation, regrower, step.number)
     regrown = evaluate(model, run.val, run.precision).accuracy
-    save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown / 100)
+    reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
+    save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown, reestimated)
     print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.4f} -> "
-          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} % before finetuning")
+          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} %, "
+          f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
     trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=pipeline.finetuning_seed(run),
                       precision=run.precision, passes_before=config["passes_before"])
     result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
     stage.finish(model.state_dict(), run.card(
         **pipeline.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,
+        val_acc_after_regrowth_bn=reestimated,
         sparsity_before=count_pruned_params(step.start.model).sparsity, regrown=record.count,
         starting_checkpoint=str(step.start.artifact),
         start_test_acc=step.start.card.get("test_acc"), allocation=dict(zip(problem.layers, found.allocation)),
@@ -306,10 +310,16 @@ def apply_allocation(pruned: nn.Module, problem: AllocationProblem, allocation: 
 
 
 def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, record: RegrowthRecord,
-              accuracy: float) -> None:
-    """The best allocation with the record that replays it on the starting checkpoint (`RegrowthRecord`)."""
+              val_acc: float, val_acc_bn: float) -> None:
+    """The best allocation with the record that replays it on the starting checkpoint (`RegrowthRecord`).
+
+    val_acc, val_acc_bn: validation accuracy (%) right after regrowth, so before finetuning, as is and with batch-norm
+    statistics re-estimated. The published entry `accuracy` is the first of them as a fraction, not the accuracy after
+    finetuning; the file says so itself (`BEST_ENTRIES`).
+    """
     checkpoint.save_checkpoint({
-        "epoch": found.epoch, "reward": found.reward, "accuracy": accuracy,
+        "epoch": found.epoch, "reward": found.reward, "accuracy": val_acc / 100,
+        "val_acc_after_regrowth": val_acc, "val_acc_after_regrowth_bn": val_acc_bn,
         "allocation": dict(zip(problem.layers, found.allocation)), **record.state_dict(),
         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(step.start.artifact),
-        "starting_digest": checkpoint.file_digest(step.start.artifact)}, step.folder / name)
+        "starting_digest": checkpoint.file_digest(step.start.artifact), "entries": BEST_ENTRIES}, step.folder / name)

@@ -18,7 +18,14 @@ from torch import nn
 
 from utils import checkpoint, pipeline, saliency_plots
 from utils.analysis_utils import count_pruned_params, get_masks
-from utils.class_saliency import MEASURES, PER_IMAGE, ClassSaliency, gradient_saliency, hessian_saliency
+from utils.class_saliency import (  # compute_parameter_saliency_per_class: published under this module's name
+    MEASURES,
+    PER_IMAGE,
+    ClassSaliency,
+    compute_parameter_saliency_per_class,  # noqa: F401
+    gradient_saliency,
+    hessian_saliency,
+)
 from utils.data_loader import BatchLoader, balanced_indices
 from utils.errors import UserError
 from utils.run import (

@@ -5,6 +5,7 @@ interrupted one continues, and nothing on disk is replaced before its successor 
 """
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Stage:
         self.card: dict[str, Any] | None = None
         self._state: dict[str, Any] | None = None
         self._saved_at, self._save_cost = 0.0, 0.0
+        self._unsaved: dict[str, Any] | None = None  # a finished epoch that is not on disk yet
         if not overwrite:
             self._look(resume)
 
@@ -88,20 +90,32 @@ class Stage:
         self._state = state
 
     def fit(self, trainer: Trainer, label: str) -> TrainResult:
-        """Trains, from the interrupted state if there is one; saves progress and a CSV row per epoch as it goes."""
+        """Trains, from the interrupted state if there is one; saves progress and a CSV row per epoch as it goes.
+
+        Where saving takes too large a share of the time, the last finished epoch is kept in memory and saved when the
+        training stops for whatever reason (a kill excepted).
+        """
         if self._state is not None:
             trainer.load_state_dict(self._state["trainer"])
             print(f"{label}: continuing after epoch {trainer.epoch}")
-        return trainer.run(label, on_epoch=self._save_progress)
+        try:
+            return trainer.run(label, on_epoch=self._save_progress)
+        finally:
+            if self._unsaved is not None:  # stopped by Ctrl-C or a failure: what throttling held back
+                self._write_progress(self._unsaved)
 
     def _save_progress(self, trainer: Trainer) -> None:
         checkpoint.save_csv(trainer.history, checkpoint.training_log_path(self.artifact))
-        now = time.perf_counter()
-        if not trainer.finished and now - self._saved_at < self._save_cost / SAVE_SHARE:
-            return
-        checkpoint.save_checkpoint({"config": self.config, "trainer": trainer.state_dict()}, self.progress)
-        self._saved_at = time.perf_counter()
-        self._save_cost = self._saved_at - now
+        if not trainer.finished and time.perf_counter() - self._saved_at < self._save_cost / SAVE_SHARE:
+            self._unsaved = copy.deepcopy(trainer.state_dict())  # training goes on in these very tensors
+        else:
+            self._write_progress(trainer.state_dict())
+
+    def _write_progress(self, state: Mapping[str, Any]) -> None:
+        start = time.perf_counter()
+        checkpoint.save_checkpoint({"config": self.config, "trainer": state}, self.progress)
+        self._unsaved, self._saved_at = None, time.perf_counter()
+        self._save_cost = self._saved_at - start
 
     def finish(self, content: Any, card: Mapping[str, Any]) -> None:
         """Saves the artifact and its card, then forgets the progress.

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from utils.analysis_utils import hold_pruned_weights
+from utils.analysis_utils import clone_model, hold_pruned_weights
 from utils.data_loader import BatchLoader
 from utils.errors import RunFailed
 from utils.precision import autocast
@@ -105,6 +106,50 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precisio
     model.train(was_training)
     loss_sum, correct, seen = totals.tolist()
     return Evaluation(loss_sum / seen, 100.0 * correct / seen)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, loader: BatchLoader, precision: str = "fp32") -> bool:
+    """Estimates the running statistics of batch normalisation anew, over one pass of `loader`; nothing else changes.
+
+    loader: the training loader, so augmented and shuffled as in training; the same images come for every model, and
+    its generator stays where it is. While it runs, batches are normalised by their own statistics, as in training, but
+    dropout is off. The results are the moments of all values pooled, variance unbiased: what
+    `torch.optim.swa_utils.update_bn` averages, the variances within batches, leaves out that between their means.
+    Returns whether there are such statistics; layers that never run keep theirs.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    sums: dict[_BatchNorm, Tensor] = {}  # float64 (3, channels): number of values, their sum, sum of their squares
+
+    def add(norm: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> None:
+        number, mean, variance = inputs[0][:, 0].numel(), norm.running_mean.double(), norm.running_var.double()
+        squares = variance * (number - 1) + number * mean**2
+        sums[norm] = sums.get(norm, 0) + torch.stack([torch.full_like(mean, number), number * mean, squares])
+
+    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    batches, hooks = loader.with_batch_size(loader.batch_size), [norm.register_forward_hook(add) for norm in norms]
+    batches.reseed(0)
+    model.eval()
+    for norm in norms:
+        norm.train().momentum = 1.0  # the running statistics are then those of the batch
+    with autocast(next(model.parameters()).device, precision):
+        for inputs, _ in batches if norms else ():
+            model(inputs)
+    for norm, hook, momentum in zip(norms, hooks, momenta, strict=True):
+        hook.remove()
+        norm.momentum = momentum
+    for norm, (number, total, squares) in sums.items():
+        norm.running_mean.copy_(total / number)
+        norm.running_var.copy_((squares - total**2 / number) / (number - 1))
+    model.train(was_training)
+    return bool(norms)
+
+
+def accuracy_with_new_statistics(model: nn.Module, train: BatchLoader, val: BatchLoader, precision: str) -> float:
+    """Accuracy (%) on `val` of a copy of the model whose batch-norm statistics are re-estimated on `train`."""
+    copy = clone_model(model)
+    reestimate_batch_norm(copy, train, precision)
+    return evaluate(copy, val, precision).accuracy
 
 
 def _batch_totals(mean_loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
