@@ -116,6 +116,13 @@ def test_the_step_is_a_fraction_of_all_weights_and_may_exceed_what_is_pruned():
     assert regrowth_budget(pruned_to(900, 1000), regrow_step=0.5) == 500
 
 
+def test_the_budget_is_rounded_to_the_nearest_not_down():
+    # N = 10: (1 - 0.72) * 10 = 2.8, so 3 survive and 2 return; at 0.78 2.2, so 2 survive and 1 returns
+    assert regrowth_budget(pruned_to(1, 10), target_sparsity=0.72) == 2
+    assert regrowth_budget(pruned_to(1, 10), target_sparsity=0.78) == 1
+    assert [regrowth_budget(pruned_to(1, 10), regrow_step=step) for step in (0.06, 0.14, 0.28)] == [1, 1, 3]
+
+
 @pytest.mark.parametrize(("wish", "message"), [({"target_sparsity": 0.99}, "0.99 is not below"),
                                                ({"target_sparsity": -0.1}, "-0.1"), ({"regrow_step": 0.0}, "0.0 must"),
                                                ({"regrow_step": 1.5}, "1.5 must"),

@@ -177,6 +177,10 @@ def test_inputs_are_left_alone():
 def test_shares_are_rounded_by_largest_remainder():
     # 10 * (5, 3, 1)/9 = 5.56, 3.33, 1.11: floors 5, 3, 1, and the one left goes to .56
     assert apportion([5, 3, 1], 10, [99, 99, 99]) == [6, 3, 1]
+    # 10 * (1, 3, 5)/9 = 1.11, 3.33, 5.56: the last has the largest remainder, the first the smallest
+    assert apportion([1, 3, 5], 10, [99, 99, 99]) == [1, 3, 6]
+    # 5 * (9, 8, 13)/30 = 1.5, 1.33, 2.17: the largest remainder is neither the last nor that of the largest share
+    assert apportion([8, 9, 13], 5, [99, 99, 99]) == [1, 2, 2]
 
 
 def test_equal_remainders_go_by_position():
