@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import rl_regrowth_nas
 import rl_saliency_regrowth
 from utils import benchmark, checkpoint, plots
 from utils import benchmark_report as report
 from utils.errors import UserError
+from utils.progress import Progress
 from utils.pruning import weight_pruner_loader
 from utils.regrowth_options import regrowth_arguments
 from utils.run import (
@@ -79,12 +78,15 @@ def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[s
     seconds: dict[str, list] = {name: [] for name in METHODS}
     last, rows = {}, []
     jobs = [(number, name) for number in range(args.num_runs + 1) for name in METHODS]
-    for number, name in tqdm(jobs, desc="episodes", unit="episode", dynamic_ncols=True):
-        last[name] = benchmark.run_episode(run, options, METHODS[name])
-        if number:  # the first is the warm-up
-            seconds[name].append(last[name].seconds)
-            rows.append({"run": number, "method": name, **last[name].seconds})
-            checkpoint.save_csv(rows, log)
+    with Progress("benchmark", len(jobs)) as progress:
+        for number, name in jobs:
+            progress.say(f"episode {progress.done + 1}/{len(jobs)}  {name}{'' if number else ', to warm up'}")
+            last[name] = benchmark.run_episode(run, options, METHODS[name])
+            progress.advance()
+            if number:
+                seconds[name].append(last[name].seconds)
+                rows.append({"run": number, "method": name, **last[name].seconds})
+                checkpoint.save_csv(rows, log)
     return seconds, last
 
 

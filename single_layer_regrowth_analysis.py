@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from utils import checkpoint, plots, regrowth_run
 from utils.analysis_utils import clone_model
@@ -91,7 +90,7 @@ def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, evidence:
         return immediate, reestimated, reestimated
     trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "single layer", seed),
                       precision=run.precision)
-    return immediate, reestimated, trainer.run(show=False).accuracy
+    return immediate, reestimated, trainer.run(f"{layer}, seed {seed}").accuracy
 
 
 def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: nn.Module,
@@ -104,13 +103,13 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     budget = regrowth_budget(start, target_sparsity=args.target_sparsity)
     before = evaluate(start, run.val, run.precision).accuracy
     jobs = [(layer, seed) for layer in [CONTROL, *capacities] for seed in range(args.num_seeds)]
-    bar = tqdm([job for job in jobs if not table.has(*job)], desc="layers", unit="run", dynamic_ncols=True)
-    for layer, seed in bar:
+    jobs = [job for job in jobs if not table.has(*job)]
+    for job, (layer, seed) in enumerate(jobs, 1):
         capacity = capacities.get(layer, 0)
         number = min(budget, capacity)
         immediate, reestimated, final = regrow_layer(run, args, start, evidence, layer, number, seed)
-        bar.set_postfix(layer=layer, ssim=f"{drift.get(layer, 1.0):.2f}",
-                        val=f"{before:.2f}->{reestimated:.2f}->{final:.2f}")
+        print(f"{job}/{len(jobs)}  {layer}, seed {seed}: validation {before:.2f} -> {reestimated:.2f} -> {final:.2f} %",
+              flush=True)
         table.add({"layer": layer, "seed": seed, "ssim": drift.get(layer, 1.0), "capacity": capacity,
                    "budget": budget, "regrown": number, "capped": int(number < budget), "val_acc_before": before,
                    "val_acc_immediate": immediate, "val_acc_immediate_bn": reestimated, "val_acc_final": final,

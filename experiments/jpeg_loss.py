@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from utils import pipeline  # noqa: E402
 from utils.checkpoint import save_csv, save_json  # noqa: E402
@@ -54,7 +53,8 @@ def validation_loaders(run: Run) -> dict[str, BatchLoader]:
     _, chosen = split_indices(len(run.data.train_images), run.val_split)
     images, targets = run.data.train_images[chosen], run.data.train_targets[chosen]
     loaders = {}
-    for name, coding in tqdm(CODINGS.items(), desc="coding", unit="version"):
+    for name, coding in CODINGS.items():
+        print(f"coding {len(images):,} images: {name}", flush=True)
         version = images if coding is None else np.stack([coded(image, *coding) for image in images])
         loaders[name] = BatchLoader(version, targets, 500, mean=mean, std=std, device=run.device)
     return loaders

@@ -173,10 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(first, first + args.num_seeds):
         args.seed, args.root = seed, folder / f"seed_{seed}"
         run = open_run(args)
-        for arm in args.arms:
+        for number, arm in enumerate(args.arms, 1):
             if not table.has(arm, seed):
+                print(f"\nseed {seed} ({seed - first + 1} of {args.num_seeds}), arm {number} of {len(args.arms)}: {arm}",
+                      flush=True)
                 table.add(measure(run, args, arm, seed), run.card())
-    results = compare(table.rows, args.arms)
+    results = compare(table.rows, [arm for arm in ARMS if any(row["arm"] == arm for row in table.rows)])
     if results:
         checkpoint.save_csv(results, folder / "verdicts.csv")
         plots.plot_differences(results, folder / "verdicts.png", f"{args.m_name}, sparsity {args.target_sparsity}, "

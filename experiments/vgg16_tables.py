@@ -131,11 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                                                   "finetune_lr", "method", "allocation", "search_budget", "dataset",
                                                   "val_split", "precision")}
     table = ResumableTable(folder / "runs.csv", ("row", "seed"), config, resume=args.resume, overwrite=args.overwrite)
-    for seed in args.seeds:
+    for turn, seed in enumerate(args.seeds, 1):
         args.seed, args.root = seed, folder / f"seed_{seed}"
         missing = [entry for entry in args.entries if not table.has(entry.label, seed)]
         run = open_run(args) if missing else None
-        for entry in missing:
+        for number, entry in enumerate(missing, 1):
+            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {number} of {len(missing)}: {entry.label}", flush=True)
             table.add(measure(run, args, entry), run.card())
     results = beside_published(table.rows, args.m_name)
     checkpoint.save_csv(results, folder / "tables.csv")

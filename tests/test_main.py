@@ -176,7 +176,9 @@ def test_a_conflict_anywhere_in_the_command_is_found_before_training(untrained_o
     refused(main_script, [*words, "--sparsity", "0.9", "0.99", "--finetune_epochs", "0", "--pruner", "lamp"],
             "pruner magnitude (asked: lamp)")
     for script, more in ((main_script, ["--sparsity", "0.99", "--iter_end", "10"]), (iterate, [])):  # tenth: 0.99
-        refused(script, [*words, "--pruner", "lamp", "--finetune_epochs", "0", *more], "schedule one-shot")
+        for resume in ([], ["--resume"]):  # it could not be taken: nine iterations come before it
+            refused(script, [*words, "--pruner", "lamp", "--finetune_epochs", "0", *more, *resume], "schedule one-shot",
+                    "0.9842.pth is trained first", "--root", "--overwrite")
     for more in (["--resume"], ["--overwrite"]):  # neither refuses
         with pytest.raises(AssertionError, match="trained"):
             main_script.main([*sweep, *more])
@@ -184,7 +186,8 @@ def test_a_conflict_anywhere_in_the_command_is_found_before_training(untrained_o
     dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
     for path in dense.parent.iterdir():
         path.unlink()
-    refused(main_script, sweep, "mask_0.99.pth exists", ": recipe epochs 0 (asked: 1). Use")  # also without the parent
+    for resume in ([], ["--resume"]):  # also without the parent
+        refused(main_script, [*sweep, *resume], "mask_0.99.pth exists", ": recipe epochs 0 (asked: 1). It", "--root")
     assert not dense.exists() and not list(folder.glob("*0.9.*"))
 
 
@@ -195,6 +198,18 @@ def test_an_unfinished_parent_is_no_conflict(untrained_options, tmp_path, capsys
     capsys.readouterr()
     main_script.main(words)  # the same dense model is trained again, and what was made from it fits
     assert capsys.readouterr().out.count("reusing") == 1
+
+
+def test_what_came_from_a_model_that_is_being_replaced_is_named_before_training(untrained_options, tmp_path, request):
+    words = ["--m_name", "resnet20", *untrained_options, "--sparsity", "0.99", "--finetune_epochs", "0"]
+    main_script.main(words)
+    dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
+    anew = checkpoint.read_card(dense)["config"]
+    anew["recipe"]["epochs"] = 2  # an --overwrite with more epochs of pretraining, interrupted
+    checkpoint.save_checkpoint({"config": anew, "trainer": {}}, checkpoint.progress_path(dense))
+    request.getfixturevalue("no_training")
+    refused(main_script, [*words, "--max_epochs", "2", "--resume"], "mask_0.99.pth exists", "epochs 1 (asked: 2)",
+            "ckpt.pth is trained first")
 
 
 @pytest.mark.parametrize("script, sparsity, words", [

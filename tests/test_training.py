@@ -1,6 +1,7 @@
 """The training loop: evaluation, schedules, best weights, patience, divergence, exact continuation."""
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +117,42 @@ def test_a_state_saved_contiguous_continues_with_the_strides_of_the_parameters(o
         assert all(value.stride() == param.stride() for value in state.values() if getattr(value, "ndim", 0) == 4)
     again.run(show=False)
     assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in small_cnn.state_dict().items())
+
+
+class Terminal(io.StringIO):
+    """A stderr that is, or is not, a terminal."""
+
+    def __init__(self, is_terminal: bool):
+        super().__init__()
+        self.isatty = lambda: is_terminal
+
+
+def test_progress_in_a_pipe_is_a_plain_line_per_epoch(small_cnn, tiny_loaders, monkeypatch):
+    monkeypatch.setattr("sys.stderr", pipe := Terminal(False))
+    trainer = make_trainer(small_cnn, tiny_loaders)
+    trainer.run("pretrain a-network-with-a-very-very-long-name")
+    lines = pipe.getvalue().splitlines()
+    assert "\r" not in pipe.getvalue() and len(lines) == 3 and all(len(line) <= 80 for line in lines)
+    for epoch, (line, row) in enumerate(zip(lines, trainer.history), 1):
+        best = max(earlier["val_acc"] for earlier in trainer.history[:epoch])
+        assert line.startswith(f"epoch {epoch}/3  val {row['val_acc']:.2f} %  best {best:.2f} %  "
+                               f"loss {row['train_loss']:.3f}  ")
+        assert "pretrain a-network" in line and ("left" in line) == (epoch < 3)
+
+
+def test_progress_on_a_terminal_is_one_line_in_its_width(small_cnn, tiny_loaders, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal(True))
+    monkeypatch.setenv("COLUMNS", "80")
+    make_trainer(small_cnn, tiny_loaders).run("pretrain resnet20")
+    shown = terminal.getvalue().strip().split("\r")
+    assert all(len(text) <= 80 for text in shown) and "\n" not in terminal.getvalue().strip()
+    assert shown[0].startswith("epoch 0/3") and shown[-1].startswith("epoch 3/3  val ") and "100% 00:" in shown[-1]
+
+
+@pytest.mark.parametrize("stream", [None, object()])
+def test_training_does_without_a_usable_stderr(stream, small_cnn, tiny_loaders, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream)
+    assert make_trainer(small_cnn, tiny_loaders, replace(SHORT, epochs=1)).run().epochs == 1
 
 
 def test_training_is_a_pure_function_of_its_seed(small_cnn, tiny_loaders):

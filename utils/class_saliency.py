@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vjp, vmap
+from torch.func import functional_call, grad, vjp, vmap
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from utils.analysis_utils import clone_model, prunable_layers, remove_masks
+from utils.progress import Progress
 from utils.seeding import derive_seed
 
 MEASURES = {  # name -> axis label; losses are in nats
@@ -77,11 +77,11 @@ class WeightFunction:
         replaced = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items()}
         return F.cross_entropy(functional_call(self.model, replaced, (inputs,)), targets, reduction="none")
 
-    def per_image_gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Weights, Tensor]:
-        """Gradients of each image's own loss, layer -> (B, *weight shape), and the losses (B,)."""
+    def per_image_gradients(self, inputs: Tensor, targets: Tensor) -> Weights:
+        """Gradients of each image's own loss, layer -> (B, *weight shape)."""
         def loss_of_one(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
             return self.losses(weights, image[None], target[None])[0]
-        return vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0))(self.weights, inputs, targets)
+        return vmap(grad(loss_of_one), in_dims=(None, 0, 0))(self.weights, inputs, targets)
 
     def zeros(self, num_classes: int) -> Weights:
         """layer -> (num_classes, weights) of zeros."""
@@ -127,17 +127,15 @@ def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
     """
     network = WeightFunction(model)
     sums = {measure: network.zeros(num_classes) for measure in measures}
-    images, total_loss = torch.zeros(num_classes, dtype=torch.int64, device=network.device), 0.0
-    with _progress(loader, "gradients", show) as bar:
+    images = torch.zeros(num_classes, dtype=torch.int64, device=network.device)
+    with _progress(loader, "gradients", show) as progress:
         for inputs, targets in loader:
             chunk = chunk or network.chunk_size(inputs[:1])
             for part, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-                gradients, losses = network.per_image_gradients(part, labels)
+                gradients = network.per_image_gradients(part, labels)
                 _add_rows(sums, gradients, labels)
                 images += labels.bincount(minlength=num_classes)
-                total_loss += float(losses.sum())
-                bar.update(len(labels))
-                bar.set_postfix(loss=f"{total_loss / int(images.sum()):.4f}", chunk=chunk, refresh=False)
+                progress.advance(len(labels))
     for measure, matrices in sums.items():
         _average(matrices, images, network.weights if measure == "fisher" else {})
     return {measure: ClassSaliency(measure, matrices, images.tolist()) for measure, matrices in sums.items()}
@@ -161,9 +159,8 @@ def _average(matrices: Weights, images: Tensor, weights: Weights) -> None:
             matrix *= weights[name].square().flatten()
 
 
-def _progress(loader: Loader, label: str, show: bool) -> tqdm:
-    return tqdm(total=getattr(loader, "num_images", None), desc=label, unit="image", disable=not show,
-                dynamic_ncols=True, mininterval=0.5)
+def _progress(loader: Loader, label: str, show: bool) -> Progress:
+    return Progress(f"images, {label}", getattr(loader, "num_images", None), show=show)
 
 
 # --- the Hessian's diagonal ----------------------------------------------------------------------------------------
@@ -199,15 +196,14 @@ def hessian_saliency(model: nn.Module, loader: Loader, num_classes: int, *, prob
     network = WeightFunction(model)
     sums = _ProbeSums(network, num_classes)
     signs = torch.Generator(network.device).manual_seed(derive_seed(seed, "hutchinson"))
-    with _progress(loader, "hessian", show) as bar:
+    with _progress(loader, "hessian", show) as progress:
         for label, part, targets in _class_groups(loader, group):
             def loss(weights: Weights, part: Tensor = part, targets: Tensor = targets) -> Tensor:
                 return network.losses(weights, part, targets).sum()
             for diagonal in diagonal_probes(loss, network.weights, probes, signs):
                 sums.add(label, diagonal, 1.0 / probes)
             sums.images[label] += len(part)
-            bar.update(len(part))
-            bar.set_postfix(vectors=int(sums.vectors.sum()), refresh=False)
+            progress.advance(len(part))
     return sums.result()
 
 

@@ -1,6 +1,7 @@
 """Stage 1: pretrain, prune, finetune and report, shared by `main.py` and `iclr2021_solution/iterate.py`."""
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from utils.analysis_utils import clone_model, count_pruned_params, empty_layers,
 from utils.errors import UserError, one_line
 from utils.run import Run
 from utils.seeding import derive_seed
-from utils.stage import Stage
+from utils.stage import Stage, differences
 from utils.training import Recipe, Trainer, evaluate
 
 Pruner = Callable[..., None]
@@ -102,12 +103,30 @@ def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Rec
     """
     if overwrite:
         return
-    finished = {dense.artifact: dense.finished}
+    stages = {dense.artifact: dense}
     for step in steps:
         parent = _parent_path(run, step)
         artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-        digest = checkpoint.file_digest(parent) if finished.get(parent, True) else _parent_named_by(artifact)
-        finished[artifact] = Stage(artifact, _prune_config(run, step, recipe, digest), resume=resume).finished
+        made_first = stages.get(parent)
+        if made_first is None or made_first.finished:
+            config = _prune_config(run, step, recipe, checkpoint.file_digest(parent))
+        else:
+            config = _prune_config(run, step, recipe, _parent_named_by(artifact))
+            _check_follows(artifact, config, made_first)
+        stages[artifact] = Stage(artifact, config, resume=resume)
+
+
+def _check_follows(artifact: Path, config: dict[str, Any], parent: Stage) -> None:
+    """UserError for a finished artifact that cannot be kept once `parent` has been trained; not even by --resume."""
+    card, old = checkpoint.read_card(artifact), checkpoint.read_card(parent.artifact)
+    if card is None or checkpoint.progress_path(artifact).exists():
+        return
+    replaced = old is not None and old.get("config") != parent.config and config["parent"] == old["sha256"]
+    made, asked = (old.get("config", {}), parent.config) if replaced else (card.get("config", {}), config)
+    if replaced or made != json.loads(json.dumps(asked)):
+        raise UserError(f"{artifact} exists and was made with other arguments: {differences(made, asked)}. It cannot "
+                        f"be kept, because {parent.artifact.name} is trained first and will not be what it came from. "
+                        "Use --root for another place, or --overwrite to redo everything")
 
 
 def _parent_named_by(artifact: Path) -> str | None:

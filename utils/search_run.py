@@ -1,4 +1,4 @@
-"""The controller's search as a script runs it: bar, CSV, figure, checkpoints, resume."""
+"""The controller's search as a script runs it: progress, CSV, figure, checkpoints, resume."""
 from __future__ import annotations
 
 import argparse
@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from utils import checkpoint, plots
 from utils.allocation import AllocationProblem
 from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient
 from utils.errors import UserError
+from utils.progress import Progress
 from utils.regrowth_options import search_config
 from utils.stage import differences
 
@@ -68,21 +67,22 @@ def _read_search(path: Path) -> dict[str, Any]:
 
 
 class SearchLog:
-    """Bar, CSV and checkpoints of a running search."""
+    """Progress, CSV and checkpoints of a running search."""
 
     def __init__(self, search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
                  sparsity: float):
         """stem: path that artifact names begin with; config: of the step, kept in the checkpoints."""
         self.search, self.stem, self.config, self.save_freq, self.sparsity = search, stem, config, save_freq, sparsity
         self.table = stem.parent / "search.csv"
-        self.bar = tqdm(total=search.config.search_budget, desc="search", unit="epoch", dynamic_ncols=True,
-                        initial=search.history[-1]["epochs_spent"] if search.history else 0)
+        self.progress = Progress("search", search.config.search_budget, text="episode 0",
+                                 done=search.history[-1]["epochs_spent"] if search.history else 0)
 
     def episode(self, row: Mapping[str, Any]) -> None:
         """A new row of the history."""
-        self.bar.update(row["epochs_spent"] - self.bar.n)
-        self.bar.set_postfix(episode=row["episode"], reward=f"{100 * row['reward']:.2f}%",
-                             best=f"{100 * row['best']:.2f}%", fidelity=row["fidelity"])
+        self.progress.advance(row["epochs_spent"] - self.progress.done)
+        spent = f"{row['epochs_spent']}/{self.progress.total}" if self.progress.total else row["epochs_spent"]
+        self.progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
+                          f"{row['fidelity']}  best {100 * row['best']:.2f} %")
         checkpoint.save_csv(self.rows(), self.table)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -128,9 +128,9 @@ def search_allocation(args: argparse.Namespace, problem: AllocationProblem, eval
         load_search(search, path, config)
     log = SearchLog(search, stem, config, args.save_freq, sparsity)
     try:
-        result = search.run(log.episode, log.epoch)
+        with log.progress:
+            result = search.run(log.episode, log.epoch)
     finally:
-        log.bar.close()
         log.save()
     if args.overwrite:  # what is left of the search before this one
         for updates, old in saved_searches(stem).items():

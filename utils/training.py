@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from utils.analysis_utils import clone_model, hold_pruned_weights
 from utils.data_loader import BatchLoader
 from utils.errors import RunFailed
 from utils.precision import autocast
+from utils.progress import Progress
 from utils.seeding import derive_seed, global_rng_state, set_global_rng_state
 
 
@@ -194,16 +193,14 @@ class Trainer:
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
             self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
-        interval = 0.5 if getattr(sys.stderr, "isatty", bool)() else 20  # a notebook's stderr may have no isatty
-        with tqdm(total=self.recipe.epochs * steps, initial=self.epoch * steps, desc=label, unit="batch",
-                  disable=not show, dynamic_ncols=True, mininterval=interval) as bar:
+        with Progress(label, self.recipe.epochs * steps, done=self.epoch * steps, show=show,
+                      text=f"epoch {self.epoch}/{self.recipe.epochs}") as progress:
             while not self.finished:
-                row = self._run_epoch(bar)
+                row = self._run_epoch(progress)
                 self._keep_best(row["val_acc"])
                 self.history.append(row)
-                bar.set_postfix(loss=f"{row['train_loss']:.3f}", train=f"{row['train_acc']:.1f}%",
-                                val=f"{row['val_acc']:.2f}%", best=f"{self.best_accuracy:.2f}%",
-                                imgs=f"{row['images_per_s']:.0f}/s")
+                progress.say(f"epoch {self.epoch}/{self.recipe.epochs}  val {row['val_acc']:.2f} %  "
+                             f"best {self.best_accuracy:.2f} %  loss {row['train_loss']:.3f}")
                 if on_epoch is not None:
                     on_epoch(self)
         if self.best_state:
@@ -221,9 +218,9 @@ class Trainer:
         """Training time so far, validation not included, over all processes that an interrupted training took."""
         return sum(row["seconds"] for row in self.history)
 
-    def _run_epoch(self, bar: tqdm) -> dict[str, float]:
+    def _run_epoch(self, progress: Progress) -> dict[str, float]:
         start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
-        loss, accuracy = self._train_epoch(bar)
+        loss, accuracy = self._train_epoch(progress)
         seconds = time.perf_counter() - start
         self._check_finite("training", loss, lr)
         val = evaluate(self.model, self.val, self.precision)
@@ -237,7 +234,7 @@ class Trainer:
             raise RunFailed(f"the {name} loss became {loss} in epoch {self.epoch + 1} (learning rate {lr:.3g}); "
                             "the last good checkpoint is kept. Try a lower learning rate or --precision fp32")
 
-    def _train_epoch(self, bar: tqdm) -> Evaluation:
+    def _train_epoch(self, progress: Progress) -> Evaluation:
         """One pass; losses are summed on the device and read once at the end, so that no step waits for the host."""
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -250,7 +247,7 @@ class Trainer:
             self.optimizer.step()
             self.scheduler.step()
             totals += _batch_totals(loss.detach(), logits.detach(), targets)
-            bar.update()
+            progress.advance()
         loss_sum, correct, seen = totals.tolist()
         return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
