@@ -175,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = open_run(args)
         for number, arm in enumerate(args.arms, 1):
             if not table.has(arm, seed):
-                print(f"\nseed {seed} ({seed - first + 1} of {args.num_seeds}), arm {number} of {len(args.arms)}: {arm}",
-                      flush=True)
+                turn = f"({seed - first + 1} of {args.num_seeds})"
+                print(f"\nseed {seed} {turn}, arm {arm} ({number} of {len(args.arms)})", flush=True)
                 table.add(measure(run, args, arm, seed), run.card())
     results = compare(table.rows, [arm for arm in ARMS if any(row["arm"] == arm for row in table.rows)])
     if results:

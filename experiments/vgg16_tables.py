@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing = [entry for entry in args.entries if not table.has(entry.label, seed)]
         run = open_run(args) if missing else None
         for number, entry in enumerate(missing, 1):
-            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {number} of {len(missing)}: {entry.label}", flush=True)
+            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {entry.label} ({number} of {len(missing)})",
+                  flush=True)
             table.add(measure(run, args, entry), run.card())
     results = beside_published(table.rows, args.m_name)
     checkpoint.save_csv(results, folder / "tables.csv")

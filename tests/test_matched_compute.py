@@ -44,7 +44,8 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
     assert [row["arm"] for row in verdicts] == ["rl+saliency", "proportional+saliency+reference",
                                                 "proportional+reference", "random+random"]
     assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts.png").stat().st_size > 1000
-    assert "against one-shot" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "against one-shot" in said and "seed 1 (2 of 2), arm random+random (5 of 5)" in said
     made = [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/*/*0.97.json")]
     made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/resnet20/ckpt_after_prune/*.json")]
     assert len(made) == 6 and {config["recipe"]["schedule"] for config in made} == {"constant"}
