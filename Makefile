@@ -24,6 +24,7 @@ clean:
 
 # Reinstalled when requirements.txt changes; the stamp is written last, so a broken installation is tried again.
 $(VENV)/.installed: requirements.txt
+	@echo "installing requirements.txt into $(VENV): some minutes, up to 6 GB (the CUDA build of PyTorch); once only"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -11,7 +11,7 @@ import torch
 import benchmark_regrowth_methods as script
 from tests.conftest import assert_user_error
 from tests.test_regrowth_scripts import make_start
-from utils import benchmark
+from utils import benchmark, checkpoint
 from utils import benchmark_report as report
 from utils.analysis_utils import clone_model, get_masks
 from utils.timing import StageClock, Timing, summarise
@@ -98,6 +98,24 @@ def test_the_training_bars_are_for_resnet20_with_bf16_on_a_cpu():
     missed = benchmark.bars(run, [row("training resnet20", 1, 2.9, 1_199)])
     assert [bar["met"] for bar in met] == [True, True] and [bar["met"] for bar in missed] == [False, False]
     assert benchmark.bars(fake_run("resnet20", "cpu", "bf16", images=1_999), [row("training resnet20", 1, 3)]) == []
+
+
+def test_bars_are_said_in_words(capsys):
+    report.print_bars(benchmark.bars(fake_run("resnet20", "cpu", "bf16"), [row("training resnet20", 1, 2.9, 1_300)]))
+    shown = capsys.readouterr().out.splitlines()
+    assert "aims at" in shown[1] and shown[2].endswith(" reached") and shown[3].endswith("not reached here")
+
+
+def test_checkpoints_of_other_images_are_timed_without_a_warning(image_folder, tmp_path, capsys):
+    make_start(tmp_path)
+    path = checkpoint.card_path(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
+    card = json.loads(path.read_text())
+    card["config"] |= {"data_fingerprint": "all images", "dataset": "cifar10, image folder (PNG)", "val_split": 0.5}
+    checkpoint.save_json(card, path)
+    args = arguments(tmp_path, "--data_dir", image_folder)
+    run = benchmark.open_benchmark(args, tmp_path / "unused")
+    benchmark.run_episode(run, script.stage2_arguments(args), script.METHODS["reference"])
+    assert run.root == tmp_path and "other images" not in capsys.readouterr().out
 
 
 def test_stage_rows_by_hand():

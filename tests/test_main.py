@@ -21,6 +21,7 @@ from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
 from utils import checkpoint, pipeline
 from utils.datasets import load_dataset
 from utils.errors import UserError
+from utils.model_loader import model_loader
 from utils.models import MODELS
 from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
 
@@ -243,6 +244,20 @@ def test_iterate_takes_any_dense_model_unless_an_option_contradicts_it(tiny_opti
     refused(iterate, [*words, "--max_epochs", "2"], "without a run card")
     iterate.main(words)
     assert f"reusing {dense}\n" in capsys.readouterr().out and dense.read_bytes() == made
+
+
+def test_the_summary_has_a_row_for_a_model_without_a_run_card(untrained_options, tmp_path, capsys):
+    dense = checkpoint.dense_path(tmp_path / "run", "resnet20")
+    checkpoint.save_checkpoint({"net": model_loader("resnet20", seed=0).state_dict(), "acc": 1.0, "epoch": 1}, dense)
+    words = ["--m_name", "resnet20", *untrained_options, "--sparsity", "0.9", "--finetune_epochs", "0", "--resume"]
+    for _ in range(2):
+        main_script.main(words)
+        shown = capsys.readouterr().out
+        rows = rows_of(tmp_path / "run")
+        assert [(row["pruner"], row["surviving"]) for row in rows] == [("none", str(N)), ("magnitude", "27090")]
+        printed = next(line for line in shown.splitlines() if line.split()[:1] == ["none"]).split()
+        assert printed == ["none", "0.0000", "270,896", *(f"{float(rows[0][key]):.2f}" for key in ("val_acc", "test_acc"))]
+    assert not checkpoint.card_path(dense).exists()  # nothing is known of how it was made
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

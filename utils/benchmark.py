@@ -74,10 +74,12 @@ def open_benchmark(args: argparse.Namespace, temporary: Path) -> Run:
     if missing and not args.synthetic:
         print(f"no checkpoint at {missing[0]}: timing synthetic weights and data, as --synthetic does")
     if not missing and not args.synthetic:
-        return open_run(args, first_images(load_dataset(args.dataset, args.data_dir, args.image_size), args.num_images))
-    run = open_run(args, synthetic_dataset(args.num_images, args.seed))
-    run.root = temporary
-    write_synthetic_checkpoints(run, args.start_sparsity)
+        run = open_run(args, first_images(load_dataset(args.dataset, args.data_dir, args.image_size), args.num_images))
+    else:
+        run = open_run(args, synthetic_dataset(args.num_images, args.seed))
+        run.root = temporary
+        write_synthetic_checkpoints(run, args.start_sparsity)
+    run.timing_only = True
     return run
 
 

@@ -48,13 +48,13 @@ def print_comparisons(rows: Sequence[Row]) -> None:
 
 
 def print_bars(rows: Sequence[Row]) -> None:
-    """A line per bar: its figure, its limit, met or missed."""
+    """A line per bar: what this project aims at on such hardware, its figure, reached or not."""
     if rows:
-        print("\nbars")
+        print("\nspeeds that this project aims at on such hardware")
     for row in rows:
         sign = ">=" if row["at_least"] else "<="
         print(f"  {row['bar']:<24} {row['value']:12,.2f} {sign} {row['limit']:8,g} {row['unit']:<22} "
-              f"{'met' if row['met'] else 'MISSED'}")
+              f"{'reached' if row['met'] else 'not reached here'}")
 
 
 def load_earlier(path: Path) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -269,7 +269,7 @@ def check_data(run: Run, artifact: Path) -> None:
     """
     card = checkpoint.read_card(artifact) or {}
     config = card.get("config", {})
-    if "data_fingerprint" not in config:
+    if run.timing_only or "data_fingerprint" not in config:
         return
     if config["data_fingerprint"] != run.data.fingerprint():
         there, here = config["dataset"], run.data_label
@@ -320,40 +320,56 @@ def report(run: Run, outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 
     Returns the table's rows (see `summary_rows`), of all artifacts of the model under the run's root.
     """
+    outcomes = list(outcomes)
     read_test(run, outcomes)
-    return write_summary(run)
+    return write_summary(run, outcomes)
 
 
 def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
-    """Reads the test set once for each model whose run card has no test accuracy yet, and writes it there."""
+    """Reads the test set once for each model whose run card has no test accuracy yet, and writes it there.
+
+    A model that came without a run card gets one in memory, so that reports name it; on disk it stays without.
+    """
     for outcome in outcomes:
-        if outcome.card and "test_acc" not in outcome.card:
-            test = run.test.read_as(str(outcome.artifact))
-            outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
+        if "test_acc" in outcome.card:
+            continue
+        came_without = not outcome.card
+        if came_without:
+            outcome.card.update(describe(outcome.model, evaluate(outcome.model, run.val, run.precision).accuracy),
+                                config=run.identity(), epochs="", best_epoch="", seconds="")
+        test = run.test.read_as(str(outcome.artifact))
+        outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
+        if not came_without:
             checkpoint.save_json(outcome.card, checkpoint.card_path(outcome.artifact))
 
 
-def write_summary(run: Run) -> list[dict[str, Any]]:
-    """Collects the run cards of the model under the root into ``pruning_results.csv`` and ``.png``."""
-    rows = summary_rows(run.root, run.m_name)
+def write_summary(run: Run, outcomes: Iterable[Outcome] = ()) -> list[dict[str, Any]]:
+    """Collects the run cards of the model under the root, and those of `outcomes`, into ``pruning_results.csv`` and
+    ``.png``."""
+    rows = summary_rows(run.root, run.m_name, {outcome.artifact: outcome.card for outcome in outcomes})
     table = run.root / run.m_name / "pruning_results.csv"
     checkpoint.save_csv(rows, table)
     plots.plot_pruning(rows, table.with_suffix(".png"), title=f"{run.m_name} on {run.data_label}")
     return rows
 
 
-def summary_rows(root: Path, m_name: str) -> list[dict[str, Any]]:
-    """One row for the dense model and each pruned one that has a run card, by pruner, schedule and sparsity."""
+def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """One row for the dense model and each pruned one that has a run card, by pruner, schedule and sparsity.
+
+    cards: of models that have none on disk.
+    """
     pruned = sorted(checkpoint.pruned_path(root, m_name, 0.5).parent.glob("pruned_finetuned_mask_*.pth"))
     artifacts = [checkpoint.dense_path(root, m_name)]
     artifacts += [path for path in pruned if not path.name.endswith(".progress.pth")]
-    rows = [_row(path, card) for path in artifacts if (card := checkpoint.read_card(path))]
+    found = ((path, checkpoint.read_card(path) or (cards or {}).get(path)) for path in artifacts)
+    rows = [_row(path, card) for path, card in found if card]
     return sorted(rows, key=lambda row: (row["pruner"] != "none", row["pruner"], row["schedule"], row["sparsity"]))
 
 
 def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     config = card["config"]
-    return {"pruner": config.get("pruner", "none"), "schedule": config.get("schedule", ""),
+    pruner = config.get("pruner", "unknown" if card["sparsity"] else "none")
+    return {"pruner": pruner, "schedule": config.get("schedule", ""),
             "iteration": config.get("iteration", 0), "sparsity": card["sparsity"], "surviving": card["surviving"],
             "total": card["total"], "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
             "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],

@@ -16,11 +16,15 @@ def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
     outcomes: the starting model, then the regrown ones in order; folder: the run's `--save_dir`.
     """
     pipeline.read_test(run, outcomes[1:])
-    rows = [_row(run, outcome) for outcome in outcomes[1:] if outcome.card]
+    rows = [_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
     checkpoint.save_csv(rows, folder / "regrowth_results.csv")
     plots.plot_bidirectional(pipeline.summary_rows(run.root, run.m_name), rows, folder / "regrowth_results.png",
                              title=f"{run.m_name} on {run.data_label}")
     _print(run, rows, folder)
+    for outcome in outcomes[1:]:
+        if "method" not in outcome.card["config"]:
+            print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
+                  f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
 
 
 def _row(run: Run, outcome: Outcome) -> dict[str, Any]:

@@ -196,6 +196,7 @@ class Run:
     command: str
     place: dict[str, str] = field(default_factory=dict)  # the options that name the data
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
+    timing_only: bool = False  # no accuracy of the run counts, so checkpoints of other images will do
 
     @property
     def data_label(self) -> str:
