@@ -4,6 +4,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,14 +17,14 @@ import torch
 
 import rl_regrowth_nas
 import rl_saliency_regrowth
-from tests.conftest import REPOSITORY, heed_sigint
+from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
 from utils import checkpoint, regrowth_run
 from utils.analysis_utils import get_masks, set_masks
 from utils.errors import UserError
 from utils.model_loader import model_loader
 from utils.regrowth import SELECTORS
 from utils.regrowth_record import RegrowthRecord
-from utils.run import open_run, prerequisite_command
+from utils.run import open_run, prerequisite
 from utils.seeding import generator
 
 N = 270_896  # prunable weights of resnet20
@@ -283,7 +285,20 @@ def test_the_scripts_differ_in_method_only(monkeypatch, tmp_path):
     assert rl_regrowth_nas.METHOD.name == "reference" and rl_saliency_regrowth.METHOD.name == "saliency"
     args = rl_saliency_regrowth.parse_args(["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"])
     monkeypatch.chdir(REPOSITORY)
-    assert prerequisite_command(args, "--pruner", "none") == \
-        "python main.py --m_name vgg16 --pruner none --data_dir x --seed 3"
+    assert prerequisite(args, "--pruner", "none").startswith(
+        "make it with: python main.py --m_name vgg16 --pruner none --data_dir x --seed 3 (up to 200 epochs; ")
     monkeypatch.chdir(tmp_path)
-    assert prerequisite_command(args, "--pruner", "none").startswith(f"python {REPOSITORY / 'main.py'} --m_name")
+    assert prerequisite(args, "--iter_end", "10").startswith(
+        f"make it with: python {REPOSITORY / 'main.py'} --m_name vgg16 --iter_end 10 --data_dir x --seed 3 (up to 600 ")
+
+
+def test_what_makes_a_missing_start_works_as_printed(tmp_path, run_script):
+    """Also where the dense model was made with other arguments than the defaults."""
+    small = ["--m_name", "resnet20", "--dataset", "photos", "--val_split", "0.95", "--root", tmp_path]
+    assert run_script("main.py", *small, "--max_epochs", "1", "--lr", "0.03", "--pruner", "none").returncode == 0
+    refused = run_script("rl_regrowth_nas.py", *small)
+    assert_user_error(refused, "no pruned checkpoint", "--resume", "up to 400 epochs", "at the pace of the dense model")
+    command = shlex.split(re.search(r"make it with: python (.*?) \(up to", refused.stderr)[1])
+    made = run_script(*command, "--finetune_epochs", "0")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "resnet20" / "ckpt_after_prune" / "pruned_finetuned_mask_0.99.pth").is_file()

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.pipeline import Outcome
 from utils.regrowth import WeightRegrowth, layer_capacities, reference_magnitudes, regrowth_budget, target_layers
 from utils.regrowth_record import BEST_ENTRIES, RegrowthRecord
-from utils.run import Run, prerequisite_command
+from utils.run import Run, prerequisite
 from utils.saliency import Evidence, SaliencyComputer
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
@@ -72,8 +72,7 @@ def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
     """The dense model of stage 1; UserError with the command that makes it when it is missing."""
     path = checkpoint.dense_path(run.root, run.m_name)
     if not path.is_file():
-        raise UserError(f"no dense checkpoint at {path}; make it with: "
-                        f"{prerequisite_command(args, '--pruner', 'magnitude', '--iter_end', '1')}")
+        raise UserError(f"no dense checkpoint at {path}; {prerequisite(args, '--pruner', 'magnitude')}")
     return pipeline.load_outcome(run, path)
 
 
@@ -89,7 +88,7 @@ def load_start(run: Run, args: argparse.Namespace) -> Outcome:
     if not path.is_file():
         wanted = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
                   "10" if kind == "iterative" else "1"]
-        hint = "" if named else f"; make it with: {prerequisite_command(args, *wanted)}"
+        hint = "" if named else f"; {prerequisite(args, *wanted)}"
         raise UserError(f"no pruned checkpoint at {path}{hint}")
     start = pipeline.load_outcome(run, path)
     if not named:
@@ -141,7 +140,7 @@ def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
 def reference_path(run: Run, name: str | None) -> Path | None:
     """The file of `--reference_model`, named by path or by its sparsity under the root; None: the dense model.
 
-    UserError when it is missing.
+    UserError when it is missing, for a sparsity with what makes it.
     """
     if name is None:
         return None
@@ -150,7 +149,8 @@ def reference_path(run: Run, name: str | None) -> Path | None:
     except ValueError:
         path = Path(name)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; --reference_model takes a file, or a sparsity under the root")
+        raise UserError(f"no checkpoint at {path}; --reference_model takes a file, or a sparsity that main.py "
+                        "--sparsity has made under this root (add --resume there, to keep the dense model)")
     return path
 
 

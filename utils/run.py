@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from utils.checkpoint import ensure_writable
+from utils.checkpoint import dense_path, ensure_writable, read_card
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, ImageDataset, load_dataset
 from utils.errors import UserError, one_line
@@ -26,6 +26,7 @@ from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.precision import PRECISIONS, resolve_precision
 from utils.seeding import derive_seed
+from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -252,8 +253,12 @@ def command_line() -> str:
     return shlex.join(["python", *started, *sys.argv[1:]])
 
 
-def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
-    """The shell command of stage 1 that makes what is missing, with the options of this run, for the current folder."""
+def prerequisite(args: argparse.Namespace, *words: str) -> str:
+    """``make it with: COMMAND (what it costs)``: the shell command of stage 1 for what is missing, for this folder.
+
+    It has the options of this run, and `--resume` where there is a dense model, which then is taken as it is, whatever
+    its recipe. The cost is in epochs, at most, and in time where the dense model's run card tells what an epoch takes.
+    """
     script = Path(__file__).resolve().parents[1] / "main.py"
     here = script.name if script.parent == Path.cwd() else str(script)
     command = ["python", here, "--m_name", args.m_name, *words]
@@ -261,7 +266,19 @@ def prerequisite_command(args: argparse.Namespace, *words: str) -> str:
                           ("seed", 0), ("val_split", 0.2)):
         if getattr(args, name) != default:
             command += [f"--{name}", str(getattr(args, name))]
-    return shlex.join(command)
+    dense = dense_path(args.root, args.m_name)
+    iterations = int(words[words.index("--iter_end") + 1]) if "--iter_end" in words else 1
+    epochs = 0 if "none" in words else FINETUNE_ONE_SHOT.epochs if iterations == 1 else \
+        iterations * FINETUNE_ITERATIVE.epochs
+    card = read_card(dense) or {} if dense.is_file() else {}
+    if dense.is_file():
+        command.append("--resume")
+    else:
+        epochs += PRETRAIN.epochs
+    minutes = epochs * card["seconds"] / card["epochs"] / 60 if card.get("seconds") and card.get("epochs") else 0
+    took = f", {minutes:.0f} minutes at the pace of the dense model" if minutes else ""
+    return (f"make it with: {shlex.join(command)} (up to {epochs} epochs{took}; --max_epochs and --finetune_epochs "
+            "shorten it)")
 
 
 def _resume_command() -> str:

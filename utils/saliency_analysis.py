@@ -37,7 +37,7 @@ from utils.run import (
     open_run,
     positive_float,
     positive_int,
-    prerequisite_command,
+    prerequisite,
     script,
 )
 from utils.seeding import derive_seed
@@ -218,8 +218,8 @@ def load_model(run: Run, args: argparse.Namespace) -> pipeline.Outcome:
     """The model of `--checkpoint`, or the dense one; UserError with the command that makes it when it is missing."""
     dense = checkpoint.dense_path(run.root, run.m_name)
     if args.checkpoint is None and not dense.is_file():
-        raise UserError(f"no dense checkpoint at {dense}; make it with: "
-                        f"{prerequisite_command(args, '--pruner', 'none')}, or name another with --checkpoint")
+        raise UserError(f"no dense checkpoint at {dense}; name another with --checkpoint, or "
+                        f"{prerequisite(args, '--pruner', 'none')}")
     return pipeline.load_outcome(run, args.checkpoint or dense)
 
 
