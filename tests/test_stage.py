@@ -1,16 +1,23 @@
 """Stages on disk: reuse, refusal, interruption at any point, and the same final bytes."""
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils import checkpoint
+import main
+from utils import checkpoint, finetuning, regrowth_run
 from utils import stage as stage_module
 from utils.analysis_utils import clone_model
 from utils.errors import UserError
-from utils.stage import Stage, differences
+from utils.stage import FolderLock, Stage, differences, hold_folder
+from utils.table import ResumableTable
 from utils.training import Recipe, Trainer
 
 RECIPE = Recipe("sgd", lr=0.05, epochs=4, batch_size=32, schedule="cosine", weight_decay=5e-4)
@@ -156,3 +163,79 @@ def test_differences_in_words():
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}) == "b c 2 (asked: 5)"
     assert differences({"a": 1}, {"a": 1, "e": 0}) == "e None (asked: 0)"
     assert differences({"n": 2, "r": {"n": 100}}, {"r": {"n": 100}}) == "n 2 (asked: None)"
+
+
+# --- two runs in one folder ----------------------------------------------------------------------------------------
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on there since noon: main.py --seed 1")
+file.flush()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold_elsewhere():
+    """Lets another process hold a folder; returns that process."""
+    processes = []
+
+    def hold(folder) -> subprocess.Popen:
+        folder.mkdir(parents=True, exist_ok=True)
+        processes.append(subprocess.Popen([sys.executable, "-c", HOLDER, folder / ".lock"], stdin=subprocess.PIPE,
+                                          stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "ready\n"
+        return processes[-1]
+    yield hold
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp_path, hold_elsewhere, capsys):
+    folder = tmp_path / "run"
+    process = hold_elsewhere(folder)
+    with pytest.raises(UserError, match="run is in use by process 7 on there since noon: main.py --seed 1. Wait"):
+        hold_folder(folder)
+    process.kill()
+    process.wait()
+    lock = hold_folder(folder)
+    assert "was left by process 7 on there since noon: main.py --seed 1, which was killed" in capsys.readouterr().err
+    assert hold_folder(folder / ".." / "run") is lock  # this process may
+    assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    del lock
+    gc.collect()
+    assert not list(folder.iterdir())
+    hold_folder(folder)
+    assert capsys.readouterr().err == ""  # it was not killed
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = hold_folder(tmp_path)
+    assert isinstance(lock, FolderLock) and not list(tmp_path.iterdir())
+    assert "at a time would not be noticed (No locks available)" in capsys.readouterr().err
+
+
+def test_every_flow_holds_its_folder(tmp_path, image_folder, hold_elsewhere, monkeypatch):
+    hold_elsewhere(tmp_path / "resnet20")
+    with pytest.raises(UserError, match="resnet20 is in use by process 7"):
+        main.main(["--m_name", "resnet20", "--root", str(tmp_path), "--data_dir", str(image_folder)])
+    hold_elsewhere(tmp_path / "out")
+    with pytest.raises(UserError, match="out is in use by process 7"):
+        ResumableTable(tmp_path / "out" / "t.csv", ("seed",), {}, resume=False, overwrite=False)
+    for name in ("load_dense", "load_start"):
+        monkeypatch.setattr(regrowth_run, name, lambda *_: SimpleNamespace(model=None))
+    run, args = SimpleNamespace(held=set()), SimpleNamespace(save_dir=tmp_path / "out", regrow_iterations=1)
+    with pytest.raises(UserError, match="out is in use by process 7"):
+        regrowth_run.regrow(run, args, None)
+    monkeypatch.setattr(finetuning, "load_source", lambda *_: None)
+    with pytest.raises(UserError, match="out is in use by process 7"):
+        finetuning.finetune(run, None, args)

@@ -28,7 +28,7 @@ from utils.positions import Positions
 from utils.regrowth_record import LayerRecord, RegrowthRecord
 from utils.run import Run
 from utils.seeding import derive_seed
-from utils.stage import Stage
+from utils.stage import Stage, hold_folder
 from utils.training import Recipe, Trainer, TrainResult, evaluate, reestimate_batch_norm
 
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
@@ -335,7 +335,7 @@ def finetune(run: Run, artifact: Artifact, plan: Plan) -> Outcome:
     """
     source = load_source(run, artifact, plan)
     folder = plan.save_dir or run.root / "finetune_savedir" / run.m_name
-    checkpoint.ensure_writable(folder, "--save_dir")
+    run.held.add(hold_folder(folder, "--save_dir"))
     for number in range(1, len(plan.phases) + 1):
         last = number == len(plan.phases)
         path = folder / f"finetuned_{artifact.path.stem}{'' if last else f'_phase_{number}'}.pth"

@@ -17,7 +17,7 @@ from utils.analysis_utils import clone_model, count_pruned_params, empty_layers,
 from utils.errors import UserError, one_line
 from utils.run import Run
 from utils.seeding import derive_seed
-from utils.stage import Stage, differences
+from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
 
 Pruner = Callable[..., None]
@@ -148,7 +148,9 @@ def _prune_config(run: Run, step: PruneStep, recipe: Recipe, parent: str | None)
 
 
 def dense_stage(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Stage:
-    """The stage that `pretrain` carries out; UserError when what is on disk does not fit it."""
+    """The stage that `pretrain` carries out; UserError when what is on disk does not fit it, or another process is
+    at work in the model's folder, which is held from here on."""
+    run.held.add(hold_folder(run.root / run.m_name))
     artifact = checkpoint.dense_path(run.root, run.m_name)
     return Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
                  overwrite=overwrite and artifact not in run.made)

@@ -28,7 +28,7 @@ from utils.run import Run, prerequisite
 from utils.saliency import Evidence, SaliencyComputer
 from utils.search_run import Found, search_allocation
 from utils.seeding import derive_seed, generator
-from utils.stage import Stage
+from utils.stage import Stage, hold_folder
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
@@ -222,10 +222,10 @@ def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0) 
     had so many (`pipeline.prune_and_finetune` begins with none).
     """
     dense, start = load_dense(run, args), load_start(run, args)
+    run.held.add(hold_folder(save_folder(run, args, method), "--save_dir"))
     about, outcomes = evidence_maker(run, args, dense.model), [start]
     for number in range(1, args.regrow_iterations + 1):
         step = plan_step(run, args, method, outcomes[-1], number)
-        checkpoint.ensure_writable(step.folder, "--save_dir")
         config = {**step_config(run, args, method, step, dense), "passes_before": passes}
         outcomes.append(_regrow_step(run, args, method, step, config, about))
     return outcomes

@@ -196,6 +196,7 @@ class Run:
     test: TestLoader
     command: str
     place: dict[str, str] = field(default_factory=dict)  # the options that name the data
+    held: set[Any] = field(default_factory=set)  # folders that this run keeps to itself, of `utils.stage.hold_folder`
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
     timing_only: bool = False  # no accuracy of the run counts, so checkpoints of other images will do
 

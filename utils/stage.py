@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shlex
+import socket
+import sys
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,68 @@ from utils.training import Trainer, TrainResult
 
 LINEAGE = ("parent", "start", "dense", "source", "reference")  # digests of the models that a stage starts from
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving progress
+
+
+class FolderLock:
+    """A folder that no other process may take as long as this object lives; see `hold_folder`."""
+
+    held: weakref.WeakValueDictionary[Path, FolderLock] = weakref.WeakValueDictionary()  # by this process
+
+    def __init__(self, folder: Path):
+        """Takes the lock; UserError with the name of its holder if another process has it."""
+        self.file, path = None, folder / ".lock"  # says who holds the folder, and is there only while somebody does
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        while self.file is None or not _is_same_file(self.file, path):  # else its last holder has just removed it
+            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder} is in use by {_read(self.file) or 'another process'}. Wait until that has "
+                                "ended, or give this run a folder of its own") from error
+            except OSError as error:
+                print(f"note: two runs in {folder} at a time would not be noticed ({error.strerror})", file=sys.stderr)
+                return _release(self.file, path, os.getpid())
+        if there := _read(self.file):
+            print(f"note: {folder} was left by {there}, which was killed; this run takes it over", file=sys.stderr)
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "
+                        f"{shlex.join(sys.argv)}"[:300])
+        self.file.flush()
+        weakref.finalize(self, _release, self.file, path, os.getpid())
+
+
+def _is_same_file(file: Any, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _read(file: Any) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _release(file: Any, path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked from it
+        path.unlink(missing_ok=True)
+    file.close()
+
+
+def hold_folder(folder: Path, option: str = "--root") -> FolderLock:
+    """Keeps other processes from writing to `folder` for as long as the result is kept; within a process anybody may.
+
+    The system gives the lock (flock) back when the process ends, however it ends; what is left of a killed one is taken
+    over with a note. Over NFS it works between machines; where there are no such locks, a note says so, and on Windows
+    nothing is locked. UserError when another process holds the folder, saying which, or when it cannot be written
+    (`option` chooses another).
+    """
+    checkpoint.ensure_writable(folder, option)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    lock = FolderLock.held.get(key) or FolderLock(folder)
+    FolderLock.held[key] = lock
+    return lock
 
 
 class Stage:

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.checkpoint import save_csv, save_json
 from utils.errors import UserError
-from utils.stage import differences
+from utils.stage import differences, hold_folder
 
 
 class ResumableTable:
@@ -24,6 +24,7 @@ class ResumableTable:
         self.path, self.keys = path, tuple(keys)
         self.config = json.loads(json.dumps(config))
         self.rows: list[dict[str, Any]] = []
+        self.lock = hold_folder(path.parent, "--save_dir")
         if path.exists() and not overwrite:
             self._take_up(resume)
 
