@@ -154,7 +154,7 @@ def print_report(outcome: Outcome) -> None:
     card = outcome.card
     if card:
         test = f", test {card['test_acc']:.2f} %" if "test_acc" in card else ""
-        print(f"after finetuning: sparsity {card['sparsity']:.4f}, validation {card['val_acc_before']:.2f} % -> "
+        print(f"after finetuning: sparsity {card['sparsity']:.5g}, validation {card['val_acc_before']:.2f} % -> "
               f"{card['val_acc']:.2f} %{test} (best of {card['epochs']} epochs: {card['best_epoch']})")
     print(f"model, card and training log: {outcome.artifact.parent}")
 

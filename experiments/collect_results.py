@@ -34,13 +34,13 @@ def print_table(models: Sequence[Model]) -> None:
     for model in models:
         row = model.row
         test = f"{float(row['test_acc']):8.2f}" if row["test_acc"] != "" else f"{'-':>8}"
-        print(f"{model.name:<{width}} {row['seed']:>5} {100 * float(row['sparsity']):10.2f} "
+        print(f"{model.name:<{width}} {row['seed']:>5} {100 * model.sparsity:>10.10g} "
               f"{float(row['val_acc']):8.2f} {test}")
 
 
 def print_lacking(models: Sequence[Model]) -> None:
     """Says which models keep the figure from showing test accuracy, if only some of them do."""
-    lacking = [f"{model.name} at {100 * model.sparsity:.4g} %" if "pruner" in model.row
+    lacking = [f"{model.name} at {100 * model.sparsity:.10g} %" if "pruner" in model.row
                else f"{model.name} or its start" for model in models if plots.lacks_test(model.row)]
     if 0 < len(lacking) < len(models):
         print(f"the figure shows validation accuracy for all, since {len(lacking)} of {len(models)} models lack a test "

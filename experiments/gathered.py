@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import checkpoint, pipeline, plots
+from utils.checkpoint import rounded_sparsity
 from utils.errors import UserError
 
 Row = dict[str, Any]
@@ -37,12 +38,12 @@ class Model:
         """What makes a line of the figure: pruner and schedule, or method, allocation and where regrowth started."""
         if "pruner" in self.row:
             return self.row["pruner"], self.row["schedule"]
-        return self.row["method"], self.row["allocation"], round(float(self.row["sparsity_before"]), 4)
+        return self.row["method"], self.row["allocation"], rounded_sparsity(float(self.row["sparsity_before"]))
 
     @property
     def sparsity(self) -> float:
-        """To 0.01 %."""
-        return round(float(self.row["sparsity"]), 4)
+        """Rounded as in file names."""
+        return rounded_sparsity(float(self.row["sparsity"]))
 
     @property
     def name(self) -> str:

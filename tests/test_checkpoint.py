@@ -195,3 +195,10 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 def test_proving_a_folder_writable_leaves_nothing_behind(tmp_path):
     checkpoint.ensure_writable(tmp_path / "not" / "yet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sparsity, name", [
+    (0.99, "0.99"), (0.98996, "0.99"), (0.4, "0.4"), (0.9999, "0.9999"), (1 - 1e-4, "0.9999"), (0.99996, "0.99996"),
+    (0.999942, "0.999942"), (1 - 3.2e-6, "0.9999968"), (0.0, "0"), (1.0, "1"), (0.99992999, "0.99993")])
+def test_names_tell_the_highest_sparsities_apart(sparsity, name):
+    assert checkpoint.format_sparsity(sparsity) == name

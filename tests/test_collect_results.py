@@ -160,3 +160,25 @@ def test_the_columns_of_the_printed_table_are_aligned(tmp_path, drawn, capsys):
     lines = capsys.readouterr().out.splitlines()[:5]
     assert "beyond it" in lines[-1] and len({len(line) for line in lines}) == 1
     assert all(line[len("regrown: saliency, rl, best: proportional, and a name beyond it")] == " " for line in lines)
+
+
+def test_odd_artifacts_in_a_root_are_named_and_left_out(tmp_path, drawn, capsys, monkeypatch):
+    root = sweep(tmp_path / "root", 0, 0.0)
+    for number, change in enumerate(({"sparsity": None}, {"val_acc": float("nan")}, {"config": {}}, {"config": []},
+                                     {"sparsity": 1.5}, {"test_acc": "good"})):
+        add_model(root, 0.5 + number / 100, 0, 50.0)
+        path = checkpoint.card_path(checkpoint.pruned_path(root, "resnet20", 0.5 + number / 100))
+        checkpoint.save_json({**checkpoint.read_card(path.with_suffix(".pth")), **change}, path)
+    add_model(root, 0.6, 0, 50.0)
+    closed, digest = checkpoint.pruned_path(root, "resnet20", 0.6), checkpoint.file_digest
+
+    def refuse(path: Path) -> str:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return digest(path)
+    monkeypatch.setattr(checkpoint, "file_digest", refuse)
+    collect(tmp_path, root)
+    assert curves(drawn[0]) == [[80.0, 30.0]]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 7 and all("is left out of tables and figures: " in note for note in notes)
+    assert any("mask_0.6.pth" in note and note.endswith("Permission denied") for note in notes)

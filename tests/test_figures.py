@@ -1,12 +1,16 @@
 """What the figures show: ticks at the data, legends that name what is drawn and cover nothing, values told apart."""
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from experiments.published import beside_published, chosen_entries
+from tests.conftest import REPOSITORY
 from utils import plots, saliency_plots
 from utils.allocation import AllocationProblem
 from utils.benchmark_report import stage_rows
@@ -72,9 +76,10 @@ def test_regrown_models_of_equal_accuracy_stay_visible_and_nothing_is_covered(dr
     figure = drawn[0]
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    marks = [container[0] for container in axes.containers]
-    points = [axes.transData.transform(mark.get_xydata()[0]) for mark in marks]
-    assert min(np.hypot(*(a - b)) for a, b in combinations(points, 2)) > 5  # pixels at 100 dpi
+    marks = [container[0] for container in axes.containers[1:]]  # the first is the pruning curve
+    assert [tuple(mark.get_xydata()[0]) for mark in marks] == [(1 - 0.97, 55.0)] * 6  # each at its sparsity
+    sizes = [mark.get_markersize() for mark in sorted(marks, key=lambda mark: mark.get_zorder())]
+    assert all(behind - front > 1.5 for behind, front in zip(sizes, sizes[1:]))  # points: each has a visible rim
     assert not figure.legends[0].get_window_extent().overlaps(axes.get_tightbbox())
     assert len(legend(figure)) == 8 and axes.get_ylabel() == "test accuracy (%)"
 
@@ -157,3 +162,49 @@ def test_verdicts_of_seven_arms_are_all_legible(drawn, tmp_path, pairs):
     assert ("no interval" in figure.legends[0].get_title().get_text()) == (pairs == 1)
     for box in (axes.get_tightbbox(), figure.legends[0].get_window_extent()):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+# --- what the environment and odd data do --------------------------------------------------------------------------
+
+
+def card_row(sparsity: float, **more: object) -> dict:
+    return {"pruner": "magnitude", "schedule": "one-shot", "sparsity": sparsity, "val_acc": 50.0, "test_acc": 49.0,
+            "seed": 0, **more}
+
+
+def test_sparsities_beyond_four_decimals_have_ticks_of_their_own(drawn, tmp_path):
+    rows = [card_row(sparsity) for sparsity in (0.99, 0.9999, 0.99996, 1.0)]
+    plots.plot_pruning(rows, tmp_path / "p.png", "title")
+    drawn[0].draw_without_rendering()
+    assert [text.get_text().strip() for text in drawn[0].axes[0].get_xticklabels()] == ["99", "99.99", "99.996"]
+
+
+NASTY = "a$b_{c ^2$ \udce9"
+
+
+def test_names_with_signs_of_formulas_are_written_as_they_are(tmp_path, recwarn):
+    plots.plot_pruning([card_row(0.9, run=NASTY), card_row(0.99, run=NASTY)], tmp_path / "p.png", NASTY)
+    quantiles = dict.fromkeys(("q05", "q25", "median", "q75", "q95", "mean"), 0.5)
+    rows = [{"layer": f"{NASTY}.{layer}", "class": name, "weights": 4, **quantiles}
+            for layer in range(7) for name in (NASTY, "$x_$")]
+    for draw in (saliency_plots.plot_distributions, saliency_plots.plot_layer_means):
+        draw(rows, tmp_path / f"{draw.__name__}.png", NASTY, "saliency")
+    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", NASTY)
+    assert len(list(tmp_path.glob("*.png"))) == 4 and not recwarn.list
+
+
+def test_powers_of_ten_stay_formulas(tmp_path, monkeypatch):
+    figure = plots.new_figure()
+    axes = figure.subplots()
+    axes.set(yscale="log", ylim=(1e-3, 1e3), title="$1")
+    plots.save_figure(figure, tmp_path / "f.png")
+    labels = [text for text in axes.get_yticklabels() if text.get_text()]
+    assert labels and all(text.get_parse_math() for text in labels) and not axes.title.get_parse_math()
+
+
+def test_a_notebooks_backend_is_not_needed(tmp_path):
+    code = ("import sys; from pathlib import Path; from utils import plots; assert 'matplotlib' not in sys.modules; "
+            "plots.save_figure(plots.new_figure(), Path(sys.argv[1]))")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "f.png"], cwd=REPOSITORY, check=True,
+                   env={**os.environ, "MPLBACKEND": "module://no_such_package.backend", "OMP_NUM_THREADS": "1"})
+    assert (tmp_path / "f.png").stat().st_size > 100

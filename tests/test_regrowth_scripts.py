@@ -64,7 +64,7 @@ def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, optio
     process = run_script(script_name, *options, "--search_budget", "6", "--mini_finetune_epochs", "1", "2",
                          "--num_epochs", "2", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "after regrowth" in process.stdout and "before           sparsity 0.9900" in process.stdout
+    assert "after regrowth" in process.stdout and "before           sparsity 0.99 " in process.stdout
     folder = tmp_path / folder / "resnet20"
     best = checkpoint.load_checkpoint(folder / best_name)
     assert {"epoch", "reward", "accuracy", "allocation", "regrow_indices", "timestamp"} <= set(best["entries"])
@@ -208,7 +208,8 @@ def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):
     with pytest.raises(UserError, match=said) as error:
         rl_regrowth_nas.main([*options, *words])
     assert "\n" not in str(error.value)
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    there = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")  # as long as `error` lives
+    assert sorted(there) == before
 
 
 def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_path, capsys):

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -28,8 +29,18 @@ from utils.errors import UserError, one_line
 
 
 def format_sparsity(sparsity: float) -> str:
-    """Sparsity as it stands in file names: four decimals without trailing zeros (0.99, 0.9899, 0.4)."""
-    return f"{sparsity:.4f}".rstrip("0").rstrip(".")
+    """Sparsity as it stands in file names: four decimals without trailing zeros (0.99, 0.9899, 0.4).
+
+    Where fewer than 0.01 % of the weights are left, as many as show two digits of what is left (0.99996, 0.999942).
+    """
+    left = 1.0 - sparsity
+    decimals = max(4, 1 - math.floor(math.log10(left))) if 0 < left < 0.99995e-4 else 4
+    return f"{sparsity:.{decimals}f}".rstrip("0").rstrip(".")
+
+
+def rounded_sparsity(sparsity: float) -> float:
+    """The number in `format_sparsity`: what tables and figures call one sparsity."""
+    return float(format_sparsity(sparsity))
 
 
 def dense_path(root: Path, m_name: str) -> Path:

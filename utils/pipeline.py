@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, a
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         pruner(model, 1.0 - keep / counts.surviving, seed=seed)
     if announce and (empty := empty_layers(model)):
-        print(one_line(f"warning: no weight is left at sparsity {sparsity:.4g} in {', '.join(empty)}; what passes "
+        print(one_line(f"warning: no weight is left at sparsity {sparsity:.5g} in {', '.join(empty)}; what passes "
                        "through there alone is lost"))
 
 
@@ -358,14 +359,31 @@ def write_summary(run: Run, outcomes: Iterable[Outcome] = ()) -> list[dict[str, 
 def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """One row for the dense model and each pruned one that has a run card, by pruner, schedule and sparsity.
 
-    cards: of models that have none on disk.
+    cards: of models that have none on disk. What cannot be read, or has a card of another kind, is left out with a
+    note.
     """
     pruned = sorted(checkpoint.pruned_path(root, m_name, 0.5).parent.glob("pruned_finetuned_mask_*.pth"))
     artifacts = [checkpoint.dense_path(root, m_name)]
     artifacts += [path for path in pruned if not path.name.endswith(".progress.pth")]
-    found = ((path, checkpoint.read_card(path) or (cards or {}).get(path)) for path in artifacts)
-    rows = [_row(path, card) for path, card in found if card]
+    rows = [row for path in artifacts if (row := _row_or_note(path, (cards or {}).get(path)))]
     return sorted(rows, key=lambda row: (row["pruner"] != "none", row["pruner"], row["schedule"], row["sparsity"]))
+
+
+def _row_or_note(path: Path, card: dict[str, Any] | None) -> dict[str, Any] | None:
+    """card: for a model that has none on disk."""
+    try:
+        card = checkpoint.read_card(path) or card
+        if not card:
+            return None
+        row = _row(path, card)
+        if not (0 <= row["sparsity"] <= 1 and math.isfinite(row["val_acc"]) and float(row["test_acc"] or 0) >= 0
+                and all(isinstance(row[key], str) for key in ("pruner", "schedule", "dataset"))):
+            raise ValueError
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its run card is not one of this project"
+        print(f"note: {path} is left out of tables and figures: {reason}", file=sys.stderr)
+        return None
+    return row
 
 
 def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
@@ -385,8 +403,8 @@ def print_summary(run: Run, rows: list[dict[str, Any]]) -> None:
     print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
     for row in rows:
         test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
-        print(f"{row['pruner']:>10} {row['schedule']:>9} {row['sparsity']:9.4f} {row['surviving']:10,} "
-              f"{row['val_acc']:7.2f} {test}")
+        print(f"{row['pruner']:>10} {row['schedule']:>9} {checkpoint.format_sparsity(row['sparsity']):>9} "
+              f"{row['surviving']:10,} {row['val_acc']:7.2f} {test}")
     folder = run.root / run.m_name
     print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
           f"table and figure: {folder / 'pruning_results.csv'}, {folder / 'pruning_results.png'}")

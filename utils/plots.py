@@ -1,33 +1,65 @@
 """Every figure of the project; each function takes plain rows and writes one PNG."""
 from __future__ import annotations
 
+import io
+import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
 
 from utils.allocation import AllocationProblem
+from utils.checkpoint import rounded_sparsity, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
 SHORTEST = 1e-4  # seconds; a stage that takes less has nothing to do and is not drawn
 TICK_GAP = 0.065  # of the width of an axis: labels closer than this would run into each other
-STAR_GAP = 0.03  # of the width of an axis: between the marks of regrown models of one sparsity
+MARK_SIZES = 16, 6  # points, of regrown models of one sparsity: from the largest, behind, to the smallest, in front
 COLUMNS = {"test": ("start_test_acc", "test_acc"), "validation": ("val_acc_before", "val_acc")}  # before, after
 SHAPES = "*PXph8"  # of regrown models, by method
-ARROWS = "arrows: from the pruned to the regrown model, those of one sparsity side by side, lowest first"
+ARROWS = "arrows: from the pruned to the regrown model; the higher of one sparsity has the smaller mark"
+
+
+def new_figure(**options: Any) -> Figure:
+    """An empty matplotlib figure, which no window and no notebook shows; options: of `matplotlib.figure.Figure`.
+
+    matplotlib is imported here, when it is first needed, since that takes a while; and without MPLBACKEND, which may
+    name a backend that only a notebook has.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(**options)
+
+
+def printable(name: str) -> str:
+    """The name without what fonts cannot take: bytes of a folder's name that are no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=150, bbox_inches="tight")
-    temporary.replace(path)
+    """Writes a PNG whole or not at all; names of classes and folders are written as they are, also with ``$``."""
+    buffer = io.BytesIO()
+    for axes in figure.axes:
+        axes.get_xticklabels(), axes.get_yticklabels()  # makes them, so that the loop below finds them
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_text(printable(text.get_text()))
+        if "$" in text.get_text() and "\\mathdefault" not in text.get_text():  # not a power of ten on a log axis
+            text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
+        figure.savefig(buffer, dpi=150, bbox_inches="tight", format="png")
+    write_atomic(path, buffer.getvalue())
 
 
 def legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
@@ -43,12 +75,21 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
                   title_fontsize=8)
 
 
+def _key(**style: Any) -> Line2D:
+    """An entry of a legend that stands for nothing drawn."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
+
+
 def sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
     """An x axis over density on a log scale, sparser to the right, with a tick at each of the sparsities, in %.
 
     A label that would run into its neighbour goes one or two lines down; where all are full, the tick has none.
     """
-    found = sorted({round(sparsity, 4) for sparsity in sparsities})
+    found = sorted({rounded for sparsity in sparsities if (rounded := rounded_sparsity(sparsity)) < 1})
+    if not found:
+        return axes.set_xticks([])
     axes.set_xscale("log")
     left, right = (1 - found[0]) * 1.25, (1 - found[-1]) / 1.25
     axes.set_xlim(left, right)
@@ -56,11 +97,11 @@ def sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
     for sparsity in found:
         place = np.log(left / (1 - sparsity)) / np.log(left / right)
         line = next((line for line, last in enumerate(ends) if place - last >= TICK_GAP), None)
-        labels.append("" if line is None else "\n" * line + f"{100 * sparsity:.4g}")
+        labels.append("" if line is None else "\n" * line + f"{100 * sparsity:.10g}")
         if line is not None:
             ends[line] = place
     axes.set_xticks([1 - sparsity for sparsity in found], labels)
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
     axes.set_xlabel("sparsity (% of prunable weights removed)")
 
 
@@ -93,15 +134,12 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
     but the seed are drawn as their mean with bars from the lowest to the highest; a column ``run``, where there is one,
     keeps runs apart. Test accuracy (%) is drawn where every model has it, else validation accuracy.
     """
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     kind = accuracy_kind(pruning, regrown)
     sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
-    if sparsities:
-        sparsity_axis(axes, sparsities)
-    else:
-        axes.set_xticks([])
+    sparsity_axis(axes, sparsities)
     lines = _draw_pruning(axes, pruning, COLUMNS[kind][1])
     if regrown:
         _draw_regrown(axes, regrown, COLUMNS[kind], lines)
@@ -115,10 +153,10 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
 
 
 def _grouped(rows: Iterable[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
-    """Rows by the values of these columns, sparsities rounded to 0.01 %; an absent column counts as empty."""
+    """Rows by the values of these columns, sparsities rounded as in file names; an absent column counts as empty."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = tuple(round(float(row[name]), 4) if "sparsity" in name else row.get(name, "") for name in keys)
+        key = tuple(rounded_sparsity(float(row[name])) if "sparsity" in name else row.get(name, "") for name in keys)
         groups.setdefault(key, []).append(row)
     return groups
 
@@ -166,22 +204,21 @@ def _draw_regrown(axes: Axes, rows: Sequence[Mapping[str, Any]], columns: tuple[
     """An arrow and a mark for each group of regrown models, on a sparsity axis that is set up already."""
     groups = _grouped(rows, "method", "allocation", "run", "sparsity_before", "sparsity")
     ordered = sorted(groups.items(), key=lambda item: _spread(item[1], columns[1])[0])  # so that arrows rarely cross
-    width, methods = np.log(np.divide(*axes.get_xlim())), sorted({key[0] for key in groups})
+    methods = sorted({key[0] for key in groups})
     drawn: dict[float, int] = {}  # marks at each sparsity so far
     for number, ((method, _, run, before, after), group) in enumerate(ordered):
-        number_here = sum(key[-1] == after for key in groups)
-        step = drawn.setdefault(after, 0) - number_here // 2 + 0.5  # half steps spare the pruned model's place
+        place, number_here = drawn.setdefault(after, 0), sum(key[-1] == after for key in groups)
         drawn[after] += 1
-        x, color = (1 - after) * np.exp(-step * STAR_GAP * width), f"C{(first_color + number) % 10}"
+        color, share = f"C{(first_color + number) % 10}", place / max(1, number_here - 1)  # from 0 to 1
         start, (end, *ends) = _spread(group, columns[0])[0], _spread(group, columns[1])
-        bend = 0.3 * step / number_here if number_here > 1 else 0.0  # arrows between the same ends stay apart
-        axes.annotate("", (x, end), (1 - before, start), zorder=2.5,
+        bend = 0.3 * (share - 0.5) if number_here > 1 else 0.0  # arrows between the same ends stay apart
+        axes.annotate("", (1 - after, end), (1 - before, start), zorder=2.5,
                       arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 3, "shrinkB": 6,
                                   "connectionstyle": f"arc3,rad={bend}"})
         seeds = _seeds([group])
-        axes.errorbar(x, end, np.reshape(ends, (2, 1)) if seeds else None, zorder=4, capsize=4, color=color,
-                      marker=SHAPES[methods.index(method) % len(SHAPES)], markersize=11, markeredgecolor="k",
-                      markeredgewidth=0.6, linestyle="none",
+        axes.errorbar(1 - after, end, np.reshape(ends, (2, 1)) if seeds else None, zorder=4 + share, capsize=4,
+                      color=color, marker=SHAPES[methods.index(method) % len(SHAPES)], markeredgecolor="k",
+                      markersize=np.interp(share, (0, 1), MARK_SIZES), markeredgewidth=0.6, linestyle="none",
                       label=_label(f"regrown: {method}, {_allocation_names(group)}", run, f"{end:.2f} %", seeds))
 
 
@@ -203,7 +240,7 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
 
     history: rows of `utils.controller.RegrowthPolicyGradient`; allocation: weights per layer of `problem`.
     """
-    figure = Figure(figsize=(12, max(4.5, 0.24 * len(allocation) + 1.2)), layout="constrained")
+    figure = new_figure(figsize=(12, max(4.5, 0.24 * len(allocation) + 1.2)), layout="constrained")
     halves = figure.subfigures(1, 2)
     left, right = (half.subplots() for half in halves)
     for number, fidelity in enumerate(sorted({row["fidelity"] for row in history})):
@@ -218,7 +255,7 @@ def plot_search(history: Sequence[Mapping[str, Any]], problem: AllocationProblem
     if based:  # there is none before the controller's first update
         left.plot([row["episode"] for row in based], [100 * row["baseline"] for row in based], color="0.3",
                   linestyle="--", marker=".", label="baseline of the controller")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="episode", ylabel="validation accuracy (%)", title="search")
     left.grid(alpha=0.3)
     _draw_allocation(right, problem, allocation)
@@ -251,7 +288,7 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
     layers: rows of `single_layer_regrowth_analysis.by_layer`, in SSIM order; results: its correlations, the rows in
     points (not per weight) are shown.
     """
-    figure = Figure(figsize=(13, 10.4), layout="constrained")
+    figure = new_figure(figsize=(13, 10.4), layout="constrained")
     figure.suptitle(title)
     (first, second), (third, fourth) = figure.subplots(2, 2)
     shown = {row["gain"]: row for row in results if row["unit"] == "points"}
@@ -277,9 +314,9 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8, zorder=0.9)
     dot = {"marker": "o", "linestyle": "none"}
-    figure.legend(handles=[Line2D([], [], color="C0", label="layer that took the whole budget", **dot),
-                           Line2D([], [], color="C1", label="layer capped by its capacity: took fewer weights", **dot),
-                           Line2D([], [], color="C3", linestyle="--", label="least-squares line")],
+    figure.legend(handles=[_key( color="C0", label="layer that took the whole budget", **dot),
+                           _key( color="C1", label="layer capped by its capacity: took fewer weights", **dot),
+                           _key( color="C3", linestyle="--", label="least-squares line")],
                   loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
@@ -304,7 +341,7 @@ def plot_benchmark(rows: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     """
     methods, stages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "stage"))
     table, repeats = {(row["method"], row["stage"]): row for row in rows}, max(row["repeats"] for row in rows)
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = new_figure(figsize=(12, 5), layout="constrained")
     figure.suptitle(title)
     halves = figure.subfigures(1, 2)
     left, right = (half.subplots() for half in halves)
@@ -337,7 +374,7 @@ def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: st
 
     results: rows of `experiments.matched_compute.compare`; infinite intervals (a single seed) are left out.
     """
-    figure = Figure(figsize=(8.5, 0.42 * len(results) + 1.8), layout="constrained")
+    figure = new_figure(figsize=(8.5, 0.42 * len(results) + 1.8), layout="constrained")
     axes = figure.subplots()
     colors = {"better": "C2", "worse": "C3", "indistinguishable": "0.4"}
     for position, row in enumerate(results):
@@ -359,10 +396,10 @@ def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: st
     axes.grid(alpha=0.3, axis="x")
     figure.suptitle(title, fontsize=11)
     black = {"color": "k", "label": "mean", "marker": "o", "linestyle": "none"}
-    handles = [Line2D([], [], **black)]
+    handles = [_key( **black)]
     if any(np.isfinite(row["t_low"]) for row in results):
-        handles += [Line2D([], [], color="k", linewidth=1, marker="|", label="95 % t interval (decides the verdict)"),
-                    Line2D([], [], color="k", linewidth=5, alpha=0.5, label="95 % bootstrap interval")]
+        handles += [_key( color="k", linewidth=1, marker="|", label="95 % t interval (decides the verdict)"),
+                    _key( color="k", linewidth=5, alpha=0.5, label="95 % bootstrap interval")]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8,
                   title=None if len(handles) > 1 else "one seed: no interval, so no verdict is possible",
                   title_fontsize=8)
@@ -374,7 +411,7 @@ def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) ->
 
     results: rows of its `beside_published`; bars are standard deviations, where there are several seeds.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     sparsity_axis(axes, [row["sparsity"] for row in results])
     names = {"A": "iterative, 40 % each", "B": "one-shot", "R": "regrown from 99 %"}

@@ -60,13 +60,13 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
         test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
         bn = row["val_acc_after_regrowth_bn"]
         again = "" if bn == "" else f", {bn:.2f} % with batch-norm statistics re-estimated"
-        print(f"before           sparsity {row['sparsity_before']:.4f}  validation {row['val_acc_before']:.2f} %"
+        print(f"before           sparsity {row['sparsity_before']:.5g}  validation {row['val_acc_before']:.2f} %"
               f"{test}\n"
-              f"after regrowth   sparsity {row['sparsity']:.4f}  validation {row['val_acc_after_regrowth']:.2f} %"
+              f"after regrowth   sparsity {row['sparsity']:.5g}  validation {row['val_acc_after_regrowth']:.2f} %"
               f"{again}  ({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
-              f"after finetuning sparsity {row['sparsity']:.4f}  validation {row['val_acc']:.2f} %, "
+              f"after finetuning sparsity {row['sparsity']:.5g}  validation {row['val_acc']:.2f} %, "
               f"test {row['test_acc']:.2f} %  ({row['epochs']} epochs)")
         if row["one_shot_test_acc"] != "":
-            print(f"one-shot pruned  sparsity {row['sparsity']:.4f}  validation {row['one_shot_val_acc']:.2f} %, "
+            print(f"one-shot pruned  sparsity {row['sparsity']:.5g}  validation {row['one_shot_val_acc']:.2f} %, "
                   f"test {row['one_shot_test_acc']:.2f} %  ({row['one_shot_epochs']} epochs since the dense model)")
     print(f"models, cards, allocation, table and figures: {folder}")

@@ -267,8 +267,8 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     regrown = evaluate(model, run.val, run.precision).accuracy
     reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
     save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown, reestimated)
-    print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.4f} -> "
-          f"{count_pruned_params(model).sparsity:.4f}, validation {before:.2f} % -> {regrown:.2f} %, "
+    print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.5g} -> "
+          f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
           f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
     trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=pipeline.finetuning_seed(run),
                       precision=run.precision, passes_before=config["passes_before"])

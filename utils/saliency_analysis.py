@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.ensure_writable(folder, "--save_dir")
     sample, masks = class_sample(run.train, args.samples_per_class, run.seed), get_masks(outcome.model)
     sparsity = count_pruned_params(outcome.model).sparsity
-    print(f"{outcome.artifact}: sparsity {sparsity:.4f}, {sample.num_images} training images of "
+    print(f"{outcome.artifact}: sparsity {sparsity:.5g}, {sample.num_images} training images of "
           f"{len(run.data.classes)} classes, {run.precision}")
     if len(sample.targets.unique()) < len(run.data.classes):
         print("warning: a class without training images has zero saliency throughout")

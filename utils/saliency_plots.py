@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from utils.plots import save_figure
+from utils.plots import new_figure, printable, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Rows = Sequence[dict[str, Any]]
 LOWEST = 1e-8  # of the largest value: where a log axis ends at the latest
@@ -23,7 +22,7 @@ CELLS_WITH_NUMBERS = 600  # a larger heat map is legible by its colours only
 
 def _names(rows: Rows) -> tuple[list[str], list[str]]:
     """Layers and classes, each in the order of the rows."""
-    return tuple(list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "class"))
+    return tuple(list(dict.fromkeys(printable(row[key]) for row in rows)) for key in ("layer", "class"))
 
 
 def _table(rows: Rows, key: str) -> np.ndarray:
@@ -54,14 +53,14 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
     columns = min(len(layers), 5 if len(layers) <= 30 else 8)
     lines = math.ceil(len(layers) / columns)
     width, height = max(6.0, columns * (0.17 * len(classes) + 0.3) + 1.0), 1.7 * lines + 1.7
-    figure = Figure(figsize=(width, height))  # placed by hand: constrained layout takes many seconds for many panels
+    figure = new_figure(figsize=(width, height))  # placed by hand: constrained layout takes seconds for many panels
     figure.subplots_adjust(0.8 / width, 0.9 / height, 1 - 0.1 / width, 1 - 0.95 / height, wspace=0.06, hspace=0.28)
     panels = figure.subplots(lines, columns, sharex=True, sharey="row", squeeze=False).ravel()
     panels[0].set_xticks(range(len(classes)), classes)
     for number, axes in enumerate(panels):
         if number % columns == 0:  # one axis for the panels of a row
             _saliency_axis(axes, *(table[number:number + columns] for table in quantiles.values()))
-            axes.yaxis.set_minor_locator(NullLocator())
+            axes.minorticks_off()
         if number >= len(layers):
             axes.set_visible(False)
             continue
@@ -90,9 +89,11 @@ def _draw_bands(axes: Axes, quantiles: dict[str, np.ndarray]) -> None:
 def plot_layer_means(rows: Rows, path: Path, title: str, label: str) -> None:
     """Mean saliency of a layer's active weights, a line per class and one for their mean, on a log axis."""
     (layers, classes), means = _names(rows), _table(rows, "mean")
-    figure = Figure(figsize=(max(8, 0.24 * len(layers) + 3), 5), layout="constrained")
+    figure = new_figure(figsize=(max(8, 0.24 * len(layers) + 3), 5), layout="constrained")
     axes = figure.subplots()
     _saliency_axis(axes, means)
+    from matplotlib import colormaps
+
     colors = colormaps["tab10" if len(classes) <= 10 else "turbo"]
     for number, name in enumerate(classes):
         color = colors(number if len(classes) <= 10 else number / (len(classes) - 1))
@@ -116,7 +117,8 @@ def plot_heat_map(rows: Rows, path: Path, title: str) -> None:
     (layers, classes), means = _names(rows), _table(rows, "mean")
     scale = np.abs(means).mean(axis=1, keepdims=True)
     relative = np.divide(means, scale, out=np.full_like(means, np.nan), where=scale > 0)
-    figure = Figure(figsize=(max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)), layout="constrained")
+    figure = new_figure(figsize=(max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)),
+                        layout="constrained")
     axes = figure.subplots()
     signed = bool((relative < 0).any())
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-2 if signed else 0, vmax=2)
