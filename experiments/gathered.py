@@ -4,7 +4,6 @@ Used by `collect_results.py`; reads run cards and regrowth tables, never a model
 """
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from utils.errors import UserError
 Row = dict[str, Any]
 ANCESTORS = ("parent", "start", "dense")  # entries of a card's config: digests of what the model was made from
 NO_SETTING = {*ANCESTORS, "seed", "dataset", "data_fingerprint", "sparsity", "previous", "iteration", "budget"}
+REGROWTH_COLUMNS = {**dict.fromkeys(("method", "allocation", "checkpoint"), "text"),
+                    **dict.fromkeys(("seed", "sparsity_before", "sparsity", "val_acc_before", "val_acc"), "number")}
 NAMED = 4  # models or folders that are listed by name
 
 
@@ -87,7 +88,7 @@ def _regrown_models(root: Path, m_name: str) -> list[Model]:
     """A model for each row of every regrowth_results.csv of the model under the root."""
     return [Model(row, table.parent, _card(table.parent / row["checkpoint"]))
             for table in sorted(root.rglob("regrowth_results.csv"))
-            for row in csv.DictReader(table.read_text().splitlines())
+            for row in checkpoint.read_csv(table, REGROWTH_COLUMNS)
             if row["checkpoint"].startswith(f"regrown_{m_name}_")]
 
 

@@ -182,3 +182,18 @@ def test_odd_artifacts_in_a_root_are_named_and_left_out(tmp_path, drawn, capsys,
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 7 and all("is left out of tables and figures: " in note for note in notes)
     assert any("mask_0.6.pth" in note and note.endswith("Permission denied") for note in notes)
+
+
+def test_a_regrowth_table_from_a_spreadsheet(tmp_path, drawn):
+    root = sweep(tmp_path / "root", 0, 0.0)
+    add_regrown(root / "any", 0, 60.5)
+    table = root / "any" / "regrowth_results.csv"
+    text = table.read_text()
+    table.write_bytes(text.replace(",", ";").replace(".", ",").replace("0,97,pth", "0.97.pth").replace(
+        "0.97,pth", "0.97.pth").encode("utf-16"))
+    collect(tmp_path, root)
+    assert any("60.50 %" in label for label in legend(drawn[0]))
+    for old, new, said in (("sparsity_before", "before", "no column 'sparsity_before'"), ("60.5", "Juni 50", "no number")):
+        table.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=f"regrowth_results.csv is damaged: .*{said}"):
+            collect(tmp_path, root)

@@ -147,3 +147,19 @@ def test_a_card_that_may_not_be_read_is_not_taken_for_none(monkeypatch, tmp_path
 def test_a_csv_holds_any_name(tmp_path):
     checkpoint.save_csv([{"class": "caf\udce9"}], tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text(encoding="utf-8") == "class\ncaf\\udce9\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_the_packages_a_script_says_so_in_one_line(name):
+    words = ["-m", name] if name.startswith("utils.") else [f"{name.replace('.', '/')}.py"]
+    process = subprocess.run([sys.executable, "-S", *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": ""})
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert process.stderr.startswith("error: torch, torchvision, numpy") and "requirements.txt" in process.stderr
+
+
+def test_the_help_imports_nothing_but_what_options_come_from():
+    code = "import sys, main, single_layer_regrowth_analysis, utils.saliency_analysis, experiments.matched_compute; " \
+           "print([name for name in ('matplotlib', 'scipy', 'skimage', 'torchvision') if name in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.stdout == "[]\n", process.stdout + process.stderr

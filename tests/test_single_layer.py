@@ -4,6 +4,8 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+from pathlib import Path
+
 import pytest
 
 import single_layer_regrowth_analysis as study
@@ -89,6 +91,46 @@ def test_a_damaged_table_is_said_to_be_so(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name} is damaged.*remove t.csv and t.json and use --resume"):
         ResumableTable(path, ("name",), {"epochs": 3}, resume=True, overwrite=False)
+
+
+ROWS = [{"name": "a,b", "seed": 0, "value": 0.125, "note": "x"}, {"name": "ü", "seed": 1, "value": -2e-05, "note": ""}]
+PLAIN = 'name,seed,value,note\n"a,b",0,0.125,x\nü,1,-2e-05,\n'
+GERMAN = "name;seed;value;note\r\na,b;0;0,125;x\r\nü;1;-2,0E-05;\r\n;;;\r\n"
+
+
+def saved_table(folder: Path) -> Path:
+    path = folder / "t.csv"
+    table = ResumableTable(path, ("name", "seed"), {}, resume=False, overwrite=False)
+    for row in ROWS:
+        table.add(row, {})
+    assert path.read_text(encoding="utf-8") == PLAIN
+    return path
+
+
+@pytest.mark.parametrize("text, encoding", [
+    (PLAIN, "utf-8"), (PLAIN, "utf-8-sig"), (PLAIN.replace("\n", "\r\n"), "utf-16"), (GERMAN, "utf-8-sig"),
+    (GERMAN.replace(";", "\t"), "utf-16"), (PLAIN.replace("note\n", "note,mine\n").replace("x\n", "x,?\n").replace(
+        "-05,\n", "-05,,\n"), "utf-8")])
+def test_a_table_that_a_spreadsheet_saved_is_read_where_that_is_safe(text, encoding, tmp_path):
+    path = saved_table(tmp_path)
+    path.write_bytes(text.encode(encoding))
+    again = ResumableTable(path, ("name", "seed"), {}, resume=True, overwrite=False)
+    assert again.rows == ROWS
+    again.add({"name": "c", "seed": 2, "value": 1.5, "note": "y"}, {})
+    assert path.read_text(encoding="utf-8") == PLAIN + "c,2,1.5,y\n"
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("value", "Value", "it has no column 'value'"), ("0.125", "1. Dez", "'1. Dez' in row 1, column value, is no number"),
+    ("0.125", "", "'' in row 1, column value"), (",x", "", "row 1 has 3 cells instead of 4"), (PLAIN, "", "it is empty"),
+    ("ü", "\udcfc", "it is no text in UTF-8 or UTF-16")])
+def test_a_table_that_a_spreadsheet_changed_is_called_damaged(old, new, said, tmp_path):
+    path = saved_table(tmp_path)
+    path.write_bytes(PLAIN.replace(old, new).encode(errors="surrogateescape"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"t.csv is damaged: {said}.*remove t.csv and t.json"):
+        ResumableTable(path, ("name", "seed"), {}, resume=True, overwrite=False)
+    assert path.read_bytes() == before
 
 
 def test_the_script_measures_every_layer_and_continues_after_a_stop(tmp_path, image_folder, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Where artifacts lie, how they are saved (whole or not at all) and how they are loaded (never executing anything)."""
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -142,7 +143,8 @@ def save_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: f"{item:.6g}" if isinstance(item, float) else item for key, item in row.items()})
+        writer.writerow({key: f"{item:.6g}" if isinstance(item, (float, np.floating)) else item
+                         for key, item in row.items()})
     write_atomic(path, text.getvalue().encode(errors="backslashreplace"))  # a folder's name may be no UTF-8
 
 
@@ -198,6 +200,43 @@ def _load_problem(error: Exception) -> str:
     reason = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no details'}"
     damaged = isinstance(error, (EOFError, pickle.UnpicklingError)) or "PytorchStreamReader" in text
     return f"is not a readable PyTorch checkpoint{' (truncated, damaged or of another kind)' * damaged}: {reason[:200]}"
+
+
+def read_csv(path: Path, columns: Mapping[str, str], remedy: str = "Restore it") -> list[dict[str, str]]:
+    """The cells of a CSV of this project as text, also after a spreadsheet has saved it: with a byte order mark, as
+    UTF-16, with ``;`` or tabs between columns and then commas in numbers.
+
+    columns: those that must be there -> 'number' or 'text'. UserError, with what is wrong and the remedy, for a file
+    that has others, rows of another length, or cells that are no numbers where there should be one.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        header, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        if lacking := [name for name in columns if header.count(name) != 1]:
+            raise ValueError(f"it has no column '{lacking[0]}'")
+        rows = []
+        for number, cells in enumerate(filter(any, lines), start=1):
+            if len(cells) != len(header):
+                raise ValueError(f"row {number} has {len(cells)} cells instead of {len(header)}")
+            if delimiter != ",":
+                cells = [re.sub(r"^(-?\d+),(\d+(e[+-]?\d+)?)$", r"\1.\2", cell, flags=re.I) for cell in cells]
+            rows.append(dict(zip(header, cells)))
+            for name, kind in columns.items():
+                if kind == "number" and not _is_number(rows[-1][name]):
+                    raise ValueError(f"'{rows[-1][name][:40]}' in row {number}, column {name}, is no number")
+    except (ValueError, csv.Error) as error:
+        reason = "it is no text in UTF-8 or UTF-16" if isinstance(error, UnicodeError) else error
+        raise UserError(f"{path} is damaged: {reason if content else 'it is empty'}. {remedy}") from error
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text) and float(text) is not None
+    except ValueError:
+        return False
 
 
 def file_digest(path: Path) -> str:

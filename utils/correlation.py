@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
@@ -17,6 +16,8 @@ def correlate(x: Sequence[float], y: Sequence[float], seed: int = 0) -> dict[str
     A p-value is (hits + 1) / (permutations + 1), never 0 (Phipson and Smyth, 2010). With fewer than three points or a
     constant quantity nothing can be said: r and rho are NaN, p is 1.
     """
+    from scipy import stats  # takes a while, and no --help needs it
+
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"n": len(x), "pearson": np.nan, "pearson_p": 1.0, "spearman": np.nan, "spearman_p": 1.0}

@@ -12,7 +12,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from utils.precision import autocast
@@ -90,6 +89,8 @@ def map_similarity(one: np.ndarray, other: np.ndarray) -> float:
     if one.ndim == 1:
         return _vector_similarity(one, other)
     window = min(LARGEST_WINDOW, *one.shape)
+    from skimage.metrics import structural_similarity  # takes a while, and no --help needs it
+
     return float(structural_similarity(one, other, data_range=1, win_size=window - 1 + window % 2))
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -36,6 +35,8 @@ def paired_difference(arm: Sequence[float], control: Sequence[float], seed: int 
 
 def _t_test(mean: float, spread: float, n: int) -> tuple[tuple[float, float], float, float]:
     """Interval, p-value and smallest detectable effect of a paired t test (Student, 1908)."""
+    from scipy import stats  # takes a while, and no --help needs it
+
     error = spread / np.sqrt(n)
     quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import nn
 
 from utils import checkpoint, plots
 from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
-from utils.errors import UserError, one_line
+from utils.errors import UserError, note, one_line
 from utils.run import Run
 from utils.seeding import derive_seed
 from utils.stage import Stage, differences, hold_folder
@@ -381,7 +380,7 @@ def _row_or_note(path: Path, card: dict[str, Any] | None) -> dict[str, Any] | No
             raise ValueError
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its run card is not one of this project"
-        print(f"note: {path} is left out of tables and figures: {reason}", file=sys.stderr)
+        note(f"{path} is left out of tables and figures: {reason}")
         return None
     return row
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binom
 from torch import nn
 
 from utils import checkpoint, pipeline, saliency_plots
@@ -145,6 +144,8 @@ def verdict(by_layer: Sequence[Row], classes: Sequence[str], percentile: float, 
         sum(row[key] for row in by_layer) for key in ("important", "few_class", "important_scaled", "few_class_scaled"))
     if not important or not important_scaled:
         return "no weight stands out for any class"
+    from scipy.stats import binom  # takes a while, and no --help needs it
+
     chance = binom(len(classes), 1 - percentile / 100)
     independent = (chance.cdf(few_classes) - chance.pmf(0)) / chance.sf(0)
     share = few_scaled / important_scaled

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.training import Trainer, TrainResult
 
 LINEAGE = ("parent", "start", "dense", "source", "reference")  # digests of the models that a stage starts from
@@ -45,10 +45,10 @@ class FolderLock:
                 raise UserError(f"{folder} is in use by {_read(self.file) or 'another process'}. Wait until that has "
                                 "ended, or give this run a folder of its own") from error
             except OSError as error:
-                print(f"note: two runs in {folder} at a time would not be noticed ({error.strerror})", file=sys.stderr)
+                note(f"two runs in {folder} at a time would not be noticed ({error.strerror})")
                 return _release(self.file, path, os.getpid())
         if there := _read(self.file):
-            print(f"note: {folder} was left by {there}, which was killed; this run takes it over", file=sys.stderr)
+            note(f"{folder} was left by {there}, which was killed; this run takes it over")
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "
                         f"{shlex.join(sys.argv)}"[:300])

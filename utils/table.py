@@ -1,13 +1,12 @@
 """A CSV that grows row by row and can be continued: what studies of many trainings write."""
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import save_csv, save_json
+from utils.checkpoint import read_csv, save_csv, save_json
 from utils.errors import UserError
 from utils.stage import differences, hold_folder
 
@@ -29,31 +28,30 @@ class ResumableTable:
             self._take_up(resume)
 
     def _take_up(self, resume: bool) -> None:
-        there = self._saved_config()
-        if there != self.config:
-            raise UserError(f"{self.path} was made with other arguments: {differences(there, self.config)}. Use "
+        card = self._card()
+        if card["config"] != self.config:
+            raise UserError(f"{self.path} was made with other arguments: {differences(card['config'], self.config)}. Use "
                             "--overwrite to redo it, or --save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
-        try:
-            with open(self.path, newline="") as file:
-                self.rows = [{name: _number(text) for name, text in row.items()}
-                             for row in csv.DictReader(file, strict=True)]
-        except (csv.Error, TypeError) as error:  # an open quote, a row of another length
-            raise self._damaged(self.path) from error
+        columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
+        self.rows = [{name: _number(text) for name, text in row.items() if name in columns or not card.get("columns")}
+                     for row in read_csv(self.path, columns, self._remedy)]
 
-    def _saved_config(self) -> dict[str, Any]:
-        card = self.path.with_suffix(".json")
+    def _card(self) -> dict[str, Any]:
+        path = self.path.with_suffix(".json")
+        if not path.exists():
+            return {"config": {}}
         try:
-            return json.loads(card.read_text())["config"] if card.exists() else {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(card) from error
+            card = json.loads(path.read_bytes())
+            return {"columns": dict(card.get("columns", {})), "config": dict(card["config"])}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged. {self._remedy}") from error
 
-    @staticmethod
-    def _damaged(path: Path) -> UserError:
-        names = f"{path.with_suffix('.csv').name} and {path.with_suffix('.json').name}"
-        return UserError(f"{path} is damaged. Restore it, or remove {names} and use --resume: finished models are then "
-                         "taken as they are")
+    @property
+    def _remedy(self) -> str:
+        return (f"Restore it, or remove {self.path.name} and {self.path.with_suffix('.json').name} and use --resume: "
+                "finished models are then taken as they are")
 
     def has(self, *key: Any) -> bool:
         """Whether there is a row with this key."""
@@ -63,7 +61,9 @@ class ResumableTable:
         """Appends a row and saves table and card; equal columns in every row."""
         self.rows.append({name: _number(f"{value:.6g}") if isinstance(value, float) else value
                           for name, value in row.items()})
-        save_json({**card, "config": self.config}, self.path.with_suffix(".json"))
+        kinds = {name: "number" if all(isinstance(line[name], (int, float)) and not isinstance(line[name], bool)
+                                       for line in self.rows) else "text" for name in row}
+        save_json({**card, "config": self.config, "columns": kinds}, self.path.with_suffix(".json"))
         save_csv(self.rows, self.path)
 
 
