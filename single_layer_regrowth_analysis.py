@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import utils  # noqa: F401, I001  (first: it says which packages are missing)
 from torch import nn
 
 from utils import checkpoint, plots, regrowth_run

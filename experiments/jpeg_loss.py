@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
+import utils  # noqa: E402, F401, I001  (first: it says which packages are missing)
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 

@@ -193,7 +193,7 @@ def test_a_regrowth_table_from_a_spreadsheet(tmp_path, drawn):
         "0.97,pth", "0.97.pth").encode("utf-16"))
     collect(tmp_path, root)
     assert any("60.50 %" in label for label in legend(drawn[0]))
-    for old, new, said in (("sparsity_before", "before", "no column 'sparsity_before'"), ("60.5", "Juni 50", "no number")):
+    for old, new, said in (("sparsity_before", "before", "no column 'sparsity_before'"), ("60.5", "Juni 5", "number")):
         table.write_text(text.replace(old, new))
         with pytest.raises(UserError, match=f"regrowth_results.csv is damaged: .*{said}"):
             collect(tmp_path, root)

@@ -208,7 +208,7 @@ def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):
     with pytest.raises(UserError, match=said) as error:
         rl_regrowth_nas.main([*options, *words])
     assert "\n" not in str(error.value)
-    there = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")  # there until `error` goes
+    there = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")  # `error` keeps it
     assert sorted(there) == before
 
 

@@ -121,8 +121,9 @@ def test_a_table_that_a_spreadsheet_saved_is_read_where_that_is_safe(text, encod
 
 
 @pytest.mark.parametrize("old, new, said", [
-    ("value", "Value", "it has no column 'value'"), ("0.125", "1. Dez", "'1. Dez' in row 1, column value, is no number"),
-    ("0.125", "", "'' in row 1, column value"), (",x", "", "row 1 has 3 cells instead of 4"), (PLAIN, "", "it is empty"),
+    ("value", "Value", "it has no column 'value'"), ("0.125", "1. Dez", "'1. Dez' in row 1, column value, is no"),
+    ("0.125", "", "'' in row 1, column value"), (",x", "", "row 1 has 3 cells instead of 4"),
+    (PLAIN, "", "it is empty"),
     ("ü", "\udcfc", "it is no text in UTF-8 or UTF-16")])
 def test_a_table_that_a_spreadsheet_changed_is_called_damaged(old, new, said, tmp_path):
     path = saved_table(tmp_path)

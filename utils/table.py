@@ -30,8 +30,8 @@ class ResumableTable:
     def _take_up(self, resume: bool) -> None:
         card = self._card()
         if card["config"] != self.config:
-            raise UserError(f"{self.path} was made with other arguments: {differences(card['config'], self.config)}. Use "
-                            "--overwrite to redo it, or --save_dir for another place")
+            raise UserError(f"{self.path} was made with other arguments: {differences(card['config'], self.config)}. "
+                            "Use --overwrite to redo it, or --save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
         columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
