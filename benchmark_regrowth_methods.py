@@ -13,54 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rl_regrowth_nas
-import rl_saliency_regrowth
 from utils import benchmark, checkpoint, plots
-from utils import benchmark_report as report
-from utils.errors import UserError
-from utils.progress import Progress
+from utils.benchmark import peak_memory_mb
+from utils.common import Progress, UserError
+from utils.methods import METHODS
 from utils.pruning import weight_pruner_loader
-from utils.regrowth_options import regrowth_arguments
 from utils.run import (
     ArgumentParser,
     Run,
-    add_model_option,
-    add_run_options,
     environment,
-    fraction,
-    positive_int,
     script,
 )
-from utils.timing import peak_memory_mb
-
-METHODS = {"reference": rl_regrowth_nas.METHOD, "saliency": rl_saliency_regrowth.METHOD}
-
-
-def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_images: int) -> None:
-    """What is timed, shared with quick_benchmark.py; the numbers are the defaults."""
-    add_model_option(parser)
-    parser.add_argument("--num_runs", type=positive_int, default=num_runs, help="repeats of an episode that count")
-    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
-    parser.add_argument("--target_sparsity", type=fraction, default=0.98, help="sparsity after regrowth")
-    parser.add_argument("--num_images", type=positive_int, default=num_images,
-                        help="training images, of which --val_split validate; an epoch of mini-finetuning")
-    parser.add_argument("--synthetic", action="store_true", help="untrained weights and random images")
-    add_run_options(parser)
-
-
-def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that the stage-2 scripts would have, with their defaults for what the benchmark does not set.
-
-    UserError for sparsities that leave nothing to regrow.
-    """
-    shared = {name: getattr(args, name) for name in ("m_name", "start_sparsity", "target_sparsity", "seed", "root")}
-    return regrowth_arguments([method.add_options for method in METHODS.values()], **shared)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = ArgumentParser(__doc__)
-    add_setting_options(parser, num_runs=5, num_images=8_000)
+    benchmark.add_setting_options(parser, num_runs=5, num_images=8_000)
     parser.add_argument("--compare", type=Path, metavar="FILE", help="benchmark.json of an earlier run: print ratios")
     parser.add_argument("--save_dir", type=Path, help="default: benchmark/{m_name} under --root")
     args = parser.parse_args(argv)
@@ -74,7 +43,7 @@ def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[s
 
     The methods take turns; every finished episode is a row of `log`.
     """
-    options = stage2_arguments(args)
+    options = benchmark.stage2_arguments(args)
     seconds: dict[str, list] = {name: [] for name in METHODS}
     last, rows = {}, []
     jobs = [(number, name) for number in range(args.num_runs + 1) for name in METHODS]
@@ -103,8 +72,8 @@ def compare_with_plain(run: Run, args: argparse.Namespace, episodes: Mapping[str
 def main(argv: Sequence[str] | None = None) -> None:
     """Times, compares, writes, says which bars are met."""
     args = parse_args(argv)
-    stage2_arguments(args)  # raises on sparsities that do not go together
-    earlier = report.load_earlier(args.compare) if args.compare else None
+    benchmark.stage2_arguments(args)  # raises on sparsities that do not go together
+    earlier = benchmark.load_earlier(args.compare) if args.compare else None
     folder = args.save_dir or args.root / "benchmark" / args.m_name
     checkpoint.ensure_writable(folder, "--save_dir")
     partial = folder / "episodes.partial.csv"
@@ -112,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = benchmark.open_benchmark(args, Path(temporary))
         seconds, episodes = time_episodes(run, args, partial)
         comparisons = compare_with_plain(run, args, episodes)
-    stages, bars = report.stage_rows(seconds), benchmark.bars(run, comparisons)
+    stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons)
     weights = sum(next(iter(episodes.values())).allocation.values())
     setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,
                "target_sparsity": args.target_sparsity, "regrown": weights, "num_images": args.num_images,
@@ -125,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     partial.replace(folder / "episodes.csv")
     device = card["environment"]["device"]
     title = f"{args.m_name} on {device}, {run.precision}: {weights:,} weights return"
-    plots.plot_benchmark([row for row in stages if row["stage"] != report.TOTAL], folder / "benchmark.png", title)
+    plots.plot_benchmark([row for row in stages if row["stage"] != benchmark.TOTAL], folder / "benchmark.png", title)
     print(f"\n{title}\n{run.data_label}, torch {card['environment']['torch']}, {setting['threads']} threads, "
           f"{args.num_runs} runs, peak memory {card['peak_memory_mb']:,.0f} MB")
-    report.print_stages(stages)
-    report.print_comparisons(comparisons)
-    report.print_bars(bars)
+    benchmark.print_stages(stages)
+    benchmark.print_comparisons(comparisons)
+    benchmark.print_bars(bars)
     if earlier:
-        report.print_changes(earlier, setting, device, stages, comparisons)
+        benchmark.print_changes(earlier, setting, device, stages, comparisons)
     print(f"\ntables, figure and benchmark.json: {folder}")
 
 

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils import finetuning, inspection
-from utils.errors import UserError
+from utils.common import UserError
 from utils.finetuning import Phase, Plan
 from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
-from utils.pipeline import Outcome
 from utils.run import (
     ArgumentParser,
     add_model_option,
@@ -27,6 +26,7 @@ from utils.run import (
     positive_int,
     script,
 )
+from utils.stage1 import Outcome
 from utils.training import FINETUNE_FINAL
 
 LR_ORIGINAL, LR_REGROWN = 1e-4, 1e-3

@@ -10,26 +10,24 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from utils import pipeline
-from utils.errors import UserError
-from utils.pipeline import PruneStep
+from utils import stage1
+from utils.common import UserError
 from utils.pruning import PRUNERS, weight_pruner_loader
-from utils.pruning_options import (
-    add_iteration_options,
-    add_recipe_options,
-    check_iterations,
-    finetune_changes,
-    pretrain_changes,
-)
 from utils.run import (
     ArgumentParser,
+    add_iteration_options,
     add_model_option,
     add_overwrite_options,
+    add_recipe_options,
     add_run_options,
+    check_iterations,
+    finetune_changes,
     fraction,
     open_run,
+    pretrain_changes,
     script,
 )
+from utils.stage1 import PruneStep
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, Recipe
 
 
@@ -73,9 +71,9 @@ def plan(args: argparse.Namespace) -> list[PruneStep]:
     if args.pruner == "none":
         return []
     if args.iter_end == 1:
-        return pipeline.sweep_steps(args.pruner, args.sparsity)
-    rate = args.amount or pipeline.rate_towards(args.sparsity[0], args.iter_end)
-    return pipeline.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end)
+        return stage1.sweep_steps(args.pruner, args.sparsity)
+    rate = args.amount or stage1.rate_towards(args.sparsity[0], args.iter_end)
+    return stage1.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner) if steps else None
     keep = {"resume": args.resume, "overwrite": args.overwrite}
-    pipeline.check_steps(run, steps, pruner, "--amount" if args.amount else "--sparsity")
-    pipeline.check_stages(run, pipeline.dense_stage(run, pretrain_recipe, **keep), steps, finetune_recipe, **keep)
-    outcomes = [pipeline.pretrain(run, pretrain_recipe, **keep)]
-    outcomes += pipeline.prune_steps(run, outcomes[0], steps, pruner, finetune_recipe, **keep)
-    pipeline.print_summary(run, pipeline.report(run, outcomes))
+    stage1.check_steps(run, steps, pruner, "--amount" if args.amount else "--sparsity")
+    stage1.check_stages(run, stage1.dense_stage(run, pretrain_recipe, **keep), steps, finetune_recipe, **keep)
+    outcomes = [stage1.pretrain(run, pretrain_recipe, **keep)]
+    outcomes += stage1.prune_steps(run, outcomes[0], steps, pruner, finetune_recipe, **keep)
+    stage1.print_summary(run, stage1.report(run, outcomes))
 
 
 if __name__ == "__main__":

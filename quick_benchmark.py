@@ -10,23 +10,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark_regrowth_methods import METHODS, add_setting_options, stage2_arguments
 from utils import benchmark
-from utils import benchmark_report as report
+from utils.methods import METHODS
 from utils.run import ArgumentParser, environment, script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = ArgumentParser(__doc__)
-    add_setting_options(parser, num_runs=1, num_images=2_000)
+    benchmark.add_setting_options(parser, num_runs=1, num_images=2_000)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Times and prints."""
     args = parse_args(argv)
-    options = stage2_arguments(args)
+    options = benchmark.stage2_arguments(args)
     with tempfile.TemporaryDirectory() as temporary:
         run = benchmark.open_benchmark(args, Path(temporary))
         episodes = {name: [benchmark.run_episode(run, options, method) for _ in range(args.num_runs)]
@@ -35,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     hardware = environment(run.device)
     print(f"{args.m_name} on {hardware['device']}, {run.precision}, torch {hardware['torch']}, "
           f"{hardware['threads']} threads; {run.data_label}, {args.num_images:,} images")
-    report.print_stages(report.stage_rows({name: [one.seconds for one in several]
+    benchmark.print_stages(benchmark.stage_rows({name: [one.seconds for one in several]
                                            for name, several in episodes.items()}))
-    report.print_comparisons(rows)
-    report.print_bars(benchmark.bars(run, rows))
+    benchmark.print_comparisons(rows)
+    benchmark.print_bars(benchmark.bars(run, rows))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import utils  # noqa: F401, I001  (first: it says which packages are missing)
 from torch import nn
 
-from utils import checkpoint, plots, regrowth_run
+import utils  # noqa: F401, I001  (first: it says which packages are missing)
+from utils import checkpoint, plots, stage2
 from utils.analysis_utils import clone_model
-from utils.correlation import correlate, verdict
-from utils.regrowth import WeightRegrowth, layer_capacities, regrowth_budget, target_layers
+from utils.common import derive_seed
+from utils.regrowth import Evidence, WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.run import (
     ArgumentParser,
     Run,
@@ -34,9 +34,8 @@ from utils.run import (
     positive_int,
     script,
 )
-from utils.saliency import Evidence
-from utils.seeding import derive_seed
-from utils.table import ResumableTable
+from utils.stage import ResumableTable
+from utils.statistics import correlate, verdict
 from utils.training import FINETUNE_FINAL, Trainer, accuracy_with_new_statistics, evaluate
 
 CONTROL = "(none)"
@@ -68,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def configuration(run: Run, args: argparse.Namespace, start: Path, dense: Path) -> dict[str, Any]:
     """The arguments that every row depends on."""
     return {**run.identity(), "start": checkpoint.file_digest(start), "dense": checkpoint.file_digest(dense),
-            **regrowth_run.reference_config(run, args.reference_model), "evidence": regrowth_run.SAMPLE,
+            **stage2.reference_config(run, args.reference_model), "evidence": stage2.SAMPLE,
             "target_sparsity": args.target_sparsity, "reference_model": args.reference_model, "layers": args.layers,
             "ssim_batches": args.ssim_batches, "finetune_epochs": args.finetune_epochs, "finetune_lr": args.finetune_lr}
 
@@ -99,7 +98,7 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     """A row for every layer with capacity and every seed that the table does not have yet."""
     capacities = layer_capacities(start, target_layers(start, args.layers))
     capacities = {name: capacity for name, capacity in capacities.items() if capacity}
-    evidence = regrowth_run.evidence_maker(run, args, dense)(start)
+    evidence = stage2.evidence_maker(run, args, dense)(start)
     drift = evidence.make("drift")
     budget = regrowth_budget(start, target_sparsity=args.target_sparsity)
     before = evaluate(start, run.val, run.precision).accuracy
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures every layer, then correlates, draws and says what came out."""
     args = parse_args(argv)
     run = open_run(args)
-    dense, start = regrowth_run.load_dense(run, args), regrowth_run.load_start(run, args)
+    dense, start = stage2.load_dense(run, args), stage2.load_start(run, args)
     folder = args.save_dir or run.root / "single_layer_savedir" / run.m_name
     config = configuration(run, args, start.artifact, dense.artifact)
     table = ResumableTable(folder / "single_layer.csv", ("layer", "seed"), config,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint, pipeline, plots
+from utils import checkpoint, plots, stage1
 from utils.checkpoint import rounded_sparsity
-from utils.errors import UserError
+from utils.common import UserError
 
 Row = dict[str, Any]
 ANCESTORS = ("parent", "start", "dense")  # entries of a card's config: digests of what the model was made from
@@ -81,7 +81,7 @@ def read_models(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[M
 def _pruned_models(root: Path, m_name: str) -> list[Model]:
     dense, folder = checkpoint.dense_path(root, m_name), checkpoint.pruned_path(root, m_name, 0.5).parent
     return [Model(row, root, _card(dense if row["pruner"] == "none" else folder / row["checkpoint"]))
-            for row in pipeline.summary_rows(root, m_name)]
+            for row in stage1.summary_rows(root, m_name)]
 
 
 def _regrown_models(root: Path, m_name: str) -> list[Model]:

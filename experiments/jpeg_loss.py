@@ -19,7 +19,7 @@ import utils  # noqa: E402, F401, I001  (first: it says which packages are missi
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from utils import pipeline  # noqa: E402
+from utils import stage1  # noqa: E402
 from utils.checkpoint import save_csv, save_json  # noqa: E402
 from utils.data_loader import BatchLoader, channel_statistics, split_indices  # noqa: E402
 from utils.run import ArgumentParser, Run, add_model_option, add_run_options, open_run, script  # noqa: E402
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates every checkpoint on every version; prints and saves the table."""
     args = parse_args(argv)
     run = open_run(args)
-    models = [pipeline.load_outcome(run, path) for path in args.checkpoints]
+    models = [stage1.load_outcome(run, path) for path in args.checkpoints]
     loaders = validation_loaders(run)
     rows: list[dict[str, Any]] = []
     for path, outcome in zip(args.checkpoints, models):

@@ -18,17 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-import rl_regrowth_nas  # noqa: E402
-import rl_saliency_regrowth  # noqa: E402
-from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
+from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
+from utils.common import UserError  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.paired import holm, paired_difference  # noqa: E402
-from utils.pipeline import Outcome, PruneStep  # noqa: E402
+from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
-from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
@@ -42,7 +38,9 @@ from utils.run import (  # noqa: E402
     positive_int,
     script,
 )
-from utils.table import ResumableTable  # noqa: E402
+from utils.stage import ResumableTable  # noqa: E402
+from utils.stage1 import Outcome, PruneStep  # noqa: E402
+from utils.statistics import holm, paired_difference  # noqa: E402
 from utils.training import FINETUNE_FINAL, PRETRAIN, SCHEDULES  # noqa: E402
 
 CONTROL = "one-shot"
@@ -101,28 +99,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int) -> Outcome:
     """The dense model of the run's seed pruned to `sparsity` at once and finetuned; both are made once and reused."""
     keep = {"resume": args.resume, "overwrite": args.overwrite}
-    dense = pipeline.pretrain(run, replace(PRETRAIN, epochs=args.max_epochs), **keep)
+    dense = stage1.pretrain(run, replace(PRETRAIN, epochs=args.max_epochs), **keep)
     recipe = replace(FINETUNE_FINAL, epochs=epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
                      patience=None)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
-    return pipeline.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, **keep)
+    return stage1.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, **keep)
 
 
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: int) -> Outcome:
     """The model that an arm other than the control ends with."""
     allocation, selection, values = ARMS[arm]
     published = (selection, values) == ("reference", "reference")
-    method = rl_regrowth_nas.METHOD if published else rl_saliency_regrowth.METHOD
+    method = METHODS["reference" if published else "saliency"]
     pruned_model(run, args, args.start_sparsity, epochs_before)
     after = args.finetune_epochs - epochs_before
     options = regrowth_arguments(
-        [rl_regrowth_nas.add_options, rl_saliency_regrowth.add_options], m_name=args.m_name, allocation=allocation,
+        m_name=args.m_name, allocation=allocation,
         start_sparsity=args.start_sparsity, target_sparsity=args.target_sparsity, finetune_epochs=after,
         patience=after + 1, finetune_lr=args.finetune_lr, finetune_schedule=args.finetune_schedule,
         search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / arm, resume="latest" if args.resume else None, overwrite=args.overwrite,
         selection=selection, init_strategy=values)
-    return regrowth_run.regrow(run, options, method, passes=epochs_before)[-1]
+    return stage2.regrow(run, options, method, passes=epochs_before)[-1]
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def measure(run: Run, args: argparse.Namespace, arm: str, seed: int) -> dict[str
     before = round(args.before_share * args.finetune_epochs)
     outcome = (pruned_model(run, args, args.target_sparsity, args.finetune_epochs) if arm == CONTROL
                else regrown_model(run, args, arm, before))
-    pipeline.read_test(run, [outcome])
+    stage1.read_test(run, [outcome])
     card = outcome.card
     return {"arm": arm, "seed": seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
             "val_acc": card["val_acc"], "test_acc": card["test_acc"], "epochs": args.finetune_epochs,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from utils.checkpoint import format_sparsity
-from utils.errors import UserError
+from utils.common import UserError
 
 PUBLISHED_MODEL = "vgg16"
 # setting -> sparsity -> test accuracy in %, mean and standard deviation (None: not given); arXiv 2511.11675

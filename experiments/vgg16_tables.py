@@ -16,8 +16,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-import rl_regrowth_nas  # noqa: E402
-import rl_saliency_regrowth  # noqa: E402
 from experiments.published import (  # noqa: E402
     PUBLISHED,
     PUBLISHED_MODEL,
@@ -26,11 +24,10 @@ from experiments.published import (  # noqa: E402
     chosen_entries,
     print_table,
 )
-from utils import checkpoint, pipeline, plots, regrowth_run  # noqa: E402
+from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
-from utils.pipeline import Outcome, PruneStep  # noqa: E402
+from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.pruning import weight_pruner_loader  # noqa: E402
-from utils.regrowth_options import regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
@@ -43,11 +40,11 @@ from utils.run import (  # noqa: E402
     positive_int,
     script,
 )
-from utils.table import ResumableTable  # noqa: E402
+from utils.stage import ResumableTable  # noqa: E402
+from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.training import FINETUNE_FINAL, FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN  # noqa: E402
 
 START = 0.99  # sparsity that regrowth starts from
-METHODS = {"reference": rl_regrowth_nas.METHOD, "saliency": rl_saliency_regrowth.METHOD}
 AMOUNT = 0.4  # of setting A
 
 
@@ -82,17 +79,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
-    return pipeline.prune_and_finetune(run, dense, PruneStep("magnitude", "one-shot", 1, sparsity),
+    return stage1.prune_and_finetune(run, dense, PruneStep("magnitude", "one-shot", 1, sparsity),
                                        weight_pruner_loader("magnitude"), recipe, resume=args.resume,
                                        overwrite=args.overwrite)
 
 
 def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
     """Setting A: the iteration that ends at this sparsity, and those before it."""
-    steps = pipeline.iterative_steps("magnitude", AMOUNT, 1, len(PUBLISHED["A"]))
+    steps = stage1.iterative_steps("magnitude", AMOUNT, 1, len(PUBLISHED["A"]))
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
-    return pipeline.prune_steps(run, dense, steps[:last.iteration], weight_pruner_loader("magnitude"), recipe,
+    return stage1.prune_steps(run, dense, steps[:last.iteration], weight_pruner_loader("magnitude"), recipe,
                                 resume=args.resume, overwrite=args.overwrite)[-1]
 
 
@@ -100,12 +97,12 @@ def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float)
     """Regrowth from the one-shot 0.99 model."""
     one_shot(run, args, dense, START)
     options = regrowth_arguments(
-        [method.add_options for method in METHODS.values()], m_name=args.m_name, allocation=args.allocation,
+        m_name=args.m_name, allocation=args.allocation,
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
         finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
         save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}",
         resume="latest" if args.resume else None, overwrite=args.overwrite)
-    return regrowth_run.regrow(run, options, METHODS[args.method])[-1]
+    return stage2.regrow(run, options, METHODS[args.method])[-1]
 
 
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
@@ -114,9 +111,9 @@ SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
 def measure(run: Run, args: argparse.Namespace, entry: Entry) -> dict[str, Any]:
     """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
     recipe = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr)
-    dense = pipeline.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
+    dense = stage1.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
     outcome = SETTINGS[entry.setting](run, args, dense, entry.sparsity)
-    pipeline.read_test(run, [outcome])
+    stage1.read_test(run, [outcome])
     card = outcome.card
     return {"row": entry.label, "seed": run.seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
             "val_acc": card["val_acc"], "test_acc": card["test_acc"], "epochs": card["epochs"],

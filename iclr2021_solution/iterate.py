@@ -16,23 +16,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
-from utils import checkpoint, pipeline  # noqa: E402
+from utils import checkpoint, stage1  # noqa: E402
 from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
-from utils.pruning_options import (  # noqa: E402
-    add_iteration_options,
-    add_recipe_options,
-    check_iterations,
-    finetune_changes,
-    pretrain_changes,
-)
-from utils.run import (  # noqa: E402
+from utils.run import (  # noqa: E402  # noqa: E402
     ArgumentParser,
     Run,
+    add_iteration_options,
     add_model_option,
     add_overwrite_options,
+    add_recipe_options,
     add_run_options,
+    check_iterations,
     count,
+    finetune_changes,
     open_run,
+    pretrain_changes,
     script,
 )
 from utils.training import Recipe  # noqa: E402
@@ -82,17 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pretrains if need be, then prunes and finetunes iteration by iteration, and reports."""
     args = parse_args(argv)
     amount, opt_pre, opt_post = settings(args)
-    steps = pipeline.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end)
+    steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner)
     opt_pre, resume_dense = as_it_is(run, args, opt_pre)
     keep_dense = {"resume": resume_dense, "overwrite": args.overwrite}
     keep = {"resume": args.resume, "overwrite": args.overwrite}
-    pipeline.check_steps(run, steps, pruner, "--amount")
-    pipeline.check_stages(run, pipeline.dense_stage(run, opt_pre, **keep_dense), steps, opt_post, **keep)
-    dense = pipeline.pretrain(run, opt_pre, **keep_dense)
-    outcomes = pipeline.prune_steps(run, dense, steps, pruner, opt_post, **keep)
-    pipeline.print_summary(run, pipeline.report(run, [dense, *outcomes]))
+    stage1.check_steps(run, steps, pruner, "--amount")
+    stage1.check_stages(run, stage1.dense_stage(run, opt_pre, **keep_dense), steps, opt_post, **keep)
+    dense = stage1.pretrain(run, opt_pre, **keep_dense)
+    outcomes = stage1.prune_steps(run, dense, steps, pruner, opt_post, **keep)
+    stage1.print_summary(run, stage1.report(run, [dense, *outcomes]))
 
 
 if __name__ == "__main__":

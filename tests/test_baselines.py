@@ -12,11 +12,17 @@ from experiments.jpeg_loss import coded
 from tests.conftest import make_images
 from tests.test_regrowth_scripts import make_start
 from utils.analysis_utils import get_masks, prunable_layers
-from utils.baselines import argsort_lamp_masks, elementwise_regrowth, plain_dataloader, plain_training_epoch
+from utils.benchmark import (
+    argsort_lamp_masks,
+    elementwise_regrowth,
+    measure,
+    peak_memory_mb,
+    plain_dataloader,
+    plain_training_epoch,
+)
 from utils.checkpoint import save_csv
 from utils.pruning import weight_pruner_loader
 from utils.selection import exact_k_mask
-from utils.timing import measure, peak_memory_mb
 
 CPU = torch.device("cpu")
 

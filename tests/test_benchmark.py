@@ -12,9 +12,9 @@ import benchmark_regrowth_methods as script
 from tests.conftest import assert_user_error
 from tests.test_regrowth_scripts import make_start
 from utils import benchmark, checkpoint
-from utils import benchmark_report as report
+from utils import benchmark as report
 from utils.analysis_utils import clone_model, get_masks
-from utils.timing import StageClock, Timing, summarise
+from utils.benchmark import StageClock, Timing, summarise
 
 SMALL = ["--m_name", "resnet20", "--num_images", "200", "--num_runs", "2", "--device", "cpu", "--precision", "fp32"]
 

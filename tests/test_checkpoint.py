@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.errors import RunFailed, UserError
+from utils.common import RunFailed, UserError
 from utils.run import ArgumentParser
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import collect_results
 from utils import checkpoint
-from utils.errors import UserError
+from utils.common import UserError
 
 
 def add_model(root: Path, sparsity: float, seed: int, test: float | None, *, epochs: int = 5, pruner: str = "magnitude",

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils.common import UserError
 from utils.data_loader import (
     PAD,
     BatchLoader,
@@ -14,7 +15,6 @@ from utils.data_loader import (
     loaders_from,
     split_indices,
 )
-from utils.errors import UserError
 
 MEAN, STD = np.zeros(3), np.ones(3)  # leaves pixel values as they are
 

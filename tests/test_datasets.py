@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from utils import datasets, image_folder
+from utils import datasets
+from utils.common import UserError
 from utils.datasets import DATASETS, ImageDataset, load_dataset
-from utils.errors import UserError
 
 CLASSES = ("cat", "ship")
 CACHE = ".image_cache_32x32.npz"
@@ -49,13 +49,13 @@ def folder(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files decoded so far, by name."""
     names: list[str] = []
-    decode = image_folder._decode
+    decode = datasets._decode
 
     def recording(path: Path, *how: object) -> np.ndarray:
         names.append(f"{path.parent.name}/{path.name}")
         return decode(path, *how)
 
-    monkeypatch.setattr(image_folder, "_decode", recording)
+    monkeypatch.setattr(datasets, "_decode", recording)
     return names
 
 

@@ -7,15 +7,15 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from utils.analysis_utils import clone_model
-from utils.data_loader import BatchLoader
-from utils.drift import (
+from utils.analysis_utils import (
     BlockwiseFeatureExtractor,
+    clone_model,
     compute_block_ssim,
     map_similarity,
     normalised_maps,
     scale_to_unit,
 )
+from utils.data_loader import BatchLoader
 
 LAYERS = ["0", "4", "8"]  # two convolutions (32x32 and 8x8 maps) and the Linear of `small_cnn`
 

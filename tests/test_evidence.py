@@ -17,16 +17,13 @@ import rl_saliency_regrowth
 import single_layer_regrowth_analysis as single_layer
 from tests.test_regrowth import closed_form_gradients, one_linear, pruned_copy
 from tests.test_regrowth_scripts import make_start, options  # noqa: F401  (a fixture)
-from utils import benchmark, checkpoint, regrowth_run
-from utils.analysis_utils import clone_model, prunable_layers, set_masks
+from utils import benchmark, checkpoint, stage2
+from utils.analysis_utils import BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
+from utils.common import UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
-from utils.drift import BlockwiseFeatureExtractor
-from utils.errors import UserError
-from utils.image_folder import load_image_folder
-from utils.regrowth import SELECTORS, WeightRegrowth
-from utils.saliency import Evidence, SaliencyComputer
+from utils.datasets import load_image_folder
+from utils.regrowth import SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
 from utils.saliency_analysis import class_sample
-from utils.seeding import derive_seed
 
 SAMPLE = {"mean": np.full(3, 127.0), "std": np.full(3, 60.0)}
 
@@ -35,13 +32,13 @@ def about(train: BatchLoader, dense: nn.Module, pruned: nn.Module, **given: obje
     """The evidence that stage 2 would have about this pruned model."""
     args = argparse.Namespace(**{"saliency_max_batches": 3, "ssim_batches": 3, "saliency_source": "dense", **given})
     run = SimpleNamespace(train=train, precision="fp32", seed=0)
-    return regrowth_run.evidence_maker(run, args, dense)(pruned)
+    return stage2.evidence_maker(run, args, dense)(pruned)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(regrowth_run, "DRIFT_BATCH", 20)
-    monkeypatch.setattr(regrowth_run, "SALIENCY_BATCH", 20)
+    monkeypatch.setattr(stage2, "DRIFT_BATCH", 20)
+    monkeypatch.setattr(stage2, "SALIENCY_BATCH", 20)
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def flat_data() -> BatchLoader:
 
 
 def test_gradients_are_those_of_the_sparse_model_at_pruned_positions(monkeypatch):
-    monkeypatch.setattr(regrowth_run, "SALIENCY_BATCH", 4)
+    monkeypatch.setattr(stage2, "SALIENCY_BATCH", 4)
     weight, mask = [[3.0, -2.0, 0.5], [-1.0, 2.0, -4.0]], [[1, 0, 0], [0, 1, 0]]
     dense, pruned = (nn.Sequential(nn.Flatten(), *one_linear(weight, masks)) for masks in (None, mask))
     train = flat_data()

@@ -11,17 +11,17 @@ import pytest
 
 from experiments.published import beside_published, chosen_entries
 from tests.conftest import REPOSITORY
-from utils import plots, saliency_plots
+from utils import plots
 from utils.allocation import AllocationProblem
-from utils.benchmark_report import stage_rows
-from utils.paired import paired_difference
+from utils.benchmark import stage_rows
+from utils.statistics import paired_difference
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Every figure that would be written."""
     figures = []
-    for module in (plots, saliency_plots):
+    for module in (plots, plots):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
@@ -122,7 +122,7 @@ def test_the_colours_of_single_layers_are_explained_and_a_gain_of_zero_has_one(d
 def test_small_numbers_of_the_heat_map_are_told_apart(drawn, tmp_path):
     means = {"a": 1.0, "b": 0.005, "c": 0.009, "d": 0.00002, "e": 0.0, "f": -0.0}
     rows = [{"layer": layer, "class": name, "mean": mean} for layer in ("one", "two") for name, mean in means.items()]
-    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", "title")
+    plots.plot_heat_map(rows, tmp_path / "h.png", "title")
     shown = [text.get_text() for text in drawn[0].axes[0].texts][:6]
     assert len(set(shown)) == 5 and shown[0] == "5.9" and shown[1] == "0.03" and shown[4:] == ["0", "0"]
 
@@ -187,9 +187,9 @@ def test_names_with_signs_of_formulas_are_written_as_they_are(tmp_path, recwarn)
     quantiles = dict.fromkeys(("q05", "q25", "median", "q75", "q95", "mean"), 0.5)
     rows = [{"layer": f"{NASTY}.{layer}", "class": name, "weights": 4, **quantiles}
             for layer in range(7) for name in (NASTY, "$x_$")]
-    for draw in (saliency_plots.plot_distributions, saliency_plots.plot_layer_means):
+    for draw in (plots.plot_distributions, plots.plot_layer_means):
         draw(rows, tmp_path / f"{draw.__name__}.png", NASTY, "saliency")
-    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", NASTY)
+    plots.plot_heat_map(rows, tmp_path / "h.png", NASTY)
     assert len(list(tmp_path.glob("*.png"))) == 4 and not recwarn.list
 
 

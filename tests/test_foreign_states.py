@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import inspect_checkpoint
-from utils import checkpoint, finetuning, pipeline
+from utils import checkpoint, finetuning, stage1
 from utils.analysis_utils import (
     add_masks,
     clone_model,
@@ -23,7 +23,7 @@ from utils.analysis_utils import (
     remove_masks,
     set_masks,
 )
-from utils.errors import UserError
+from utils.common import UserError
 from utils.inspection import describe, guess_model, load_artifact
 from utils.model_loader import model_loader
 
@@ -41,7 +41,7 @@ def resnet(sparsity: float | None = None) -> nn.Module:
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> SimpleNamespace:
     """What loading needs of a run."""
-    monkeypatch.setattr(pipeline, "check_data", lambda *_: None)
+    monkeypatch.setattr(stage1, "check_data", lambda *_: None)
     return SimpleNamespace(root=tmp_path, m_name="resnet20", device=torch.device("cpu"), new_model=resnet)
 
 
@@ -85,7 +85,7 @@ def test_every_reader_takes_every_form(form, run, tmp_path):
     assert description["active"] == count_pruned_params(model).surviving and "warnings" not in description
     args = inspect_checkpoint.parse_args(["--file", "x", "--finetune"])
     assert inspect_checkpoint.recognise_model(args, artifact) == "resnet20"
-    for loaded in (pipeline.load_outcome(run, path).model,
+    for loaded in (stage1.load_outcome(run, path).model,
                    finetuning.load_source(run, artifact, inspect_checkpoint.plan(args)).model):
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value), key
@@ -101,7 +101,7 @@ def test_exact_zeros_without_masks_stay_zero(run, tmp_path, capsys):
     assert description["sparsity"] == pytest.approx(counts.sparsity)
     said = f"{counts.pruned:,} of {counts.total:,} weights without a mask are exactly 0; they count as pruned"
     assert [said in text for text in description["warnings"]] == [True]
-    loaded = pipeline.load_outcome(run, tmp_path / "made_permanent.pth").model
+    loaded = stage1.load_outcome(run, tmp_path / "made_permanent.pth").model
     assert capsys.readouterr().err == f"note: {tmp_path / 'made_permanent.pth'}: {said} and stay 0\n"
     assert all(torch.equal(mask, masks[name]) for name, mask in get_masks(loaded).items())
     optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1, weight_decay=0.1)
@@ -183,7 +183,7 @@ def test_statistics_and_weights_that_are_not_finite_are_refused_at_load(name, ru
     state[name][(0,) * state[name].dim()] = float("nan") if "mean" in name else float("inf")
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(UserError, match=f"not finite.*: {name}$"):
-        pipeline.load_outcome(run, tmp_path / "x.pth")
+        stage1.load_outcome(run, tmp_path / "x.pth")
 
 
 def test_a_module_of_the_model_that_is_named_like_a_prefix_stays():

@@ -18,9 +18,9 @@ import main as main_script
 from iclr2021_solution import iterate
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of
 from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
-from utils import checkpoint, pipeline
+from utils import checkpoint, stage1
+from utils.common import UserError
 from utils.datasets import load_dataset
-from utils.errors import UserError
 from utils.model_loader import model_loader
 from utils.models import MODELS
 from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
@@ -156,7 +156,7 @@ def no_training(monkeypatch):
     """Whatever is refused must be refused before this."""
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("something was trained")
-    monkeypatch.setattr(pipeline.Trainer, "run", fail)
+    monkeypatch.setattr(stage1.Trainer, "run", fail)
 
 
 def refused(script, words: list[str], *said: str) -> None:
@@ -257,7 +257,8 @@ def test_the_summary_has_a_row_for_a_model_without_a_run_card(untrained_options,
         rows = rows_of(tmp_path / "run")
         assert [(row["pruner"], row["surviving"]) for row in rows] == [("none", str(N)), ("magnitude", "27090")]
         printed = next(line for line in shown.splitlines() if line.split()[:1] == ["none"]).split()
-        assert printed == ["none", "0.0000", "270,896", *(f"{float(rows[0][key]):.2f}" for key in ("val_acc", "test_acc"))]
+        accuracies = [f"{float(rows[0][key]):.2f}" for key in ("val_acc", "test_acc")]
+        assert printed == ["none", "0.0000", "270,896", *accuracies]
     assert not checkpoint.card_path(dense).exists()  # nothing is known of how it was made
 
 
@@ -282,12 +283,12 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_kept(tiny_options, tmp_
 
 
 def test_iterative_schedules_by_hand():
-    steps = pipeline.iterative_steps("magnitude", 0.4, 1, 4)
+    steps = stage1.iterative_steps("magnitude", 0.4, 1, 4)
     assert [round(step.sparsity, 6) for step in steps] == [0.4, 0.64, 0.784, 0.8704]
     assert [round(step.previous, 6) for step in steps] == [0.0, 0.4, 0.64, 0.784]
-    rate = pipeline.rate_towards(0.99, 10)
+    rate = stage1.rate_towards(0.99, 10)
     assert rate == pytest.approx(0.369043, abs=1e-6)
-    assert round(pipeline.iterative_steps("lamp", rate, 10, 10)[0].sparsity, 12) == 0.99
+    assert round(stage1.iterative_steps("lamp", rate, 10, 10)[0].sparsity, 12) == 0.99
 
 
 def test_ten_iterations_of_resnet20_end_at_99_percent():

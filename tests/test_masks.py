@@ -24,7 +24,7 @@ from utils.analysis_utils import (
     set_masks,
     validate_masks,
 )
-from utils.errors import UserError
+from utils.common import UserError
 
 
 def small_model(seed: int = 0, hidden: int = 4) -> nn.Sequential:

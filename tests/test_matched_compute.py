@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments import matched_compute as study
-from utils.errors import UserError
+from utils.common import UserError
 from utils.training import Trainer
 
 

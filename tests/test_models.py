@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.errors import UserError
+from utils.common import UserError
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.models.densenet import DenseLayer

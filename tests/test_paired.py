@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.paired import holm, paired_difference
+from utils.statistics import holm, paired_difference
 
 
 def test_by_hand():

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from utils import photos
+from utils import datasets
+from utils.common import UserError
 from utils.datasets import ImageDataset, load_dataset
-from utils.errors import UserError
 
 TRAIN_SHA256 = "8b9c28cb7a870bb9988bef780891b7278af02c4fcaf6a36db194b207cbd0e82e"
 TEST_SHA256 = "a6d35c88b72bcd11c52285b566046be025259fcf74a4d0aab3f10e078ef4eb09"
@@ -37,7 +37,7 @@ def test_the_bytes_are_pinned(data: ImageDataset) -> None:
 
 
 def test_labels_and_shapes(data: ImageDataset) -> None:
-    assert (data.name, data.source, data.classes) == ("photos", "embedded", photos.PHOTOS)
+    assert (data.name, data.source, data.classes) == ("photos", "embedded", datasets.PHOTOS)
     assert data.train_images.shape == (12_000, 32, 32, 3) and data.test_images.shape == (3_000, 32, 32, 3)
     assert data.train_images.flags.c_contiguous and data.test_images.flags.c_contiguous
 
@@ -77,43 +77,43 @@ def test_colour_brightness_and_raw_pixels_are_weak_cues(data: ImageDataset) -> N
 
 def test_stripes_cover_a_photograph_once() -> None:
     for width in (384, 400, 451, 512, 741):
-        bounds = photos.stripe_bounds(width)
+        bounds = datasets.stripe_bounds(width)
         assert [column for low, high in bounds for column in range(low, high)] == list(range(width))
-    assert sorted(photos.STRIPES_OF["train"] + photos.STRIPES_OF["test"]) == list(range(photos.STRIPES))
+    assert sorted(datasets.STRIPES_OF["train"] + datasets.STRIPES_OF["test"]) == list(range(datasets.STRIPES))
 
 
-@pytest.mark.parametrize("name", photos.PHOTOS)
+@pytest.mark.parametrize("name", datasets.PHOTOS)
 def test_no_crop_depends_on_a_pixel_of_the_other_split(name: str) -> None:
-    photo = photos.load_photo(name)
-    bounds = photos.stripe_bounds(photo.shape[1])
+    photo = datasets.load_photo(name)
+    bounds = datasets.stripe_bounds(photo.shape[1])
     for split, other in (("train", "test"), ("test", "train")):
-        expected = photos.photo_crops(photo, 3, split, 24)
+        expected = datasets.photo_crops(photo, 3, split, 24)
         foreign, own = photo.copy(), photo.copy()
-        for stripe in photos.STRIPES_OF[other]:
+        for stripe in datasets.STRIPES_OF[other]:
             foreign[:, slice(*bounds[stripe])] ^= 255
-        for stripe in photos.STRIPES_OF[split]:
+        for stripe in datasets.STRIPES_OF[split]:
             own[:, slice(*bounds[stripe])] ^= 255
-        assert np.array_equal(photos.photo_crops(foreign, 3, split, 24), expected)
-        assert (photos.photo_crops(own, 3, split, 24) != expected).any(axis=(1, 2, 3)).all()
+        assert np.array_equal(datasets.photo_crops(foreign, 3, split, 24), expected)
+        assert (datasets.photo_crops(own, 3, split, 24) != expected).any(axis=(1, 2, 3)).all()
 
 
 def test_every_crop_lies_inside_its_stripe() -> None:
     for seed, (height, width) in enumerate([(76, 76), (191, 76), (300, 90), (512, 102)]):
-        draws = photos._draw(np.random.RandomState(seed), 2000, noise_photo(seed, height, width))
-        margin = photos._MARGIN
-        for position, extent in zip(photos._positions(draws), (height, width), strict=True):
+        draws = datasets._draw(np.random.RandomState(seed), 2000, noise_photo(seed, height, width))
+        margin = datasets._MARGIN
+        for position, extent in zip(datasets._positions(draws), (height, width), strict=True):
             assert position.min() >= margin - 2 and position.max() <= (extent << 16) - margin + 2
 
 
 def test_a_photograph_too_small_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="too small for the largest crop"):
-        photos.photo_crops(noise_photo(0, width=300), 0, "train", 200)
+        datasets.photo_crops(noise_photo(0, width=300), 0, "train", 200)
 
 
 def test_the_sampler_never_reads_beyond_its_stripe() -> None:
     for seed in range(5):
         stripe = np.full((80, 78, 3), 200, np.uint8)
-        assert np.all(photos._stripe_samples(np.random.RandomState(seed), stripe, 200) == 200 * 16)
+        assert np.all(datasets._stripe_samples(np.random.RandomState(seed), stripe, 200) == 200 * 16)
 
 
 # --- the arithmetic ------------------------------------------------------------------------------------------------
@@ -124,25 +124,25 @@ def test_bilinear_by_hand() -> None:
     level[..., 0] = [[0, 64], [128, 192]]
     level[..., 2] = [[255, 255], [255, 255]]
     q16 = np.array([[0, 1 << 14, 1 << 15]])         # 0, 1/4, 1/2 of a pixel
-    values = photos._bilinear(photos._pack(np.pad(level, ((0, 1), (0, 0), (0, 0)))), q16, q16, np.array([[2]]), 0)
+    values = datasets._bilinear(datasets._pack(np.pad(level, ((0, 1), (0, 0), (0, 0)))), q16, q16, np.array([[2]]), 0)
     assert values[0].tolist() == [[0, 0, 255 * 16], [(16 + 32) * 16, 0, 255 * 16], [96 * 16, 0, 255 * 16]]
 
 
 def test_positions_by_hand() -> None:
     one, zero = np.array([1 << 14]), np.array([0])
     centre = np.array([100 << 16])
-    upright = photos._Draws(np.array([256]), one, zero, centre, centre)
-    y, x = (grid.reshape(32, 32) for grid in photos._positions(upright))
+    upright = datasets._Draws(np.array([256]), one, zero, centre, centre)
+    y, x = (grid.reshape(32, 32) for grid in datasets._positions(upright))
     expected = (100 << 16) + (np.arange(32) * 2 - 31 << 15)       # 84.5, 85.5, ..., 115.5
     assert np.array_equal(y, np.repeat(expected[:, None], 32, axis=1)) and np.array_equal(x, y.T)
-    quarter = photos._Draws(np.array([512]), zero, one, centre, centre)     # a quarter turn, two pixels a step
-    y, x = (grid.reshape(32, 32) for grid in photos._positions(quarter))
+    quarter = datasets._Draws(np.array([512]), zero, one, centre, centre)     # a quarter turn, two pixels a step
+    y, x = (grid.reshape(32, 32) for grid in datasets._positions(quarter))
     doubled = (100 << 16) + (np.arange(32) * 2 - 31 << 16)
     assert np.array_equal(y[0], doubled) and np.array_equal(x[:, 0], doubled[::-1])
 
 
 def test_rotations_keep_lengths() -> None:
-    draws = photos._draw(np.random.RandomState(0), 5000, noise_photo(0))
+    draws = datasets._draw(np.random.RandomState(0), 5000, noise_photo(0))
     assert np.abs(draws.cos ** 2 + draws.sin ** 2 - (1 << 28)).max() < 1 << 16
     degrees = np.degrees(np.arctan2(draws.sin, draws.cos))
     assert -30.1 < degrees.min() < -28 and 28 < degrees.max() < 30.1
@@ -152,24 +152,24 @@ def test_detail_by_hand() -> None:
     stripe = np.zeros((60, 60, 3), np.uint8)
     stripe[30, 30] = 1                                   # grey steps of 3 up and down, in rows and in columns
     y, x = np.array([30, 30, 30, 11]), np.array([30, 21, 10, 11])
-    assert photos._detail(stripe, y, x).tolist() == [12, 12, 0, 0]
+    assert datasets._detail(stripe, y, x).tolist() == [12, 12, 0, 0]
 
 
 def test_crops_take_the_place_with_detail() -> None:
     stripe = np.zeros((400, 100, 3), np.uint8)
     stripe[:200] = noise_photo(0, 200, 100)              # half of the places have detail: 1 - 1/2**4 of the crops do
-    draws = photos._draw(np.random.RandomState(0), 2000, stripe)
+    draws = datasets._draw(np.random.RandomState(0), 2000, stripe)
     assert 0.88 < (draws.y < 205 << 16).mean() < 0.99
 
 
 def test_splits_and_photographs_have_their_own_draws() -> None:
     photo = noise_photo(1)
-    again = photos.photo_crops(photo, 0, "train", 12)
-    assert np.array_equal(photos.photo_crops(photo, 0, "train", 12), again)
-    assert (photos.photo_crops(photo, 1, "train", 12) != again).any(axis=(1, 2, 3)).all()
-    assert (photos.photo_crops(photo, 0, "test", 12) != again).any(axis=(1, 2, 3)).all()
+    again = datasets.photo_crops(photo, 0, "train", 12)
+    assert np.array_equal(datasets.photo_crops(photo, 0, "train", 12), again)
+    assert (datasets.photo_crops(photo, 1, "train", 12) != again).any(axis=(1, 2, 3)).all()
+    assert (datasets.photo_crops(photo, 0, "test", 12) != again).any(axis=(1, 2, 3)).all()
 
 
 def test_a_missing_photograph_is_named() -> None:
     with pytest.raises(UserError, match=r"nobody\.png of scikit-image cannot be read .*reinstall"):
-        photos.load_photo("nobody")
+        datasets.load_photo("nobody")

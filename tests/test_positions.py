@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils import positions
-from utils.positions import Positions, Ranking, map_tensors, random_indices, top_indices
+from utils import selection
+from utils.selection import Positions, Ranking, map_tensors, random_indices, top_indices
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def on_host(rankings: list[Ranking], counts: list[int]) -> list[Tensor]:
 
 def on_device(rankings: list[Ranking], counts: list[int]) -> list[Tensor]:
     """The accelerator's implementation, which runs on the CPU too."""
-    return positions._device_top([positions._aligned(ranking) for ranking in rankings], counts)
+    return selection._device_top([selection._aligned(ranking) for ranking in rankings], counts)
 
 
 @pytest.fixture(params=[on_host, on_device])
@@ -106,8 +106,8 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
     shape = (128, 96, 5, 5)
     scores = torch.randint(0, distinct, shape, generator=rng).float().to(memory_format=torch.channels_last)
     taken = (torch.rand(shape, generator=rng) < 0.2).float().to(memory_format=torch.channels_last)
-    flat_scores, flat_taken = (positions.flat_view(tensor).numpy() for tensor in (scores, taken))
-    assert positions._sampled_bound(flat_scores, flat_taken, count) is not None
+    flat_scores, flat_taken = (selection.flat_view(tensor).numpy() for tensor in (scores, taken))
+    assert selection._sampled_bound(flat_scores, flat_taken, count) is not None
     small = Ranking(torch.tensor([3.0, 4.0]), torch.zeros(2))
     found = top([small, Ranking(scores, taken)], [1, count])
     assert found[0].tolist() == [1]
@@ -116,11 +116,11 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
 
 def test_a_misleading_sample_is_noticed():
     scores, taken = torch.zeros(500_000), torch.zeros(500_000)
-    runs = scores.view(-1, positions.RUN)
-    step = 500_000 // positions.SAMPLE | 1
+    runs = scores.view(-1, selection.RUN)
+    step = 500_000 // selection.SAMPLE | 1
     runs[::step] = 1.0  # the sample sees nothing else
     count = runs[::step].numel() + 5
-    bound = positions._sampled_bound(scores.numpy(), taken.numpy(), count)
+    bound = selection._sampled_bound(scores.numpy(), taken.numpy(), count)
     assert bound is not None and int((scores >= bound).sum()) < count
     assert on_host([Ranking(scores, taken)], [count])[0].tolist() == by_sorting(scores, taken, count)
 
@@ -146,7 +146,7 @@ def test_one_object_serves_both_memory_formats():
 
 def test_other_strides_are_refused():
     with pytest.raises(ValueError, match="strides"):
-        positions.flat_view(torch.zeros(3, 4).T)
+        selection.flat_view(torch.zeros(3, 4).T)
 
 
 def test_map_tensors_keeps_order_and_records_no_gradients():

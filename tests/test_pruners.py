@@ -11,7 +11,7 @@ from torch import nn
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import pruning as pruners
 from utils.analysis_utils import count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
-from utils.errors import UserError
+from utils.common import UserError
 
 
 def network(*weights: torch.Tensor | list) -> nn.Sequential:

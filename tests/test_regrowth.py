@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from utils import regrowth
 from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.errors import UserError
+from utils.common import UserError
 from utils.regrowth import (
     FILL,
     INITIALISERS,

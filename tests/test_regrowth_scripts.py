@@ -18,14 +18,12 @@ import torch
 import rl_regrowth_nas
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
-from utils import checkpoint, regrowth_run
+from utils import checkpoint, stage2
 from utils.analysis_utils import get_masks, set_masks
-from utils.errors import UserError
+from utils.common import UserError, generator
 from utils.model_loader import model_loader
-from utils.regrowth import SELECTORS
-from utils.regrowth_record import RegrowthRecord
+from utils.regrowth import SELECTORS, RegrowthRecord
 from utils.run import open_run, prerequisite
-from utils.seeding import generator
 
 N = 270_896  # prunable weights of resnet20
 KEPT, BACK = 2_709, 5_418  # at 0.99; 2 % of N
@@ -233,7 +231,7 @@ def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_
 def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp_path, monkeypatch, capsys):
     words = [*options, "--search_budget", "8", "--mini_finetune_epochs", "1", "--num_epochs", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(regrowth_run, "apply_allocation", interrupt_at(3))
+        patch.setattr(stage2, "apply_allocation", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
             rl_regrowth_nas.main(words)
     for other, said in ((["--finetune_lr", "0.02"], r"recipe lr 0.0003 \(asked: 0.02\)"),
@@ -247,7 +245,7 @@ def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp
 
 def interrupt_at(number: int):
     """`apply_allocation` until it is called for the `number`-th time."""
-    calls, real = [], regrowth_run.apply_allocation
+    calls, real = [], stage2.apply_allocation
 
     def apply(*args):
         calls.append(args)
@@ -263,7 +261,7 @@ def test_an_overwritten_search_leaves_nothing_of_the_old_one(options, tmp_path, 
     folder = tmp_path / "rl_regrow_savedir/resnet20"
     again = [*words, "--num_epochs", "1", "--finetune_lr", "0.01"]
     with monkeypatch.context() as patch:
-        patch.setattr(regrowth_run, "apply_allocation", interrupt_at(2))
+        patch.setattr(stage2, "apply_allocation", interrupt_at(2))
         with pytest.raises(KeyboardInterrupt):
             rl_regrowth_nas.main([*again, "--overwrite"])
     found = {path.stem[-1] for path in folder.glob("rl_training_checkpoint_epoch_*.pth")}

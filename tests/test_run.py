@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from utils import checkpoint
-from utils.errors import UserError
+from utils.common import UserError
 from utils.run import ArgumentParser, fraction, positive_int, script, unit_interval
 
 SCRIPTS = ["main", "iclr2021_solution.iterate", "rl_regrowth_nas", "rl_saliency_regrowth", "inspect_checkpoint",

@@ -17,20 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import REPOSITORY
-from utils import saliency_analysis, saliency_plots
+from utils import plots, saliency_analysis
 from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
 from utils.checkpoint import dense_path, save_checkpoint
-from utils.class_saliency import (
+from utils.common import UserError
+from utils.data_loader import BatchLoader
+from utils.model_loader import model_loader
+from utils.saliency_analysis import (
     ClassSaliency,
     WeightFunction,
+    analyse,
+    class_sample,
+    count_few_class,
     diagonal_probes,
     gradient_saliency,
     hessian_saliency,
+    noise_warning,
+    same_scale,
+    verdict,
 )
-from utils.data_loader import BatchLoader
-from utils.errors import UserError
-from utils.model_loader import model_loader
-from utils.saliency_analysis import analyse, class_sample, count_few_class, noise_warning, same_scale, verdict
 
 
 @pytest.fixture(autouse=True)
@@ -380,9 +385,9 @@ def test_figures_of_difficult_rows(tmp_path, signed):
         extra = {"mean_error": 0.1} if signed else {}
         rows.append({"layer": f"layer{layer}", "class": name, "weights": 5, "mean": numbers.mean(), **extra,
                      **dict(zip(("q05", "q25", "median", "q75", "q95"), numbers))})
-    saliency_plots.plot_distributions(rows, tmp_path / "d.png", "title", "nats")
-    saliency_plots.plot_layer_means(rows, tmp_path / "l.png", "title", "nats")
-    saliency_plots.plot_heat_map(rows, tmp_path / "h.png", "title")
+    plots.plot_distributions(rows, tmp_path / "d.png", "title", "nats")
+    plots.plot_layer_means(rows, tmp_path / "l.png", "title", "nats")
+    plots.plot_heat_map(rows, tmp_path / "h.png", "title")
     for name in "dlh":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import csv
-
-import numpy as np
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import single_layer_regrowth_analysis as study
 from tests.test_regrowth_scripts import BACK, make_start
-from utils.correlation import correlate, verdict
-from utils.errors import UserError
-from utils.table import ResumableTable
+from utils.common import UserError
+from utils.stage import ResumableTable
+from utils.statistics import correlate, verdict
 
 
 def test_correlations_by_hand():

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import main
-from utils import checkpoint, finetuning, regrowth_run
+from utils import checkpoint, finetuning, stage2
 from utils import stage as stage_module
 from utils.analysis_utils import clone_model
-from utils.errors import UserError
-from utils.stage import FolderLock, Stage, differences, hold_folder
-from utils.table import ResumableTable
+from utils.common import UserError
+from utils.stage import FolderLock, ResumableTable, Stage, differences, hold_folder
 from utils.training import Recipe, Trainer
 
 RECIPE = Recipe("sgd", lr=0.05, epochs=4, batch_size=32, schedule="cosine", weight_decay=5e-4)
@@ -232,10 +231,10 @@ def test_every_flow_holds_its_folder(tmp_path, image_folder, hold_elsewhere, mon
     with pytest.raises(UserError, match="out is in use by process 7"):
         ResumableTable(tmp_path / "out" / "t.csv", ("seed",), {}, resume=False, overwrite=False)
     for name in ("load_dense", "load_start"):
-        monkeypatch.setattr(regrowth_run, name, lambda *_: SimpleNamespace(model=None))
+        monkeypatch.setattr(stage2, name, lambda *_: SimpleNamespace(model=None))
     run, args = SimpleNamespace(held=set()), SimpleNamespace(save_dir=tmp_path / "out", regrow_iterations=1)
     with pytest.raises(UserError, match="out is in use by process 7"):
-        regrowth_run.regrow(run, args, None)
+        stage2.regrow(run, args, None)
     monkeypatch.setattr(finetuning, "load_source", lambda *_: None)
     with pytest.raises(UserError, match="out is in use by process 7"):
         finetuning.finetune(run, None, args)

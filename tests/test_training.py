@@ -11,9 +11,8 @@ from torch import nn
 
 from utils.analysis_utils import clone_model, get_masks, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.common import PRECISIONS, RunFailed, autocast, has_native_bf16, resolve_precision
 from utils.data_loader import BatchLoader
-from utils.errors import RunFailed
-from utils.precision import PRECISIONS, autocast, has_native_bf16, resolve_precision
 from utils.training import (
     OPTIMIZERS,
     PRETRAIN,
@@ -58,6 +57,10 @@ def test_evaluate_by_hand():
     ("warmup_cosine", 0, 0.2), ("warmup_cosine", 4, 1.0), ("warmup_cosine", 5, 1.0), ("warmup_cosine", 100, 0.0)])
 def test_schedules_by_hand(name, step, expected):
     assert SCHEDULES[name](step, 100) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_warm_up_is_rounded_to_the_nearest_step():
+    assert SCHEDULES["warmup_cosine"](0, 30) == 0.5  # 5 % of 30 are 1.5 steps: two
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

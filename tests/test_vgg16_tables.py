@@ -7,7 +7,7 @@ import pytest
 
 from experiments import published
 from experiments import vgg16_tables as tables
-from utils.errors import UserError
+from utils.common import UserError
 
 
 def test_rows_by_name():

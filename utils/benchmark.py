@@ -4,36 +4,216 @@ the bars that the figures must reach.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms
 
-from utils import checkpoint, regrowth_run
+from utils import checkpoint, stage2
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import clone_model, prunable_layers, set_masks
-from utils.baselines import argsort_lamp_masks, elementwise_regrowth, plain_dataloader, plain_training_epoch
-from utils.data_loader import BatchLoader, balanced_indices, channel_statistics
+from utils.common import UserError, generator
+from utils.data_loader import PAD, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
+from utils.methods import regrowth_arguments
 from utils.model_loader import model_loader
-from utils.regrowth import SELECTORS, WeightRegrowth
-from utils.run import Run, open_run
-from utils.saliency import stored_weight
-from utils.seeding import generator
+from utils.regrowth import SELECTORS, WeightRegrowth, stored_weight
+from utils.run import Run, add_model_option, add_run_options, fraction, open_run, positive_int
 from utils.selection import exact_k_masks
-from utils.timing import StageClock, Timing, measure, measure_in_turn
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
+
+
+class Timing(NamedTuple):
+    """Seconds over the repeats of one measurement."""
+
+    median: float
+    fastest: float
+    slowest: float
+    repeats: int
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON and CSV: seconds."""
+        return {"median_s": self.median, "fastest_s": self.fastest, "slowest_s": self.slowest, "repeats": self.repeats}
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all it was given (nothing to wait for on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(work: Callable[..., Any], device: torch.device, *, repeats: int = 5, warmup: int = 1,
+            prepare: Callable[[], Any] | None = None) -> Timing:
+    """Times ``work(prepare())`` (or ``work()`` without `prepare`, which is not timed) `repeats` times after a warm-up.
+
+    Raises ValueError unless repeats >= 1.
+    """
+    if repeats < 1:
+        raise ValueError("need at least one repeat")
+    seconds = []
+    for _ in range(warmup + repeats):
+        arguments = [] if prepare is None else [prepare()]
+        synchronise(device)
+        start = time.perf_counter()
+        work(*arguments)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return summarise(seconds[warmup:])
+
+
+def summarise(seconds: Sequence[float]) -> Timing:
+    """Median and extremes of one measurement's repeats. Raises ValueError (statistics) for none."""
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+class StageClock:
+    """Seconds of the named stages of one pass; the device is waited for at the ends of each."""
+
+    def __init__(self, device: torch.device):
+        """A clock without stages."""
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what runs inside; a name used twice adds up."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
+                    prepare: Callable[[], Any] | None = None) -> list[Timing]:
+    """`measure` for several versions of one thing, in turn (A B A B ...), so that a machine whose speed drifts treats
+    them alike. Returns a `Timing` for each."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(warmup + repeats):
+        for mine, work in zip(seconds, works):
+            once = measure(work, device, repeats=1, warmup=0, prepare=prepare)
+            mine.extend([once.median] if number >= warmup else [])
+    return [summarise(mine) for mine in seconds]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class PilDataset(torch.utils.data.Dataset):
+    """Images as PIL objects through a transform, one by one, as ``torchvision.datasets`` gives them."""
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray, transform: transforms.Compose):
+        """images: uint8 (N, H, W, 3); targets: (N,)."""
+        self.images, self.targets, self.transform = images, targets, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
+
+
+def plain_dataloader(images: np.ndarray, targets: np.ndarray, batch_size: int, mean: Sequence[float],
+                     std: Sequence[float], workers: int = 2) -> torch.utils.data.DataLoader:
+    """The usual CIFAR-10 pipeline: RandomCrop(32, 4), flip, ToTensor, Normalize in worker processes.
+
+    mean, std: per channel, in [0, 1] units.
+    """
+    transform = transforms.Compose([transforms.RandomCrop(images.shape[1], padding=PAD),
+                                    transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                    transforms.Normalize(mean, std)])
+    return torch.utils.data.DataLoader(PilDataset(images, targets, transform), batch_size, shuffle=True,
+                                       num_workers=workers, persistent_workers=workers > 0)
+
+
+def plain_training_epoch(model: nn.Module, loader: torch.utils.data.DataLoader,
+                         optimizer: torch.optim.Optimizer) -> float:
+    """One epoch in float32 and NCHW, reading the loss at each step; returns the mean loss."""
+    device, losses = next(model.parameters()).device, []
+    model.train()
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs.to(device)), targets.to(device))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """LAMP (Lee et al., ICLR 2021) by sorting every layer, then all scores; bool masks of the `keep` best weights."""
+    scores = []
+    for weight in weights:
+        squares = weight.detach().flatten().double() ** 2
+        order = torch.argsort(squares, descending=True)
+        score = torch.empty_like(squares)
+        score[order] = squares[order] / squares[order].cumsum(0)
+        scores.append(score)
+    best = torch.argsort(torch.cat(scores), descending=True)[:keep]
+    mask = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.bool, device=weights[0].device)
+    mask[best] = True
+    return [part.view(weight.shape) for part, weight in zip(mask.split([w.numel() for w in weights]), weights)]
+
+
+def elementwise_regrowth(weight: Tensor, mask: Tensor, scores: Tensor, values: Tensor, k: int) -> None:
+    """Regrows the k best-scored pruned weights of one layer one index at a time, as the published scripts do; in place.
+
+    weight, mask (1 active, 0 pruned), scores and values (what a weight returns with): tensors of one shape, in any
+    memory format, so that positions are coordinates.
+    """
+    candidates = torch.where(mask == 0, scores, -torch.inf)
+    for index in torch.topk(candidates.flatten(), k).indices.tolist():
+        position = np.unravel_index(index, mask.shape)
+        mask[position] = 1.0
+        weight[position] = values[position]
+
 
 STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
 FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
 EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
 Row = dict[str, Any]
 Limit = tuple[str, float, float, bool]  # unit, figure, limit, whether the figure must be at least the limit
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_images: int) -> None:
+    """What is timed, shared with quick_benchmark.py; the numbers are the defaults."""
+    add_model_option(parser)
+    parser.add_argument("--num_runs", type=positive_int, default=num_runs, help="repeats of an episode that count")
+    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
+    parser.add_argument("--target_sparsity", type=fraction, default=0.98, help="sparsity after regrowth")
+    parser.add_argument("--num_images", type=positive_int, default=num_images,
+                        help="training images, of which --val_split validate; an epoch of mini-finetuning")
+    parser.add_argument("--synthetic", action="store_true", help="untrained weights and random images")
+    add_run_options(parser)
+
+
+def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments that the stage-2 scripts would have, with their defaults for what the benchmark does not set.
+
+    UserError for sparsities that leave nothing to regrow.
+    """
+    shared = {name: getattr(args, name) for name in ("m_name", "start_sparsity", "target_sparsity", "seed", "root")}
+    return regrowth_arguments(**shared)
+
 
 # --- what is measured on -------------------------------------------------------------------------------------------
 
@@ -93,10 +273,10 @@ class Episode:
     seconds: dict[str, float]
     start: nn.Module  # the pruned model
     allocation: dict[str, int]
-    regrower: regrowth_run.Regrower
+    regrower: stage2.Regrower
 
 
-def run_episode(run: Run, args: argparse.Namespace, method: regrowth_run.Method) -> Episode:
+def run_episode(run: Run, args: argparse.Namespace, method: stage2.Method) -> Episode:
     """From checkpoints on disk to a model finetuned for one epoch, by the same calls as the stage-2 scripts.
 
     args: of the stage-2 parsers. Evidence is what the method looks at: gradients, or the reference model. The
@@ -104,15 +284,15 @@ def run_episode(run: Run, args: argparse.Namespace, method: regrowth_run.Method)
     """
     clock = StageClock(run.device)
     with clock.stage("loading"):
-        dense, start = regrowth_run.load_dense(run, args), regrowth_run.load_start(run, args)
-    step = regrowth_run.plan_step(run, args, method, start, 1)
+        dense, start = stage2.load_dense(run, args), stage2.load_start(run, args)
+    step = stage2.plan_step(run, args, method, start, 1)
     with clock.stage("drift (SSIM)"):
-        evidence = regrowth_run.evidence_maker(run, args, dense.model)(start.model)
-        problem = regrowth_run.allocation_problem(args, step, evidence)
+        evidence = stage2.evidence_maker(run, args, dense.model)(start.model)
+        problem = stage2.allocation_problem(args, step, evidence)
     with clock.stage("evidence"):
         for kind in SELECTORS[method.rule(args)[0]].needs:
             evidence.make(kind)
-        regrower = regrowth_run.regrower_of(run, args, method, evidence)
+        regrower = stage2.regrower_of(run, args, method, evidence)
     amounts = ALLOCATORS["proportional"](problem, generator(run.seed, "allocation"))
     model, allocation = clone_model(start.model), dict(zip(problem.layers, amounts, strict=True))
     regrowth = regrower(model)
@@ -264,3 +444,80 @@ def _training_limits(run: Run, row: Row) -> list[Limit]:
 LIMITS: dict[str, Callable[[Run, Row], list[Limit]]] = {  # by how the measurement's name begins
     "regrowth": _regrowth_limits, "loader": _loader_limits, "training": _training_limits, "LAMP": _lamp_limits,
 }
+
+
+TOTAL = "end to end"
+Row = dict[str, Any]
+
+
+def stage_rows(seconds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
+    """A row per method and stage, and one per method for the whole episode, over its repeats.
+
+    seconds: method -> repeats -> stage -> seconds.
+    """
+    rows = []
+    for method, repeats in seconds.items():
+        for stage in (*repeats[0], TOTAL):
+            values = [sum(once.values()) if stage == TOTAL else once[stage] for once in repeats]
+            rows.append({"method": method, "stage": stage, **summarise(values).as_dict()})
+    return rows
+
+
+def print_stages(rows: Sequence[Row]) -> None:
+    """Stages by methods: median with fastest and slowest, in milliseconds; - where there is nothing to do."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    print(f"\n{'stage (ms)':<18}" + "".join(f"{method:>34}" for method in methods))
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["stage"] == stage):
+            median, low, high = (1e3 * row[key] for key in ("median_s", "fastest_s", "slowest_s"))
+            spread = f" [{low:,.1f} .. {high:,.1f}]" if row["repeats"] > 1 else ""
+            cells.append(f"{median:,.1f}{spread}" if median >= 0.1 else "-")
+        print(f"{stage:<18}" + "".join(f"{cell:>34}" for cell in cells))
+
+
+def print_comparisons(rows: Sequence[Row]) -> None:
+    """A line per measurement: ours, the straightforward version, and the ratio."""
+    print(f"\n{'against the straightforward version':<36} {'ours (ms)':>12} {'plain (ms)':>12} {'ratio':>8}")
+    for row in rows:
+        print(f"{row['measurement']:<36} {1e3 * row['ours_median_s']:12,.2f} {1e3 * row['plain_median_s']:12,.1f} "
+              f"{row['ratio']:7.1f}x   {row['ours']:,.0f} {row['unit']}")
+
+
+def print_bars(rows: Sequence[Row]) -> None:
+    """A line per bar: what this project aims at on such hardware, its figure, reached or not."""
+    if rows:
+        print("\nspeeds that this project aims at on such hardware")
+    for row in rows:
+        sign = ">=" if row["at_least"] else "<="
+        print(f"  {row['bar']:<24} {row['value']:12,.2f} {sign} {row['limit']:8,g} {row['unit']:<22} "
+              f"{'reached' if row['met'] else 'not reached here'}")
+
+
+def load_earlier(path: Path) -> Row:
+    """An earlier run's JSON. UserError in one line when it is none."""
+    try:
+        earlier = json.loads(path.read_text())
+        return {"device": earlier["environment"]["device"], "setting": earlier["setting"],
+                "stages": {(row["method"], row["stage"]): row["median_s"] for row in earlier["stages"]},
+                "comparisons": {row["measurement"]: row["ours_median_s"] for row in earlier["comparisons"]}}
+    except OSError as error:
+        raise UserError(f"--compare {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare {path} is not the JSON of a benchmark run (benchmark.json)") from error
+
+
+def print_changes(earlier: Row, setting: Row, device: str, stages: Sequence[Row], comparisons: Sequence[Row]) -> None:
+    """Earlier seconds over today's, so that above 1 is faster now; says what makes the two runs incomparable."""
+    print("\nagainst the earlier run (its time / this one's; above 1: faster now)")
+    there = {**earlier["setting"], "device": earlier["device"]}
+    unlike = [f"{key} was {there.get(key)}, is {value}" for key, value in {**setting, "device": device}.items()
+              if there.get(key) != value]
+    if unlike:
+        print(f"  note: the runs differ: {'; '.join(unlike)}")
+    now = {(row["method"], row["stage"]): row["median_s"] for row in stages}
+    pairs = [(" / ".join(key), earlier["stages"][key], value) for key, value in now.items() if key in earlier["stages"]]
+    pairs += [(row["measurement"], earlier["comparisons"][row["measurement"]], row["ours_median_s"])
+              for row in comparisons if row["measurement"] in earlier["comparisons"]]
+    for name, before, after in pairs:
+        print(f"  {name:<36} {before / after:6.2f}x   ({1e3 * before:,.1f} -> {1e3 * after:,.1f} ms)")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError, one_line
+from utils.common import UserError, one_line
 
 # --- paths ---------------------------------------------------------------------------------------------------------
 

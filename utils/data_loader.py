@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.common import UserError, generator
 from utils.datasets import ImageDataset, load_dataset
-from utils.errors import UserError
-from utils.seeding import generator
 
 PAD = 4  # pixels of zero padding on each side before the random crop (He et al., CVPR 2016, section 4.2)
 Batch = tuple[Tensor, Tensor]

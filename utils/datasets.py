@@ -14,16 +14,404 @@ import tempfile
 import threading
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from utils import photos
-from utils.errors import UserError, note
-from utils.image_folder import SIDE, SPLITS, has_image_folder, load_image_folder
+from utils.checkpoint import write_atomic
+from utils.common import UserError, note
+
+SIDE = 32  # pixels, the side of an image unless asked otherwise
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+SPLITS = ("train", "test")
+_CHUNK = 256  # images per task: enough to make the hand-over between threads cheap, few enough for a live bar
+
+
+class FolderImages(NamedTuple):
+    """What an image folder holds. Images are uint8 (N, S, S, 3), targets int64 (N,), in the order of the listing."""
+
+    train_images: np.ndarray
+    train_targets: np.ndarray
+    test_images: np.ndarray
+    test_targets: np.ndarray
+    classes: tuple[str, ...]
+    formats: str             # 'JPEG', 'PNG' or 'JPEG and PNG'
+
+
+class _File(NamedTuple):
+    """One image file: path relative to the data folder, size in bytes, time of the last change."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+_Listing = dict[str, list[_File]]  # class name -> its files, both in lexicographic order
+
+
+def has_image_folder(data_dir: Path) -> bool:
+    """Whether `data_dir` has a `train` or `test` folder, so that an image folder was meant (it may be incomplete)."""
+    return any((data_dir / split).is_dir() for split in SPLITS)
+
+
+def cache_path(data_dir: Path, side: int = SIDE, resize: bool = False) -> Path:
+    """Where the decoded images of a folder are kept."""
+    return data_dir / f".image_cache_{side}x{side}{'_resized' if resize else ''}.npz"
+
+
+def load_image_folder(data_dir: Path, side: int = SIDE, resize: bool = False) -> FolderImages:
+    """Reads `data_dir/train|test/<class>/*`: PNG or JPEG files, greyscale and palette images turned to RGB.
+
+    side: of the square images, in pixels; with `resize` images of other sizes are cut to a square around their centre
+    and resized (bicubic), else they are errors. Classes and files come in lexicographic order. The first call decodes
+    every file, with a progress bar, and leaves a cache in `data_dir`; later calls read the cache unless a file was
+    added, removed or changed (path, size, mtime). Raises UserError naming the file or class for: a missing `train` or
+    `test`, fewer than two classes, an empty class, class sets that differ, a file that cannot be decoded or has
+    another size.
+    """
+    left_out: list[str] = []
+    listings = {split: _list_split(data_dir, split, left_out) for split in SPLITS}
+    _check_classes(data_dir, listings["train"], listings["test"])
+    if left_out:
+        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        note(f"{len(left_out):,} files in {data_dir} are left out ({', '.join(left_out[:3])}{more}); read are "
+             f"train|test/<class>/*{'|'.join(FORMATS)}")
+    files = [file for listing in listings.values() for group in listing.values() for file in group]
+    images = _cached_or_decoded(cache_path(data_dir, side, resize), files, side, resize)
+    targets = {split: _targets(listing) for split, listing in listings.items()}
+    border = len(targets["train"])
+    return FolderImages(images[:border], targets["train"], images[border:], targets["test"],
+                        classes=tuple(listings["train"]), formats=_format_names(files))
+
+
+# --- listing -------------------------------------------------------------------------------------------------------
+
+
+def _list_split(data_dir: Path, split: str, left_out: list[str]) -> _Listing:
+    """The classes of one split and their files; UserError for a missing folder, no class or an empty class.
+
+    left_out: gets the files that are not read.
+    """
+    folder = data_dir / split
+    if not folder.is_dir():
+        raise UserError(f"the image folder {data_dir} has no {split} folder; it needs train/<class>/* and "
+                        f"test/<class>/*")
+    with _scan(folder) as entries:
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    left_out += [f"{split}/{name}" for name, is_folder in visible if not is_folder]
+    classes = [name for name, is_folder in visible if is_folder]
+    if not classes:
+        raise UserError(f"{folder} has no class folders; images belong in {folder / '<class>'}")
+    return {name: _list_class(data_dir, f"{split}/{name}", left_out) for name in classes}
+
+
+def _list_class(data_dir: Path, place: str, left_out: list[str]) -> list[_File]:
+    """The image files in `data_dir/place`, sorted; hidden files are left out, and all others that are not read."""
+    suffixes, files, others = tuple(FORMATS), [], []
+    with _scan(data_dir / place) as entries:
+        for entry in entries:
+            path = f"{place}/{entry.name}"
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():
+                inner = sorted(file for file in Path(entry.path).rglob("*") if file.is_file() and file.name[0] != ".")
+                others += [f"{path}/{file.relative_to(entry.path).as_posix()}" for file in inner]
+            elif entry.name.lower().endswith(suffixes):
+                files.append(_File(path, entry.stat().st_size, entry.stat().st_mtime_ns))
+            else:
+                others.append(path)
+    if not files:
+        lies = f"; what lies there is not read: {', '.join(sorted(others)[:3])}" if others else ""
+        raise UserError(f"the class folder {data_dir / place} has no images ({', '.join(FORMATS)}){lies}")
+    left_out += sorted(others)
+    return sorted(files)
+
+
+@contextlib.contextmanager
+def _scan(folder: Path) -> Iterator[Iterator[os.DirEntry]]:
+    """`os.scandir` that reports a folder or file it cannot look at (a dangling link, say) as UserError."""
+    try:
+        with os.scandir(folder) as entries:
+            yield entries
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _check_classes(data_dir: Path, train: _Listing, test: _Listing) -> None:
+    """UserError naming the classes that only one of the two splits has, or when there is but one class."""
+    for here, there, names in (("train", "test", train.keys() - test.keys()),
+                               ("test", "train", test.keys() - train.keys())):
+        if names:
+            raise UserError(f"{data_dir / there} lacks the classes that {data_dir / here} has: "
+                            f"{', '.join(sorted(names))}")
+    if len(train) < 2:
+        raise UserError(f"{data_dir / 'train'} has but one class, {', '.join(train)}; a classifier needs two or more")
+
+
+def _targets(listing: _Listing) -> np.ndarray:
+    """Class indices, int64, one for each file."""
+    return np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()]).astype(np.int64)
+
+
+def _format_names(files: Iterable[_File]) -> str:
+    """The formats that the file names tell: 'JPEG', 'PNG' or 'JPEG and PNG'."""
+    suffixes = {file.path[file.path.rindex("."):] for file in files}
+    return " and ".join(sorted({FORMATS[suffix.lower()] for suffix in suffixes}))
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+
+
+def _cached_or_decoded(cache: Path, files: list[_File], side: int, resize: bool) -> np.ndarray:
+    """The images of `files`, uint8 (N, S, S, 3): from the cache where it fits, else decoded and then cached."""
+    digest = _digest(files)
+    images = _read_cache(cache, digest)
+    if images is None or images.shape != (len(files), side, side, 3) or images.dtype != np.uint8:
+        images = _decode_all(cache.parent, [file.path for file in files], side, resize)
+        _write_cache(cache, digest, images)
+    return images
+
+
+def _digest(files: list[_File]) -> str:
+    """Names a listing: another path, size or time of change gives another digest."""
+    lines = "".join(f"{path}\0{size}\0{mtime_ns}\n" for path, size, mtime_ns in files)
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+
+
+def _read_cache(cache: Path, digest: str) -> np.ndarray | None:
+    """The cached images if the cache is whole (zip checksums) and made from the listing `digest`, else None."""
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            return content["images"] if str(content["digest"]) == digest else None
+    except Exception:  # a damaged zip file raises a dozen types; whatever it was, the cache is made anew
+        return None
+
+
+def _write_cache(cache: Path, digest: str, images: np.ndarray) -> None:
+    """Saves the cache; a place where that is not possible costs the next start its decoding, nothing else."""
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images, digest=np.array(digest))
+    try:
+        write_atomic(cache, buffer.getbuffer())
+    except UserError as error:
+        note(f"the decoded images are not cached and are decoded again next time ({error})")
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+def _decode_all(data_dir: Path, paths: list[str], side: int, resize: bool) -> np.ndarray:
+    """Decodes all files in threads (PIL releases the interpreter lock while it decodes), with one progress bar."""
+    images = np.empty((len(paths), side, side, 3), np.uint8)
+
+    def decode_chunk(start: int) -> int:
+        chunk = paths[start:start + _CHUNK]
+        for offset, path in enumerate(chunk):
+            images[start + offset] = _decode(data_dir / path, side, resize)
+        return len(chunk)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
+            tqdm(total=len(paths), desc=f"decoding {data_dir}", unit="img", disable=None) as bar:
+        for done in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
+            bar.update(done)
+    return images
+
+
+def _decode(path: Path, side: int, resize: bool) -> np.ndarray:
+    """One image as uint8 (S, S, 3); UserError naming the file if it is broken or has another size or depth."""
+    try:
+        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+            if (resize or image.size == (side, side)) and image.mode[0] not in "IF":
+                return np.asarray(_to_square(_to_rgb(image), side) if resize else _to_rgb(image))
+            found = f"{image.size[0]}x{image.size[1]} pixels, mode {image.mode}"
+    except Exception as error:  # PIL reports broken files by OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"cannot decode the image {path} ({error or type(error).__name__}); replace or remove it") \
+            from error
+    raise UserError(f"the image {path} has {found}; needed are {'' if resize else f'{side}x{side} pixels of '}8 bits"
+                    f"{'' if resize else '. --dataset folder takes images of any size'}")
+
+
+def _to_square(image: Image.Image, side: int) -> Image.Image:
+    """The largest square around the centre, upright as the camera noted it, with `side` pixels a side."""
+    return ImageOps.fit(ImageOps.exif_transpose(image), (side, side), Image.Resampling.BICUBIC)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; transparency is dropped (palettes with transparency go through RGBA, as PIL asks)."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+PHOTOS = ("brick", "camera", "coffee", "coins", "grass", "gravel", "ihc", "moon", "motorcycle_left", "page")
+TRAIN_PER_CLASS, TEST_PER_CLASS = 1200, 300
+STRIPES = 5
+STRIPES_OF = {"train": (0, 2, 4), "test": (1, 3)}
+
+# Fixed point: Qn is an integer in units of 2**-n.
+_STEP = (170, 400)           # Q8: photograph pixels per crop pixel, 0.66 to 1.56
+_HALF_SIZE_FROM = 320        # Q8: from 1.25 pixels per step on, sample the level averaged 2x2 (no aliasing)
+_TURN = 68                   # Q8 of tan(angle / 2): rotations within +-30 degrees
+_CANDIDATES = 4              # places tried for each crop, the one with the most detail is taken
+_DETAIL_REACH = 10           # pixels; less than the smallest crop reaches
+_COLOUR = (0, 160)           # Q8: 0 is grey, 256 the photograph's own colour
+_CONTRAST = (128, 300)       # Q8
+_BRIGHTNESS = (-40, 40)      # grey levels
+_MEAN = (48, 208)            # grey levels: the mean of a crop is kept inside, so that none drowns in black or white
+_CAST = (205, 307)           # Q8: gain of each channel
+_NOISE = (8, 64)             # Q8 of a triangular noise with standard deviation 105 grey levels
+_MARGIN = 3 << 15            # Q16: 1.5 pixels, the reach of the interpolation on the half-size level
+
+
+class _Draws(NamedTuple):
+    """The geometry of n crops, arrays of shape (n,)."""
+
+    step: np.ndarray         # Q8
+    cos: np.ndarray          # Q14
+    sin: np.ndarray          # Q14
+    y: np.ndarray            # Q16, the centre inside the stripe
+    x: np.ndarray            # Q16
+
+
+def load_photo(name: str) -> np.ndarray:
+    """The photograph `name` of the installed scikit-image as uint8 (H, W, 3); UserError if it is not there."""
+    import skimage
+
+    path = Path(skimage.__file__).parent / "data" / f"{name}.png"
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"the photograph {path} of scikit-image cannot be read ({error}); reinstall scikit-image") \
+            from error
+
+
+def stripe_bounds(width: int) -> list[tuple[int, int]]:
+    """First and last-plus-one column of the five stripes of a photograph `width` pixels wide."""
+    edges = [width * i // STRIPES for i in range(STRIPES + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def photo_crops(photo: np.ndarray, index: int, split: str, count: int) -> np.ndarray:
+    """`count` crops, uint8 (count, 32, 32, 3), of the `split` ('train' or 'test') stripes of `photo` (H, W, 3).
+
+    `index` seeds the draws together with the split; the stripes of the split take turns. Raises ValueError for a
+    photograph whose stripes are narrower than the largest crop (about 70 pixels).
+    """
+    rng = np.random.RandomState([2511, index, sorted(STRIPES_OF).index(split)])
+    bounds = stripe_bounds(photo.shape[1])
+    stripes = STRIPES_OF[split]
+    crops = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    for turn, stripe in enumerate(stripes):
+        low, high = bounds[stripe]
+        places = crops[turn::len(stripes)]
+        places[...] = _finish(rng, _stripe_samples(rng, photo[:, low:high], len(places)))
+    return crops
+
+
+def generate_split(split: str, per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    """Crops, uint8 (10 * per_class, 32, 32, 3), and targets, int64, of one split; crop i is of class i mod 10."""
+    classes = len(PHOTOS)
+    images = np.empty((classes * per_class, SIDE, SIDE, 3), np.uint8)
+    for index, name in enumerate(PHOTOS):
+        images[index::classes] = photo_crops(load_photo(name), index, split, per_class)
+    return images, np.arange(classes * per_class, dtype=np.int64) % classes
+
+
+def _stripe_samples(rng: np.random.RandomState, stripe: np.ndarray, count: int) -> np.ndarray:
+    """`count` turned and scaled squares of one stripe (H, W, 3), int32 (count, 1024, 3) in Q4 grey levels."""
+    height, width = (extent // 2 * 2 for extent in stripe.shape[:2])
+    draws = _draw(rng, count, stripe[:height, :width])
+    level0 = stripe[:height, :width].astype(np.int64)
+    level1 = (level0[::2, ::2] + level0[1::2, ::2] + level0[::2, 1::2] + level0[1::2, 1::2] + 2) >> 2
+    pixels = np.concatenate([_pack(level0), _pack(level1)])
+    y, x = _positions(draws)
+    level = (draws.step >= _HALF_SIZE_FROM).astype(np.int64)[:, None]
+    return _bilinear(pixels, (y >> level) - (1 << 15), (x >> level) - (1 << 15), width >> level, level * height * width)
+
+
+def _draw(rng: np.random.RandomState, count: int, stripe: np.ndarray) -> _Draws:
+    """Random scale, rotation and a centre from which the whole crop lies inside the stripe (H, W, 3)."""
+    step = _integers(rng, _STEP, count)
+    turn = _integers(rng, (-_TURN, _TURN), count)
+    square = 256 * 256 + turn * turn          # cos and sin from tan(angle / 2), exact in integers
+    cos, sin = ((256 * 256 - turn * turn) << 14) // square, ((2 * 256 * turn) << 14) // square
+    reach = ((np.abs(cos) + np.abs(sin)) * (SIDE - 1) * step >> 7) + _MARGIN
+    if 2 * reach.max() > min(stripe.shape[:2]) << 16:
+        raise ValueError(f"a stripe of {stripe.shape[0]}x{stripe.shape[1]} pixels is too small for the largest crop")
+    y, x = (reach + ((extent << 16) - 2 * reach) * _integers(rng, (0, (1 << 16) - 1), (_CANDIDATES, count)) // (1 << 16)
+            for extent in stripe.shape[:2])
+    best = _detail(stripe, y >> 16, x >> 16).argmax(axis=0)
+    crop = np.arange(count)
+    return _Draws(step, cos, sin, y[best, crop], x[best, crop])
+
+
+def _integers(rng: np.random.RandomState, low_high: tuple[int, int], size: int | tuple[int, ...]) -> np.ndarray:
+    """Integers from low to high, both included; int64 by name, since numpy's default depends on the platform."""
+    return rng.randint(low_high[0], low_high[1] + 1, size=size, dtype=np.int64)
+
+
+def _detail(stripe: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """How much the grey level varies around each place (y, x): the sum of its steps within `_DETAIL_REACH` pixels."""
+    grey = stripe.astype(np.int64).sum(axis=2)
+    steps = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
+    total = np.pad(steps.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    top, bottom, left, right = y - _DETAIL_REACH, y + _DETAIL_REACH, x - _DETAIL_REACH, x + _DETAIL_REACH
+    return total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
+
+
+def _positions(draws: _Draws) -> tuple[np.ndarray, np.ndarray]:
+    """Where the 1024 pixel centres of each crop lie in the stripe: y and x, int64 (n, 1024) in Q16."""
+    offset = 2 * np.arange(SIDE, dtype=np.int64) - (SIDE - 1)          # half pixels from the centre of the crop
+    down, right = (grid.reshape(1, -1) for grid in np.meshgrid(offset, offset, indexing="ij"))
+    cos, sin, step = (value[:, None] for value in (draws.cos, draws.sin, draws.step))
+    y = draws.y[:, None] + ((cos * down + sin * right) * step >> 7)
+    x = draws.x[:, None] + ((cos * right - sin * down) * step >> 7)
+    return y, x
+
+
+def _pack(level: np.ndarray) -> np.ndarray:
+    """The three channels of (H, W, 3) side by side in one int64 (H * W,), 21 bits each: one gather serves all three."""
+    return (level[..., 0] | level[..., 1] << 21 | level[..., 2] << 42).ravel()
+
+
+def _bilinear(pixels: np.ndarray, y: np.ndarray, x: np.ndarray, stride: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Interpolated values, int32 (n, 1024, 3) in Q4, at the positions y, x (Q16, from pixel centres)."""
+    corner = base + (y >> 16) * stride + (x >> 16)
+    down, right = (y >> 10) & 63, (x >> 10) & 63                       # Q6
+    upper = pixels.take(corner) * (64 - right) + pixels.take(corner + 1) * right
+    corner += stride
+    lower = pixels.take(corner) * (64 - right) + pixels.take(corner + 1) * right
+    packed = upper * (64 - down) + lower * down                        # Q12 in each 21-bit field
+    values = np.empty((*packed.shape, 3), np.int32)
+    for channel in range(3):
+        values[..., channel] = (packed >> 21 * channel + 8) & 0x1FFF
+    return values
+
+
+def _finish(rng: np.random.RandomState, crops: np.ndarray) -> np.ndarray:
+    """Colour, contrast, brightness, cast and noise on crops (n, 1024, 3) in Q4; gives uint8 (n, 32, 32, 3)."""
+    def draw(low_high: tuple[int, int], channels: int = 1) -> np.ndarray:
+        return _integers(rng, low_high, (len(crops), 1, channels)).astype(np.int32)
+
+    grey = (crops @ np.array([[77], [151], [28]], np.int32)) >> 8
+    mean = (grey.sum(axis=1, keepdims=True) // (SIDE * SIDE)).astype(np.int32)
+    crops = (crops - grey) * draw(_COLOUR) >> 8
+    crops += grey - mean
+    crops = crops * draw(_CONTRAST) >> 8
+    crops += np.clip(mean + 16 * draw(_BRIGHTNESS), 16 * _MEAN[0], 16 * _MEAN[1])
+    crops = crops * draw(_CAST, channels=3) >> 8
+    noise = rng.randint(0, 256, size=(2, *crops.shape), dtype=np.uint8)
+    crops += (noise[0].astype(np.int32) - noise[1]) * draw(_NOISE) >> 4
+    return np.clip(crops >> 4, 0, 255).astype(np.uint8).reshape(-1, SIDE, SIDE, 3)
+
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000  # images
@@ -98,9 +486,9 @@ def load_dataset(name: str, data_dir: str | Path = "./data", image_size: int = S
 
 
 def load_photos(data_dir: Path) -> ImageDataset:
-    """The embedded photographs (see `utils.photos`): 12,000 training and 3,000 test crops; `data_dir` is not read."""
-    return ImageDataset("photos", "embedded", *photos.generate_split("train", photos.TRAIN_PER_CLASS),
-                        *photos.generate_split("test", photos.TEST_PER_CLASS), classes=photos.PHOTOS)
+    """The embedded photographs (see `utils.datasets`): 12,000 training and 3,000 test crops; `data_dir` is not read."""
+    return ImageDataset("photos", "embedded", *generate_split("train", TRAIN_PER_CLASS),
+                        *generate_split("test", TEST_PER_CLASS), classes=PHOTOS)
 
 
 def load_cifar10(data_dir: Path) -> ImageDataset:

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils import checkpoint, pipeline
+from utils import checkpoint, stage1
 from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
+from utils.common import UserError, derive_seed
 from utils.datasets import DATASETS
-from utils.errors import UserError
 from utils.inspection import Artifact
-from utils.pipeline import Outcome
-from utils.positions import Positions
-from utils.regrowth_record import LayerRecord, RegrowthRecord
+from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run
-from utils.seeding import derive_seed
+from utils.selection import Positions
 from utils.stage import Stage, hold_folder
+from utils.stage1 import Outcome
 from utils.training import Recipe, Trainer, TrainResult, evaluate, reestimate_batch_norm
 
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
@@ -152,7 +151,7 @@ def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
-    pipeline.check_data(run, artifact.path)
+    stage1.check_data(run, artifact.path)
     load_model_state(model, artifact.weights, str(artifact.path))
     if not (plan.needs_regrown or plan.starting_checkpoint):
         return Source(model, artifact.path, None, recorded_origin(artifact))
@@ -167,7 +166,7 @@ def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
 
 
 def _load_pruned(run: Run, path: Path) -> nn.Module:
-    model = pipeline.load_outcome(run, path).model
+    model = stage1.load_outcome(run, path).model
     if not has_masks(model):
         raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
     return model
@@ -187,7 +186,7 @@ def _replay(run: Run, artifact: Artifact, plan: Plan) -> Source:
         reference = plan.reference_model or checkpoint.dense_path(run.root, run.m_name)
     elif plan.reference_model is not None:
         raise UserError(f"{artifact.path} has the values of its regrown weights; leave --reference_model out")
-    values = reference and pipeline.load_outcome(run, reference).model
+    values = reference and stage1.load_outcome(run, reference).model
     try:
         record = record_from(artifact.content["regrow_indices"], model, values) if reference else \
             RegrowthRecord.from_state_dict(artifact.content)
@@ -341,7 +340,7 @@ def finetune(run: Run, artifact: Artifact, plan: Plan) -> Outcome:
         path = folder / f"finetuned_{artifact.path.stem}{'' if last else f'_phase_{number}'}.pth"
         outcome = _run_phase(run, source, plan, number, path)
         source = replace(source, model=outcome.model, artifact=path)
-    pipeline.read_test(run, [outcome])
+    stage1.read_test(run, [outcome])
     return outcome
 
 
@@ -354,7 +353,7 @@ def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) ->
     stage = Stage(path, config, resume=plan.resume, overwrite=plan.overwrite)
     if stage.finished:
         print(stage.reuse_note())
-        return pipeline.load_outcome(run, path)
+        return stage1.load_outcome(run, path)
     started, model = time.perf_counter(), source.model
     facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
     if reset:
@@ -368,7 +367,7 @@ def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) ->
                            seed=derive_seed(run.seed, "finetune", number))
     result = train_phase(source, phase, make_trainer, lambda trainer: stage.fit(trainer, f"finetune {phase.trained}"))
     stage.finish(model.state_dict(), run.card(
-        **pipeline.describe(model, result.accuracy), **facts, starting_checkpoint=source.start.path,
+        **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start.path,
         epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
     return Outcome(model, path, stage.card)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import find_state, has_mask_entries, is_maskable, load_checkpoint, model_state, read_card
-from utils.errors import UserError, one_line
+from utils.common import UserError, one_line
+from utils.controller import Ladder
 from utils.model_loader import model_loader
 from utils.models import MODELS
-from utils.regrowth_record import BEST_ENTRIES, LayerRecord
-from utils.search import Ladder
+from utils.regrowth import BEST_ENTRIES, LayerRecord
 
 Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",

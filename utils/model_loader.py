@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.common import UserError
 from utils.models import MODELS
 
 

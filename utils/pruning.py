@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from utils.allocation import apportion
 from utils.analysis_utils import empty_layers, get_masks, prunable_layers, set_masks
-from utils.errors import UserError
+from utils.common import UserError
 from utils.selection import exact_k_mask, exact_k_masks
 
 

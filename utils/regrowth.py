@@ -8,21 +8,274 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from utils.analysis_utils import count_pruned_params, prunable_layers
-from utils.errors import UserError
-from utils.positions import Positions, Ranking, map_tensors, random_indices, top_indices
-from utils.regrowth_record import LayerRecord, RegrowthRecord, masked_layers, write_weights
-from utils.saliency import Evidence, SaliencyComputer, stored_weight  # noqa: F401  (the computer is published here)
-from utils.seeding import derive_seed, generator
+from utils.analysis_utils import count_pruned_params, overall_sparsity, prunable_layers
+from utils.common import UserError, autocast, derive_seed, generator
+from utils.selection import Positions, Ranking, map_tensors, random_indices, top_indices
+
+
+class Evidence:
+    """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
+
+    reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
+    that makes it: saliency, s of `SaliencyComputer`; gradient, |dL/dw| of the model to be changed as to its
+    effective weights, pruned ones included, both of the weight's shape; magnitude, the reference's |w|; drift, the SSIM
+    to the dense model (1: none). A rule names in its registry which of these `KINDS` it needs; no other is made.
+    """
+
+    KINDS = ("saliency", "gradient", "magnitude", "drift")
+
+    def __init__(self, *, reference: nn.Module | None = None, **sources: Mapping[str, Any] | Callable[[], Any] | None):
+        """sources: by names of `KINDS`; TypeError for another name."""
+        if unknown := sources.keys() - set(self.KINDS):
+            raise TypeError(f"evidence of unknown kind {', '.join(sorted(unknown))}; known: {', '.join(self.KINDS)}")
+        self.reference, self._sources = reference, sources
+
+    def make(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, made if it is not there yet; None without a source for it.
+
+        For what is not a rule: a rule may be asked about several layers at once, by as many threads, and uses `get`.
+        """
+        source = self._sources.get(kind)
+        self._sources[kind] = source() if callable(source) else source
+        return self._sources[kind]
+
+    def get(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, None where there is no source for it. Raises ValueError unless `make` made it."""
+        if callable(self._sources.get(kind)):
+            raise ValueError(f"a rule looks at {kind} without naming it among its needs")
+        return self._sources.get(kind)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The layer's tensor of a kind. Raises ValueError if there is none."""
+        tensors = self.get(kind)
+        if tensors is None or name not in tensors:
+            raise ValueError(f"no {kind} is given for layer {name!r}")
+        return tensors[name]
+
+    def reference_layer(self, name: str, layer: nn.Module) -> nn.Module:
+        """The reference's counterpart of a layer. Raises ValueError if there is none of this name and shape."""
+        try:
+            counterpart = self.reference.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"no reference with a layer {name!r} is given") from error
+        if counterpart.weight.shape != layer.weight_mask.shape:
+            raise ValueError(f"{name}: the reference has weights of shape {tuple(counterpart.weight.shape)}")
+        return counterpart
+
+
+class SaliencyComputer:
+    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, in one pass over the loader.
+
+    What is averaged: s = theta^2 * (1/B) * sum over the B batches of g_b^2, where g_b is the gradient of the mean
+    cross-entropy of batch b. Every batch counts the same, also a smaller last one.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, precision: str = "fp32",
+                 max_batches: int | None = None, source: str = "dense"):
+        """loader: un-augmented (inputs, targets) batches; max_batches: how many of them at most (None: all).
+
+        source: what the model is. 'dense': it has no pruned weights. 'pruned': the gradient is with respect to the
+        effective weight, at every position, pruned ones included, and theta is `weight_orig`. Raises ValueError if the
+        model is not of this kind, or for max_batches < 1.
+        """
+        found = "pruned" if overall_sparsity(model) > 0 else "dense"
+        if source != found:
+            raise ValueError(f"source is {source!r}, but the model given is {found}")
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+        self.model, self.loader, self.precision, self.max_batches = model, loader, precision, max_batches
+        self.gradients: dict[str, Tensor] = {}  # |mean over batches of g_b|, what RigL ranks by; `compute` fills it
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> saliency, of the weight's shape and on its device; fills `gradients` in the same pass.
+
+        Batch normalisation uses its running statistics. Modes, statistics and `.grad` are left as they were. Raises
+        ValueError if the loader is empty.
+        """
+        layers, count = prunable_layers(self.model), 0
+        squares = [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
+        sums = [torch.zeros_like(square) for square in squares]
+        with _evaluating(self.model):
+            for inputs, targets in islice(self.loader, self.max_batches):
+                gradients = self._gradients(layers.values(), inputs, targets)
+                torch._foreach_addcmul_(squares, gradients, gradients)
+                torch._foreach_add_(sums, gradients)
+                count += 1
+        if not count:
+            raise ValueError("the loader has no batch to compute saliency from")
+        self.gradients = {name: total.div_(count).abs_() for name, total in zip(layers, sums, strict=True)}
+        return {name: square.div_(count).mul_(stored_weight(layer).square())
+                for (name, layer), square in zip(layers.items(), squares, strict=True)}
+
+    @torch.enable_grad()
+    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
+        that its gradient is there at pruned positions too; a layer that no forward pass uses has gradient 0."""
+        with autocast(inputs.device, self.precision):
+            loss = F.cross_entropy(self.model(inputs), targets)
+        weights = [layer.weight for layer in layers]
+        found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
+        return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """What the layer stores at every position: `weight_orig` where it is masked, else `weight`; detached."""
+    return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# What a best allocation's entries beside the record are; the first six are the published ones. Kept in the file.
+BEST_ENTRIES = {
+    "epoch": "controller updates when the search ended, 0 without a search",
+    "reward": "best validation accuracy (fraction) in the mini-finetuning of the best episode, None without a search",
+    "accuracy": "val_acc_after_regrowth as a fraction: right after regrowth, before any finetuning",
+    "allocation": "layer -> number of weights that returned",
+    "regrow_indices": "layer -> flat (row-major) positions in the weight of those that returned, ascending",
+    "timestamp": "local time of saving",
+    "val_acc_after_regrowth": "validation accuracy (%) before finetuning, batch-norm statistics of the pruned model",
+    "val_acc_after_regrowth_bn": "the same with batch-norm statistics re-estimated on augmented training batches",
+}
+
+
+class LayerRecord(NamedTuple):
+    """The regrown weights of one layer, (n,) each, by ascending index."""
+
+    indices: Tensor  # int64, flat (row-major) in the weight
+    sources: Tensor  # uint8, which of `RegrowthRecord.source_names` chose it
+    steps: Tensor  # int16, in which step it returned
+    values: Tensor  # written to `weight_orig`
+    previous: Tensor  # stood there before
+
+
+def masked_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Layers by name. Raises ValueError for one that the model does not have or that has no mask."""
+    known = {name: layer for name, layer in prunable_layers(model).items() if hasattr(layer, "weight_mask")}
+    names = list(names)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"the model has no masked layer {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return {name: known[name] for name in names}
+
+
+def write_weights(layer: nn.Module, positions: Positions, values: Tensor, active: bool) -> None:
+    """Put values and mask of a masked layer at the positions; `weight` follows there, without being made anew."""
+    positions.write(layer.weight_orig, values)
+    positions.write(layer.weight_mask, float(active))
+    positions.write(layer.weight, values * active)
+
+
+@dataclass(frozen=True)
+class RegrowthRecord:
+    """What one or several regrowth steps did to a model."""
+
+    layers: dict[str, LayerRecord]
+    source_names: tuple[str, ...]  # what the codes in `LayerRecord.sources` stand for
+
+    @property
+    def allocation(self) -> dict[str, int]:
+        """Layer name -> number of regrown weights."""
+        return {name: len(layer.indices) for name, layer in self.layers.items()}
+
+    @property
+    def count(self) -> int:
+        """Number of regrown weights."""
+        return sum(self.allocation.values())
+
+    def replay(self, model: nn.Module) -> None:
+        """Regrow the same weights, with the same values, in another copy of the pruned model.
+
+        Raises ValueError, with the model unchanged, if a layer is missing or a position is active already.
+        """
+        self._write(model, active=True)
+
+    def undo(self, model: nn.Module) -> None:
+        """Prune the regrown weights again and give `weight_orig` the values from before, bit for bit.
+
+        Raises ValueError, with the model unchanged, if a layer is missing or a position is pruned already.
+        """
+        self._write(model, active=False)
+
+    def _write(self, model: nn.Module, active: bool) -> None:
+        layers = masked_layers(model, self.layers)
+        positions = {name: self._positions(name, layer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if (positions[name].read(layer.weight_mask) == active).any():
+                raise ValueError(f"{name}: some recorded positions are {'active' if active else 'pruned'} already")
+        for name, layer in layers.items():
+            values = self.layers[name].values if active else self.layers[name].previous
+            write_weights(layer, positions[name], values.to(layer.weight_orig), active)
+
+    def _positions(self, name: str, layer: nn.Module) -> Positions:
+        return Positions(self.layers[name].indices.to(layer.weight.device))
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Every prunable layer's regrown positions: bool of the weight's shape, True where a weight returned."""
+        layers = prunable_layers(model)
+        masks = {name: torch.zeros_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
+        for name in self.layers:
+            self._positions(name, layers[name]).write(masks[name], True)
+        return masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain dicts, tensors and strings: `regrow_<column>`, layer name -> tensor, for each of `LayerRecord`."""
+        columns = {f"regrow_{column}": {name: getattr(layer, column) for name, layer in self.layers.items()}
+                   for column in LayerRecord._fields}
+        return {**columns, "regrow_source_names": list(self.source_names)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RegrowthRecord:
+        """The record back from `state_dict`; other entries are ignored. Raises ValueError if one is missing."""
+        try:
+            columns = [state[f"regrow_{column}"] for column in LayerRecord._fields]
+            layers = {name: LayerRecord(*(column[name] for column in columns)) for name in columns[0]}
+            return cls(layers, tuple(state["regrow_source_names"]))
+        except KeyError as error:
+            raise ValueError(f"not a regrowth record: {error} is missing") from error
+
+    @classmethod
+    def merge(cls, records: Sequence[RegrowthRecord]) -> RegrowthRecord:
+        """One record, on the CPU, of one or several steps.
+
+        Raises ValueError if there is none, two of them regrew the same weight or they name their sources differently.
+        """
+        if len({record.source_names for record in records}) != 1:
+            raise ValueError("merge needs at least one record, and the same source names in all")
+        names = dict.fromkeys(name for record in records for name in record.layers)
+        parts = {name: [record.layers[name] for record in records if name in record.layers] for name in names}
+        return cls({name: _joined(name, parts[name]) for name in names}, records[0].source_names)
+
+
+def _joined(name: str, parts: list[LayerRecord]) -> LayerRecord:
+    columns = [torch.cat([values.cpu() for values in column]) for column in zip(*parts, strict=True)]
+    indices, order = columns[0].sort()
+    if (indices[1:] == indices[:-1]).any():
+        raise ValueError(f"{name}: two records regrew the same weight")
+    return LayerRecord(*(column[order] for column in columns))
+
 
 # ---- targets, capacity, budget -------------------------------------------------------------------------------------
 

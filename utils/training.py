@@ -13,11 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.analysis_utils import clone_model, hold_pruned_weights
+from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import BatchLoader
-from utils.errors import RunFailed
-from utils.precision import autocast
-from utils.progress import Progress
-from utils.seeding import derive_seed, global_rng_state, set_global_rng_state
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,44 @@ they return, is a `Method`.
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from utils import checkpoint, pipeline
+from utils import checkpoint, plots, stage1
 from utils.allocation import ALLOCATORS, AllocationProblem
-from utils.analysis_utils import clone_model, count_pruned_params, has_masks, prunable_layers
+from utils.analysis_utils import (
+    BlockwiseFeatureExtractor,
+    clone_model,
+    compute_block_ssim,
+    count_pruned_params,
+    has_masks,
+    prunable_layers,
+)
+from utils.common import Progress, UserError, derive_seed, generator
+from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient
 from utils.data_loader import BatchLoader
-from utils.drift import BlockwiseFeatureExtractor, compute_block_ssim
-from utils.errors import UserError
-from utils.pipeline import Outcome
-from utils.regrowth import WeightRegrowth, layer_capacities, reference_magnitudes, regrowth_budget, target_layers
-from utils.regrowth_record import BEST_ENTRIES, RegrowthRecord
-from utils.run import Run, prerequisite
-from utils.saliency import Evidence, SaliencyComputer
-from utils.search_run import Found, search_allocation
-from utils.seeding import derive_seed, generator
-from utils.stage import Stage, hold_folder
+from utils.regrowth import (
+    BEST_ENTRIES,
+    Evidence,
+    RegrowthRecord,
+    SaliencyComputer,
+    WeightRegrowth,
+    layer_capacities,
+    reference_magnitudes,
+    regrowth_budget,
+    target_layers,
+)
+from utils.run import Run, prerequisite, search_config
+from utils.stage import Stage, differences, hold_folder
+from utils.stage1 import Outcome
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
@@ -73,7 +87,7 @@ def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
     path = checkpoint.dense_path(run.root, run.m_name)
     if not path.is_file():
         raise UserError(f"no dense checkpoint at {path}; {prerequisite(args, '--pruner', 'magnitude')}")
-    return pipeline.load_outcome(run, path)
+    return stage1.load_outcome(run, path)
 
 
 def load_start(run: Run, args: argparse.Namespace) -> Outcome:
@@ -90,7 +104,7 @@ def load_start(run: Run, args: argparse.Namespace) -> Outcome:
                   "10" if kind == "iterative" else "1"]
         hint = "" if named else f"; {prerequisite(args, *wanted)}"
         raise UserError(f"no pruned checkpoint at {path}{hint}")
-    start = pipeline.load_outcome(run, path)
+    start = stage1.load_outcome(run, path)
     if not named:
         _check_kind(start, kind)
     if not has_masks(start.model):
@@ -168,7 +182,7 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
     cannot be loaded.
     """
     path = reference_path(run, getattr(args, "reference_model", None))
-    reference = pipeline.load_outcome(run, path).model if path else dense
+    reference = stage1.load_outcome(run, path).model if path else dense
 
     def sample(batches: int, size: int) -> BatchLoader:
         return run.train.balanced_sample(batches * size, size, derive_seed(run.seed, "evidence"))
@@ -257,7 +271,7 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
     if stage.finished:
         print(stage.reuse_note())
-        return pipeline.load_outcome(run, step.artifact)
+        return stage1.load_outcome(run, step.artifact)
     started = time.perf_counter()
     evidence = about(step.start.model)
     problem, regrower = allocation_problem(args, step, evidence), regrower_of(run, args, method, evidence)
@@ -270,11 +284,11 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.5g} -> "
           f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
           f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
-    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=pipeline.finetuning_seed(run),
+    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=stage1.finetuning_seed(run),
                       precision=run.precision, passes_before=config["passes_before"])
     result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
     stage.finish(model.state_dict(), run.card(
-        **pipeline.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,
+        **stage1.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,
         val_acc_after_regrowth_bn=reestimated,
         sparsity_before=count_pruned_params(step.start.model).sparsity, regrown=record.count,
         starting_checkpoint=str(step.start.artifact),
@@ -323,3 +337,192 @@ def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, r
         "allocation": dict(zip(problem.layers, found.allocation)), **record.state_dict(),
         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(step.start.artifact),
         "starting_digest": checkpoint.file_digest(step.start.artifact), "entries": BEST_ENTRIES}, step.folder / name)
+
+
+class Found(NamedTuple):
+    """An allocation, its reward (None when nothing was searched), the epochs it took and the controller's update.
+
+    source: 'controller', or the rule that gave the allocation, also where the search tried it first.
+    """
+
+    allocation: tuple[int, ...]
+    reward: float | None
+    epochs_spent: int
+    epoch: int
+    source: str
+
+
+def search_path(stem: Path, epoch: int) -> Path:
+    """The controller checkpoint after `epoch` updates."""
+    return stem.with_name(f"{stem.name}_epoch_{epoch}.pth")
+
+
+def saved_searches(stem: Path) -> dict[int, Path]:
+    """Number of updates -> controller checkpoint, most updates first."""
+    found = {int(path.stem.rpartition("_")[2]): path for path in stem.parent.glob(f"{stem.name}_epoch_*.pth")
+             if path.stem.rpartition("_")[2].isdigit()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def latest_search(stem: Path, config: Mapping[str, Any]) -> Path | None:
+    """The controller checkpoint with the most updates, of those made with these arguments if there are any.
+
+    An interrupted `--overwrite` leaves checkpoints of two searches side by side.
+    """
+    paths = list(saved_searches(stem).values())
+    wanted = reward_config(config)
+    fitting = (path for path in paths if reward_config(_read_search(path)["config"]) == wanted)
+    return next(fitting, paths[0] if paths else None)
+
+
+def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
+    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
+    return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
+
+
+def _read_search(path: Path) -> dict[str, Any]:
+    state = checkpoint.load_checkpoint(path)
+    if not isinstance(state, dict) or not {"config", "search"} <= set(state):
+        raise UserError(f"{path} is not a controller checkpoint of this project")
+    return state
+
+
+class SearchLog:
+    """Progress, CSV and checkpoints of a running search."""
+
+    def __init__(self, search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
+                 sparsity: float):
+        """stem: path that artifact names begin with; config: of the step, kept in the checkpoints."""
+        self.search, self.stem, self.config, self.save_freq, self.sparsity = search, stem, config, save_freq, sparsity
+        self.table = stem.parent / "search.csv"
+        self.progress = Progress("search", search.config.search_budget, text="episode 0",
+                                 done=search.history[-1]["epochs_spent"] if search.history else 0)
+
+    def episode(self, row: Mapping[str, Any]) -> None:
+        """A new row of the history."""
+        self.progress.advance(row["epochs_spent"] - self.progress.done)
+        spent = f"{row['epochs_spent']}/{self.progress.total}" if self.progress.total else row["epochs_spent"]
+        self.progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
+                          f"{row['fidelity']}  best {100 * row['best']:.2f} %")
+        checkpoint.save_csv(self.rows(), self.table)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history as CSV rows: allocations as text, missing values empty, the sparsity that all have in common."""
+        rows = []
+        for row in self.search.history:
+            plain = {key: "" if value is None else value for key, value in row.items() if key != "allocation"}
+            rows.append({**plain, "sparsity": self.sparsity, "allocation": " ".join(map(str, row["allocation"]))})
+        return rows
+
+    def epoch(self, number: int) -> None:
+        """A controller update is done."""
+        if number % self.save_freq == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Saves the state at the last update boundary, with the trials finished since."""
+        state = self.search.snapshot()
+        checkpoint.save_checkpoint({"config": dict(self.config), "search": state},
+                                   search_path(self.stem, state["epoch"]))
+
+
+def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
+    """Takes up a saved search; UserError when the file is no search or its rewards came from other arguments."""
+    state = _read_search(path)
+    saved, wanted = reward_config(state["config"]), reward_config(config)
+    if saved != wanted:
+        raise UserError(f"the search at {path} was made with other arguments: {differences(saved, wanted)}. Repeat "
+                        "them with --resume, or use --overwrite to search anew")
+    search.load_state_dict(state["search"])
+    print(f"continuing the search of {path} after {search.epoch} updates")
+
+
+def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
+                      config: Mapping[str, Any], stem: Path, sparsity: float) -> Found:
+    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints.
+
+    Ctrl-C saves before it goes on upwards.
+    """
+    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
+    path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
+    if path:
+        load_search(search, path, config)
+    log = SearchLog(search, stem, config, args.save_freq, sparsity)
+    try:
+        with log.progress:
+            result = search.run(log.episode, log.epoch)
+    finally:
+        log.save()
+    if args.overwrite:  # what is left of the search before this one
+        for updates, old in saved_searches(stem).items():
+            if updates > search.epoch:
+                old.unlink()
+    checkpoint.save_csv(log.rows(), log.table)
+    plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
+    source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
+    return Found(result.allocation, result.reward, result.epochs_spent, search.epoch,
+                 "controller" if source == "rl" else source)
+
+
+def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Reads the test set once for each regrown model, prints the table and writes CSV and figure.
+
+    outcomes: the starting model, then the regrown ones in order; folder: the run's `--save_dir`.
+    """
+    stage1.read_test(run, outcomes[1:])
+    rows = [_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
+    checkpoint.save_csv(rows, folder / "regrowth_results.csv")
+    plots.plot_bidirectional(stage1.summary_rows(run.root, run.m_name), rows, folder / "regrowth_results.png",
+                             title=f"{run.m_name} on {run.data_label}")
+    _print(run, rows, folder)
+    for outcome in outcomes[1:]:
+        if "method" not in outcome.card["config"]:
+            print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
+                  f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
+
+
+def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
+    card = outcome.card
+    same = one_shot_card(run, card["sparsity"])
+    config = card["config"]
+    return {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
+            "found_by": card.get("allocation_source", ""),
+            "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"], "regrown": card["regrown"],
+            "surviving": card["surviving"], "val_acc_before": card["val_acc_before"],
+            "val_acc_after_regrowth": card["val_acc_after_regrowth"],
+            "val_acc_after_regrowth_bn": _or_empty(card.get("val_acc_after_regrowth_bn")), "val_acc": card["val_acc"],
+            "start_test_acc": _or_empty(card.get("start_test_acc")), "test_acc": card["test_acc"],
+            "one_shot_val_acc": _or_empty(same.get("val_acc")), "one_shot_test_acc": _or_empty(same.get("test_acc")),
+            "one_shot_epochs": _or_empty(same.get("epochs")),
+            "search_epochs": card["search_epochs"], "epochs": card["epochs"], "seed": card["config"]["seed"],
+            "dataset": card["config"]["dataset"], "seconds": card["seconds"], "checkpoint": outcome.artifact.name}
+
+
+def one_shot_card(run: Run, sparsity: float) -> dict[str, Any]:
+    """Run card of the one-shot pruned model of a sparsity under the root, {} when there is none."""
+    card = checkpoint.read_card(checkpoint.pruned_path(run.root, run.m_name, sparsity)) or {}
+    return card if card.get("config", {}).get("schedule") == "one-shot" else {}
+
+
+def _or_empty(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
+    for row in rows:
+        test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
+        bn = row["val_acc_after_regrowth_bn"]
+        again = "" if bn == "" else f", {bn:.2f} % with batch-norm statistics re-estimated"
+        print(f"before           sparsity {row['sparsity_before']:.5g}  validation {row['val_acc_before']:.2f} %"
+              f"{test}\n"
+              f"after regrowth   sparsity {row['sparsity']:.5g}  validation {row['val_acc_after_regrowth']:.2f} %"
+              f"{again}  ({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
+              f"after finetuning sparsity {row['sparsity']:.5g}  validation {row['val_acc']:.2f} %, "
+              f"test {row['test_acc']:.2f} %  ({row['epochs']} epochs)")
+        if row["one_shot_test_acc"] != "":
+            print(f"one-shot pruned  sparsity {row['sparsity']:.5g}  validation {row['one_shot_val_acc']:.2f} %, "
+                  f"test {row['one_shot_test_acc']:.2f} %  ({row['one_shot_epochs']} epochs since the dense model)")
+    print(f"models, cards, allocation, table and figures: {folder}")

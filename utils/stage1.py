@@ -14,9 +14,8 @@ from torch import nn
 
 from utils import checkpoint, plots
 from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
-from utils.errors import UserError, note, one_line
+from utils.common import UserError, derive_seed, note, one_line
 from utils.run import Run
-from utils.seeding import derive_seed
 from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
 

@@ -1,0 +1,159 @@
+"""What a script says in one line: errors instead of a traceback, and notes."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import time
+from functools import cache
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+LONGEST = 590  # characters of a message; with "error: " before it, it stays under 600
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks; of one longer than `LONGEST` the middle is left out, and is said to be."""
+    text = " ".join(text.splitlines())
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:380]} [... {len(text) - 540:,} characters left out ...] {text[-160:]}"
+
+
+class UserError(Exception):
+    """The user's input cannot be used; the message says what is wrong and what would be right.
+
+    Scripts print it as ``error: <message>`` and exit with `exit_code`. It is one line of at most `LONGEST` characters.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str):
+        """message: shortened by `one_line` where it is too long."""
+        super().__init__(one_line(message))
+
+
+class RunFailed(UserError):
+    """The input was fine but the run could not go on (a diverged training, say); exit code 1."""
+
+    exit_code = 1
+
+
+@cache
+def note(text: str) -> None:
+    """Prints ``note: <text>`` on stderr, each text once in a process."""
+    print(one_line(f"note: {text}"), file=sys.stderr)
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose, e.g. ``derive_seed(0, 'loader')``; different purposes are independent."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator seeded for one purpose (see `derive_seed`)."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def global_rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's global generators (dropout draws from them), to be put into a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_global_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restores what `global_rng_state` returned; a CUDA state is ignored where there is no CUDA."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """True for GPUs that support bfloat16 and for CPUs whose units multiply it (AVX512-BF16, AMX, Arm BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
+    except OSError:  # no Linux: emulated bfloat16 is slower than float32, so do not guess
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """'fp32' or 'bf16'; 'auto' takes bf16 where the hardware multiplies it natively. UserError for another name."""
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision '{name}'; known: {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return "bf16" if has_native_bf16(device) else "fp32"
+    return name
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Context in which convolutions and matrix products run in `precision` ('fp32' or 'bf16'); weights stay float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+WIDTH = 80  # columns of a plain line
+
+
+class Progress:
+    """A job of `total` units (None: not known), as a context manager; what matters most goes to the front of a line.
+
+    On a terminal, stderr shows the last text, the share that is done, the time and the label, in the terminal's width.
+    Elsewhere each `say` is a line of its own, and nothing is ever rewritten.
+    """
+
+    def __init__(self, label: str, total: int | None, *, done: int = 0, show: bool = True, text: str = ""):
+        """label: what is being done; done: units of an earlier process; text: shown on a terminal before any `say`."""
+        terminal = bool(getattr(sys.stderr, "isatty", bool)())
+        self.label, self.total, self.done, self._first = label, total, done, done
+        self._plain, self._start = show and not terminal, time.perf_counter()
+        times = "{percentage:3.0f}% {elapsed}<{remaining}" if total else "{elapsed}"
+        self._bar = tqdm(total=total, initial=done, desc=text or None, disable=not (show and terminal),
+                         ncols=shutil.get_terminal_size().columns - 1, mininterval=0.5,
+                         bar_format=f"{{desc}}  {times}  {label.replace('{', '').replace('}', '')}")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def advance(self, units: int = 1) -> None:
+        """So many more units are done."""
+        self.done += units
+        self._bar.update(units)
+
+    def say(self, text: str) -> None:
+        """The figures so far."""
+        self._bar.set_description_str(text)
+        if self._plain and hasattr(sys.stderr, "write"):  # a program without a console has none
+            sys.stderr.write(f"{text}  {self._left()}{self.label}"[:WIDTH] + "\n")
+
+    def _left(self) -> str:
+        """``12 min left  `` at the pace so far, empty where nothing is left or known."""
+        if not self.total or not self._first < self.done < self.total:
+            return ""
+        pace = (time.perf_counter() - self._start) / (self.done - self._first)
+        return f"{duration(pace * (self.total - self.done))} left  "
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words of one unit: ``45 s``, ``12 min``, ``3.3 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
