@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import utils  # noqa: F401  (first: it says which packages are missing)
+
+# isort: split
 from torch import nn
 
-import utils  # noqa: F401, I001  (first: it says which packages are missing)
 from utils import checkpoint, plots, stage2
 from utils.analysis_utils import clone_model
 from utils.common import derive_seed

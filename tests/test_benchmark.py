@@ -29,7 +29,7 @@ def episodes(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark")
     args = arguments(root, "--synthetic")
     run = benchmark.open_benchmark(args, root)
-    return run, {name: benchmark.run_episode(run, script.stage2_arguments(args), method)
+    return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args), method)
                  for name, method in script.METHODS.items()}
 
 
@@ -114,7 +114,7 @@ def test_checkpoints_of_other_images_are_timed_without_a_warning(image_folder, t
     checkpoint.save_json(card, path)
     args = arguments(tmp_path, "--data_dir", image_folder)
     run = benchmark.open_benchmark(args, tmp_path / "unused")
-    benchmark.run_episode(run, script.stage2_arguments(args), script.METHODS["reference"])
+    benchmark.run_episode(run, benchmark.stage2_arguments(args), script.METHODS["reference"])
     assert run.root == tmp_path and "other images" not in capsys.readouterr().out
 
 
@@ -173,6 +173,6 @@ def test_quick_benchmark_runs_without_any_checkpoint(tmp_path, run_script):
 
 
 def test_vgg16_at_the_published_setting_returns_the_published_number():
-    args = script.stage2_arguments(script.parse_args(["--m_name", "vgg16"]))
+    args = benchmark.stage2_arguments(script.parse_args(["--m_name", "vgg16"]))
     total = 14_715_584
     assert abs(round((1 - args.target_sparsity) * total) - round((1 - args.start_sparsity) * total) - 147_155) <= 1

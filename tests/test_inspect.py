@@ -377,7 +377,8 @@ def run(tmp_path) -> SimpleNamespace:
     """What `load_source` needs of a run, with the dense model and the pruned one it regrows from on disk."""
     checkpoint.save_checkpoint({"net": resnet(seed=5).state_dict()}, checkpoint.dense_path(tmp_path, "resnet20"))
     checkpoint.save_checkpoint(resnet(0.9).state_dict(), tmp_path / "start.pth")
-    return SimpleNamespace(root=tmp_path, m_name="resnet20", device=torch.device("cpu"), new_model=resnet)
+    return SimpleNamespace(root=tmp_path, m_name="resnet20", device=torch.device("cpu"), new_model=resnet,
+                           timing_only=False)
 
 
 def plan_for(*words: object) -> finetuning.Plan:

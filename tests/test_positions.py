@@ -117,7 +117,7 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
 def test_a_misleading_sample_is_noticed():
     scores, taken = torch.zeros(500_000), torch.zeros(500_000)
     runs = scores.view(-1, selection.RUN)
-    step = 500_000 // selection.SAMPLE | 1
+    step = 500_000 // selection.RUN_SAMPLE | 1
     runs[::step] = 1.0  # the sample sees nothing else
     count = runs[::step].numel() + 5
     bound = selection._sampled_bound(scores.numpy(), taken.numpy(), count)
