@@ -3,12 +3,10 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from experiments.jpeg_loss import coded
 from tests.conftest import make_images
 from tests.test_regrowth_scripts import make_start
 from utils.analysis_utils import get_masks, prunable_layers
@@ -94,20 +92,3 @@ def test_results_of_several_roots_are_gathered(tmp_path, run_script):
     assert (tmp_path / "out/bidirectional.png").stat().st_size > 1000
     missing = run_script("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
     assert missing.returncode == 2 and "run main.py first" in missing.stderr
-
-
-def test_jpeg_coding_again_costs_nothing_at_the_first_row(tmp_path, run_script, image_folder):
-    make_start(tmp_path)
-    process = run_script("experiments/jpeg_loss.py", "--m_name", "resnet20", "--data_dir", image_folder, "--root",
-                         tmp_path, "--checkpoints", tmp_path / "resnet20/checkpoint/ckpt.pth", "--device", "cpu")
-    assert process.returncode == 0, process.stderr
-    lines = (tmp_path / "jpeg_loss/jpeg_loss.csv").read_text().splitlines()
-    assert len(lines) == 5 and "as they are" in lines[1] and lines[1].endswith(",0")
-
-
-def test_coding_again_changes_pixels_by_little():
-    images, _ = make_images(1, 3, 0)
-    worse = coded(images[0], 75, 2)
-    difference = np.abs(worse.astype(int) - images[0]).mean()
-    assert worse.shape == images[0].shape and 0 < difference < 30
-    assert np.abs(coded(images[0], 95, 0).astype(int) - images[0]).mean() < difference

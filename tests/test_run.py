@@ -16,8 +16,7 @@ from utils.run import ArgumentParser, fraction, positive_int, script, unit_inter
 
 SCRIPTS = ["main", "iclr2021_solution.iterate", "rl_regrowth_nas", "rl_saliency_regrowth", "inspect_checkpoint",
            "single_layer_regrowth_analysis", "benchmark_regrowth_methods", "quick_benchmark", "utils.saliency_analysis",
-           "experiments.matched_compute", "experiments.collect_results", "experiments.vgg16_tables",
-           "experiments.jpeg_loss"]
+           "experiments.matched_compute", "experiments.collect_results", "experiments.vgg16_tables"]
 
 # --- the command line ----------------------------------------------------------------------------------------------
 
