@@ -21,7 +21,7 @@ from utils import benchmark, checkpoint, stage2
 from utils.analysis_utils import BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
 from utils.common import UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
-from utils.datasets import load_image_folder
+from utils.datasets import load_dataset
 from utils.regrowth import SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
 from utils.saliency_analysis import class_sample
 
@@ -123,7 +123,7 @@ def test_renamed_class_folders_give_the_same_sample(image_folder, tmp_path):
         for folder in sorted(image_folder.glob("*/class_*")):
             shutil.copytree(folder, tmp_path / str(len(rename)) / folder.parent.name /
                             rename.get(folder.name, folder.name))
-        data = load_image_folder(tmp_path / str(len(rename)))
+        data = load_dataset("folder", tmp_path / str(len(rename)))
         train = BatchLoader(data.train_images, data.train_targets, 32, **SAMPLE)
         samples.append(train.balanced_sample(40, 10, seed=0))
     assert torch.equal(samples[0].images, samples[1].images)

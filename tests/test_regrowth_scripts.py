@@ -214,7 +214,7 @@ def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_
     path = checkpoint.card_path(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
     card = json.loads(path.read_text())
     run = open_run(rl_regrowth_nas.parse_args(options))
-    card["config"] |= {"val_split": 0.5, "data_fingerprint": run.data.fingerprint(), "dataset": run.data_label}
+    card["config"] |= {"val_split": 0.5, "data_fingerprint": run.data.fingerprint, "dataset": run.data_label}
     checkpoint.save_json(card, path)
     with pytest.raises(UserError, match=r"trained with --val_split 0.5; with 0.2 images .* Use --val_split 0.5"):
         rl_regrowth_nas.main(options)

@@ -206,7 +206,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """The arguments that every result of this run depends on."""
-        return {"m_name": self.m_name, "dataset": self.data_label, "data_fingerprint": self.data.fingerprint(),
+        return {"m_name": self.m_name, "dataset": self.data_label, "data_fingerprint": self.data.fingerprint,
                 "val_split": self.val_split, "seed": self.seed, "precision": self.precision}
 
     def new_model(self) -> nn.Module:

@@ -272,7 +272,7 @@ def check_data(run: Run, artifact: Path) -> None:
     config = card.get("config", {})
     if run.timing_only or "data_fingerprint" not in config:
         return
-    if config["data_fingerprint"] != run.data.fingerprint():
+    if config["data_fingerprint"] != run.data.fingerprint:
         there, here = config["dataset"], run.data_label
         _check_same_data_set(run, artifact, there, card.get("input", {}))
         print(f"warning: {artifact} was trained on other images ({there}) than this run reads ({here}); it may have "
