@@ -1,0 +1,120 @@
+"""The README's commands, block by block from top to bottom, in one folder as a reader would run them.
+
+Made small by options added at the end of each line: 80 images, one epoch, few episodes. Parsed only, because they take
+hours to days or need a GPU: lines with VGG16, and the Python lines of "Results" (copies of what is shipped are made).
+"""
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import benchmark_regrowth_methods
+from tests.conftest import REPOSITORY
+from utils import regrowth
+
+README = (REPOSITORY / "README.md").read_text()
+STAGE_1 = "--max_epochs 1 --finetune_epochs 0 --batch_size 64 --dataset cifar10"
+STAGE_2 = "--finetune_epochs 0 --search_budget 2 --mini_finetune_epochs 1 --num_epochs 1 --ssim_batches 1"
+SMALL = {  # script -> what makes a line of it small
+    "main": STAGE_1, "iclr2021_solution.iterate": STAGE_1, "rl_regrowth_nas": STAGE_2,
+    "rl_saliency_regrowth": f"{STAGE_2} --saliency_max_batches 1",
+    "experiments.matched_compute": "--num_seeds 1 --max_epochs 1 --finetune_epochs 2 --search_budget 2 "
+                                   "--mini_finetune_epochs 1",
+    "experiments.vgg16_tables": "--max_epochs 1 --finetune_epochs 0 --search_budget 2 --allocation uniform",
+    "inspect_checkpoint": "", "quick_benchmark": "--num_images 200 --num_runs 1",
+    "benchmark_regrowth_methods": "--num_images 200 --num_runs 1",
+    "single_layer_regrowth_analysis": "--finetune_epochs 0 --ssim_batches 1 --layers layer3.*",
+    "utils.saliency_analysis": "--samples_per_class 1 --probes 1",
+}
+ONE = {"experiments.matched_compute": ("--arms", "proportional+reference"),  # one of several, unless a line chooses
+       "utils.saliency_analysis": ("--measure", "gradient")}
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(heading, text) of the README's blocks of shell commands, but for set-up and citation."""
+    found, heading = [], ""
+    for title, kind, text in re.findall(r"^## ([^\n]*)$|^```(\w*)\n(.*?)^```$", README, re.M | re.S):
+        heading = title or heading
+        if not title and not kind and not text.startswith(("git clone", "@")):
+            found.append((heading, text))
+    return found
+
+
+def lines(text: str) -> list[str]:
+    """Commands of a block, continued lines joined, without comments and the set-up by pip."""
+    joined = (re.sub(r"\s+#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in joined if line and not line.startswith(("#", "python -m venv", "pip "))]
+
+
+def script_of(line: str) -> tuple[str, list[str]]:
+    """Module and arguments of a Python line."""
+    words = shlex.split(line)[1:]
+    name = words.pop(1) if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
+    return name, words[1:]
+
+
+def added(name: str, words: list[str], images: Path) -> list[str]:
+    """The options that make a line small."""
+    if name == "inspect_checkpoint":
+        return ["--epochs", "1", "--device", "cpu"] if "--finetune" in words else []
+    few = SMALL[name].split()
+    if name in ONE and ONE[name][0] not in words:
+        few += ONE[name]
+    return [*few, "--data_dir", str(images), "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture
+def with_the_example_rule(monkeypatch) -> ModuleType:
+    """The README's own rule, registered as it says; the study reads its arms anew."""
+    code = next(text for text in re.findall(r"```python\n(.*?)```", README, re.S) if "def _by_regret" in text)
+    function, registry = code.split("SELECTORS = ")
+    scope = vars(regrowth) | {}
+    exec(function, scope)
+    monkeypatch.setitem(regrowth.SELECTORS, "regret", eval(registry.replace("...", "**{}"), scope)["regret"])
+    study = importlib.reload(importlib.import_module("experiments.matched_compute"))
+    yield study
+    monkeypatch.undo()
+    importlib.reload(study)
+
+
+def test_the_commands_run_from_top_to_bottom(image_folder, tmp_path, monkeypatch, with_the_example_rule, capsys):
+    shutil.copytree(REPOSITORY / "results/checkpoints", tmp_path / "results/checkpoints")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark_regrowth_methods, "compare_with_plain", lambda *_: [])  # tested elsewhere
+    ran = []
+    for heading, text in blocks():
+        for line in lines(text):
+            if not line.startswith("python "):
+                if heading != "Results" or "results/checkpoints" in line:
+                    subprocess.run(["bash", "-ec", line], check=True)
+                continue
+            name, words = script_of(line)
+            module = importlib.import_module(name)
+            if heading == "Results" or "vgg16" in f"{name if '--m_name' not in words else ''} {line.split('.py')[-1]}":
+                module.parse_args(words)
+                continue
+            words += added(name, words, image_folder)
+            monkeypatch.setattr(sys, "argv", [name, *words])
+            try:
+                module.main(words)
+            except BaseException as error:
+                pytest.fail(f"{line}\n(as {shlex.join(words)}): {type(error).__name__}: {error}")
+            ran.append(name)
+    assert set(ran) == set(SMALL) and len(ran) >= 20
+
+
+def test_commands_within_the_text_are_read_by_their_scripts():
+    found = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", README)]
+    commands = [line for line in found if " --m_name" in line]
+    assert len(commands) >= 3
+    for line in commands:
+        name, words = script_of(line)
+        importlib.import_module(name).parse_args(words)
