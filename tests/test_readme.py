@@ -1,7 +1,7 @@
 """The README's commands, block by block from top to bottom, in one folder as a reader would run them.
 
 Made small by options added at the end of each line: 80 images, one epoch, few episodes. Parsed only, because they take
-hours to days or need a GPU: lines with VGG16, and the Python lines of "Results" (copies of what is shipped are made).
+hours to days or need a GPU: lines with VGG16, and the Python lines of results/README.md.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import benchmark_regrowth_methods
 from tests.conftest import REPOSITORY
 from utils import regrowth
 
-README = (REPOSITORY / "README.md").read_text()
+README, RESULTS = ((REPOSITORY / name).read_text() for name in ("README.md", "results/README.md"))
 STAGE_1 = "--max_epochs 1 --finetune_epochs 0 --batch_size 64 --dataset cifar10"
 STAGE_2 = "--finetune_epochs 0 --search_budget 2 --mini_finetune_epochs 1 --num_epochs 1 --ssim_batches 1"
 SMALL = {  # script -> what makes a line of it small
@@ -38,14 +38,10 @@ ONE = {"experiments.matched_compute": ("--arms", "proportional+reference"),  # o
        "utils.saliency_analysis": ("--measure", "gradient")}
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(heading, text) of the README's blocks of shell commands, but for set-up and citation."""
-    found, heading = [], ""
-    for title, kind, text in re.findall(r"^## ([^\n]*)$|^```(\w*)\n(.*?)^```$", README, re.M | re.S):
-        heading = title or heading
-        if not title and not kind and not text.startswith(("git clone", "@")):
-            found.append((heading, text))
-    return found
+def blocks(text: str) -> list[str]:
+    """The blocks of shell commands of a text, but for set-up and citation."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for kind, block in found if not kind and not block.startswith(("git clone", "@"))]
 
 
 def lines(text: str) -> list[str]:
@@ -86,35 +82,44 @@ def with_the_example_rule(monkeypatch) -> ModuleType:
 
 
 def test_the_commands_run_from_top_to_bottom(image_folder, tmp_path, monkeypatch, with_the_example_rule, capsys):
-    shutil.copytree(REPOSITORY / "results/checkpoints", tmp_path / "results/checkpoints")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark_regrowth_methods, "compare_with_plain", lambda *_: [])  # tested elsewhere
     ran = []
-    for heading, text in blocks():
-        for line in lines(text):
-            if not line.startswith("python "):
-                if heading != "Results" or "results/checkpoints" in line:
-                    subprocess.run(["bash", "-ec", line], check=True)
-                continue
-            name, words = script_of(line)
-            module = importlib.import_module(name)
-            if heading == "Results" or "vgg16" in f"{name if '--m_name' not in words else ''} {line.split('.py')[-1]}":
-                module.parse_args(words)
-                continue
-            words += added(name, words, image_folder)
-            monkeypatch.setattr(sys, "argv", [name, *words])
-            try:
-                module.main(words)
-            except BaseException as error:
-                pytest.fail(f"{line}\n(as {shlex.join(words)}): {type(error).__name__}: {error}")
-            ran.append(name)
-    assert set(ran) == set(SMALL) and len(ran) >= 20
+    for line in (line for block in blocks(README) for line in lines(block)):
+        if not line.startswith("python "):
+            subprocess.run(["bash", "-ec", line], check=True)
+            continue
+        name, words = script_of(line)
+        module = importlib.import_module(name)
+        if "vgg16" in line.split(".py")[-1]:
+            module.parse_args(words)
+            continue
+        words += added(name, words, image_folder)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        try:
+            module.main(words)
+        except BaseException as error:
+            pytest.fail(f"{line}\n(as {shlex.join(words)}): {type(error).__name__}: {error}")
+        ran.append(name)
+    assert set(ran) == set(SMALL) and len(ran) >= 18
 
 
-def test_commands_within_the_text_are_read_by_their_scripts():
-    found = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", README)]
+def test_commands_of_results_and_within_the_text_are_read_by_their_scripts():
+    found = [" ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", README + RESULTS)]
+    found += [line for block in blocks(RESULTS) for line in lines(block) if line.startswith("python ")]
     commands = [line for line in found if " --m_name" in line]
-    assert len(commands) >= 3
+    assert len(commands) >= 12
     for line in commands:
         name, words = script_of(line)
         importlib.import_module(name).parse_args(words)
+
+
+def test_the_example_in_python_does_what_it_says(tmp_path, monkeypatch, capsys):
+    code = next(text for text in re.findall(r"```python\n(.*?)```", README, re.S) if "record.undo" in text)
+    shutil.copytree(REPOSITORY / "results/checkpoints/resnet20", tmp_path / "results/checkpoints/resnet20")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(code, scope)
+    printed = re.search(r"# (PruneCounts.*)", code)[1]
+    assert capsys.readouterr().out.strip() == printed
+    assert scope["count_pruned_params"](scope["model"]).surviving == 2709 and (tmp_path / "regrown.pth").is_file()
