@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main as main_script
 import rl_regrowth_nas
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
@@ -284,10 +285,10 @@ def test_the_scripts_differ_in_method_only(monkeypatch, tmp_path):
     assert rl_regrowth_nas.METHOD.name == "reference" and rl_saliency_regrowth.METHOD.name == "saliency"
     args = rl_saliency_regrowth.parse_args(["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"])
     monkeypatch.chdir(REPOSITORY)
-    assert prerequisite(args, "--pruner", "none").startswith(
+    assert prerequisite(args, tmp_path, "--pruner", "none").startswith(
         "make it with: python main.py --m_name vgg16 --pruner none --data_dir x --seed 3 (up to 200 epochs; ")
     monkeypatch.chdir(tmp_path)
-    assert prerequisite(args, "--iter_end", "10").startswith(
+    assert prerequisite(args, tmp_path, "--iter_end", "10").startswith(
         f"make it with: python {REPOSITORY / 'main.py'} --m_name vgg16 --iter_end 10 --data_dir x --seed 3 (up to 600 ")
 
 
@@ -301,3 +302,19 @@ def test_what_makes_a_missing_start_works_as_printed(tmp_path, run_script):
     made = run_script(*command, "--finetune_epochs", "0")
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "resnet20" / "ckpt_after_prune" / "pruned_finetuned_mask_0.99.pth").is_file()
+
+
+def test_a_missing_dense_model_beside_a_pruned_one_is_made_alone(options, tmp_path):
+    """A whole stage 1 would refuse the pruned model, which came from another dense one."""
+    dense = checkpoint.dense_path(tmp_path, "resnet20")
+    dense.unlink()
+    with pytest.raises(UserError, match=r"no dense .* --pruner none --data_dir .* \(up to 200 epochs;") as refused:
+        rl_regrowth_nas.main(options)
+    words = shlex.split(re.search(r"make it with: python \S+ (.*?) \(up to", str(refused.value))[1])
+    main_script.main([*words, "--max_epochs", "1"])
+    rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "0"])
+
+    checkpoint.pruned_path(tmp_path, "resnet20", 0.99).unlink()
+    dense.rename(checkpoint.progress_path(dense))
+    with pytest.raises(UserError, match=r"interrupted \(.*ckpt.progress.pth\): repeat the command .* --resume"):
+        rl_regrowth_nas.main(options)

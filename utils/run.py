@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from utils.allocation import ALLOCATORS
-from utils.checkpoint import dense_path, ensure_writable, read_card
+from utils.checkpoint import dense_path, ensure_writable, progress_path, read_card
 from utils.common import PRECISIONS, UserError, derive_seed, one_line, resolve_precision
 from utils.controller import Ladder, SearchConfig
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
@@ -253,12 +253,16 @@ def command_line() -> str:
     return shlex.join(["python", *started, *sys.argv[1:]])
 
 
-def prerequisite(args: argparse.Namespace, *words: str) -> str:
+def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
     """``make it with: COMMAND (what it costs)``: the shell command of stage 1 for what is missing, for this folder.
 
     It has the options of this run, and `--resume` where there is a dense model, which then is taken as it is, whatever
     its recipe. The cost is in epochs, at most, and in time where the dense model's run card tells what an epoch takes.
+    Where the training of the dense or of the `missing` model was interrupted, only the command that began it goes on.
     """
+    for begun in map(progress_path, (dense_path(args.root, args.m_name), missing)):
+        if begun.is_file():
+            return f"its training was interrupted ({begun}): repeat the command that began it, with --resume"
     script = Path(__file__).resolve().parents[1] / "main.py"
     here = script.name if script.parent == Path.cwd() else str(script)
     command = ["python", here, "--m_name", args.m_name, *words]

@@ -444,7 +444,7 @@ def load_model(run: Run, args: argparse.Namespace) -> stage1.Outcome:
     dense = checkpoint.dense_path(run.root, run.m_name)
     if args.checkpoint is None and not dense.is_file():
         raise UserError(f"no dense checkpoint at {dense}; name another with --checkpoint, or "
-                        f"{prerequisite(args, '--pruner', 'none')}")
+                        f"{prerequisite(args, dense, '--pruner', 'none')}")
     return stage1.load_outcome(run, args.checkpoint or dense)
 
 

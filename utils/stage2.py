@@ -84,10 +84,28 @@ class Step:
 
 def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
     """The dense model of stage 1; UserError with the command that makes it when it is missing."""
-    path = checkpoint.dense_path(run.root, run.m_name)
-    if not path.is_file():
-        raise UserError(f"no dense checkpoint at {path}; {prerequisite(args, '--pruner', 'magnitude')}")
-    return stage1.load_outcome(run, path)
+    return stage1.load_outcome(run, _found(run, args, "dense", checkpoint.dense_path(run.root, run.m_name)))
+
+
+def _found(run: Run, args: argparse.Namespace, kind: str, path: Path) -> Path:
+    """The path; UserError if nothing lies there, with the command that makes all that is missing under the root.
+
+    Where the pruned model is there, or is a file of the user's, that is the dense model alone.
+    """
+    if path.is_file():
+        return path
+    start, words = start_path(run, args), ["--pruner", "none"]
+    if path == start or not start.is_file() and args.starting_checkpoint in (None, "oneshot", "iterative"):
+        words = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
+                 "10" if args.starting_checkpoint == "iterative" else "1"]
+    raise UserError(f"no {kind} checkpoint at {path}; {prerequisite(args, path, *words)}")
+
+
+def start_path(run: Run, args: argparse.Namespace) -> Path:
+    """The file of `--starting_checkpoint`, or of `--start_sparsity` under the root."""
+    if args.starting_checkpoint in (None, "oneshot", "iterative"):
+        return checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity)
+    return Path(args.starting_checkpoint)
 
 
 def load_start(run: Run, args: argparse.Namespace) -> Outcome:
@@ -96,14 +114,11 @@ def load_start(run: Run, args: argparse.Namespace) -> Outcome:
     UserError when it is missing (with the command that makes it), is of another kind than asked for (naming the kind
     that is there), or is not a pruned model.
     """
-    kind = args.starting_checkpoint
+    kind, path = args.starting_checkpoint, start_path(run, args)
     named = kind not in (None, "oneshot", "iterative")
-    path = Path(kind) if named else checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity)
-    if not path.is_file():
-        wanted = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
-                  "10" if kind == "iterative" else "1"]
-        hint = "" if named else f"; {prerequisite(args, *wanted)}"
-        raise UserError(f"no pruned checkpoint at {path}{hint}")
+    if named and not path.is_file():
+        raise UserError(f"no pruned checkpoint at {path}")
+    path = _found(run, args, "pruned", path)
     start = stage1.load_outcome(run, path)
     if not named:
         _check_kind(start, kind)
