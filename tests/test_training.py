@@ -54,6 +54,7 @@ def test_evaluate_by_hand():
 
 @pytest.mark.parametrize("name, step, expected", [
     ("constant", 7, 1.0), ("cosine", 0, 1.0), ("cosine", 50, 0.5), ("cosine", 100, 0.0),
+    ("triangular", 0, 0.05), ("triangular", 19, 1.0), ("triangular", 60, 0.5), ("triangular", 100, 0.0),
     ("warmup_cosine", 0, 0.2), ("warmup_cosine", 4, 1.0), ("warmup_cosine", 5, 1.0), ("warmup_cosine", 100, 0.0)])
 def test_schedules_by_hand(name, step, expected):
     assert SCHEDULES[name](step, 100) == pytest.approx(expected, abs=1e-9)
@@ -65,7 +66,7 @@ def test_the_warm_up_is_rounded_to_the_nearest_step():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_learns_with_every_optimizer(name, small_cnn, tiny_loaders):
-    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "adamw": 1e-2}[name], epochs=6)
+    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "nesterov": 0.05, "adamw": 1e-2}[name], epochs=6)
     result = make_trainer(small_cnn, tiny_loaders, recipe).run(show=False)
     assert result.accuracy > 60 and result.epochs == 6  # five classes: chance is 20
 

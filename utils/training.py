@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from utils.data_loader import BatchLoader
 class Recipe:
     """How to train: optimizer and schedule (names of `OPTIMIZERS` and `SCHEDULES`), learning rate, epochs, batch size.
 
-    patience: epochs without a better validation accuracy before training stops; None never stops early.
+    patience: epochs without a better validation accuracy before training stops; None never stops early;
+    label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1).
     """
 
     optimizer: str
@@ -31,10 +33,11 @@ class Recipe:
     schedule: str = "constant"
     weight_decay: float = 0.0
     patience: int | None = None
+    label_smoothing: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for run cards and for comparing runs."""
-        return asdict(self)
+        """The fields, for run cards and for comparing runs; without label smoothing as cards have always had them."""
+        return {name: value for name, value in asdict(self).items() if value or name != "label_smoothing"}
 
 
 # The published recipes of arXiv 2511.11675; AdamW's weight decay is PyTorch's default.
@@ -53,7 +56,13 @@ def _adamw(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+def _nesterov(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay,
+                           fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {
+    "sgd": _sgd, "nesterov": _nesterov, "adamw": _adamw}
 
 
 def _cosine(step: int, total: int) -> float:
@@ -65,11 +74,17 @@ def _warmup_cosine(step: int, total: int) -> float:
     return (step + 1) / warmup if step < warmup else _cosine(step - warmup, max(1, total - warmup))
 
 
+def _triangular(step: int, total: int) -> float:
+    warmup = max(1, round(0.2 * total))  # 20 % linear warm-up, then linear to zero
+    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+
+
 # name -> factor on the learning rate at a step of a training of `total` steps
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "constant": lambda step, total: 1.0,
     "cosine": _cosine,
     "warmup_cosine": _warmup_cosine,
+    "triangular": _triangular,
 }
 
 
@@ -155,6 +170,37 @@ def _batch_totals(mean_loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([mean_loss.double() * len(targets), correct.double(), seen.double()])
 
 
+class TrainingHook:
+    """What a method does while a model trains. Every method of this base does nothing; override those that matter.
+
+    `on_step` may change weights and masks in place; after a change of masks it calls `trainer.hold_pruned()`. What it
+    must know to go on after an interruption is its `state_dict` (tensors and plain containers).
+    """
+
+    def begin(self, trainer: Trainer) -> None:
+        """Before the first step of this process, also after `load_state_dict`."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Before the forward pass of a training step; `trainer.step` steps are done."""
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After the optimizer's step; `trainer.step` counts it. Gradients of this batch are still there."""
+
+    def counts(self, trainer: Trainer) -> bool:
+        """Whether the epoch that has just ended may be kept as the best one; others do not use up the patience."""
+        return True
+
+    def end(self, trainer: Trainer) -> None:
+        """When training ends, also by an error: takes what was put on the model off again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on exactly."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+
+
 class Trainer:
     """Trains a model by a `Recipe` and leaves it with the weights of its best validation accuracy.
 
@@ -164,10 +210,10 @@ class Trainer:
 
     def __init__(self, model: nn.Module, train: BatchLoader, val: BatchLoader, recipe: Recipe, *, seed: int,
                  precision: str = "fp32", params: Any = None, passes_before: int = 0,
-                 constrain: Callable[[torch.optim.Optimizer], Any] | None = None):
+                 constrain: Callable[[torch.optim.Optimizer], Any] | None = None, hook: TrainingHook | None = None):
         """params: optimizer parameter groups (default: all parameters); passes_before: the order of the images is that
         after so many epochs with this seed; constrain: called with the optimizer to register step hooks (default: hold
-        pruned weights)."""
+        pruned weights); hook: a method that acts while the model trains."""
         self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
         self.train_loader = train.with_batch_size(recipe.batch_size)
         self.train_loader.reseed(derive_seed(seed, "train"))
@@ -175,9 +221,10 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "dropout"))
         self.device = next(model.parameters()).device
         self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters() if params is None else params, recipe)
-        (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
-        total, factor = recipe.epochs * len(self.train_loader), SCHEDULES[recipe.schedule]
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, total))
+        self._held = (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
+        self.hook, self.total_steps = hook or TrainingHook(), recipe.epochs * len(self.train_loader)
+        factor = SCHEDULES[recipe.schedule]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, self.total_steps))
         self.epoch, self.best_accuracy, self.best_epoch, self.best_state = 0, -1.0, 0, {}
         self.history: list[dict[str, float]] = []
 
@@ -190,8 +237,8 @@ class Trainer:
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
             self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
-        with Progress(label, self.recipe.epochs * steps, done=self.epoch * steps, show=show,
-                      text=f"epoch {self.epoch}/{self.recipe.epochs}") as progress:
+        with self._hooked(), Progress(label, self.total_steps, done=self.epoch * steps, show=show,
+                                      text=f"epoch {self.epoch}/{self.recipe.epochs}") as progress:
             while not self.finished:
                 row = self._run_epoch(progress)
                 self._keep_best(row["val_acc"])
@@ -204,11 +251,24 @@ class Trainer:
             self.model.load_state_dict(self.best_state)
         return TrainResult(self.best_accuracy, self.best_epoch, self.epoch)
 
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        self.hook.begin(self)
+        try:
+            yield
+        finally:
+            self.hook.end(self)
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or the patience is spent."""
         waited = self.epoch - self.best_epoch
         return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited >= self.recipe.patience)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, of `total_steps`."""
+        return self.scheduler.last_epoch
 
     @property
     def seconds(self) -> float:
@@ -236,20 +296,29 @@ class Trainer:
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for inputs, targets in self.train_loader:
+            self.hook.before_step(self)
             with autocast(self.device, self.precision):
                 logits = self.model(inputs)
-                loss = F.cross_entropy(logits, targets)
+                loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
+            self.hook.on_step(self)
             totals += _batch_totals(loss.detach(), logits.detach(), targets)
             progress.advance()
         loss_sum, correct, seen = totals.tolist()
         return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
+    def hold_pruned(self) -> None:
+        """Holds the weights that are pruned now, and lets go of those that no longer are."""
+        self._held.remove()
+        self._held = hold_pruned_weights(self.model, self.optimizer)
+
     def _keep_best(self, accuracy: float) -> None:
-        if accuracy > self.best_accuracy:
+        if not self.hook.counts(self):
+            self.best_epoch = self.epoch  # patience begins with the first epoch that counts
+        elif accuracy > self.best_accuracy:
             self.best_accuracy, self.best_epoch = accuracy, self.epoch
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
@@ -258,7 +327,8 @@ class Trainer:
         return {"model": self.model.state_dict(), "best_state": self.best_state, "best_accuracy": self.best_accuracy,
                 "best_epoch": self.best_epoch, "epoch": self.epoch, "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch}, "loader": self.train_loader.state_dict(),
-                "global_rng": global_rng_state(), "history": self.history}
+                "global_rng": global_rng_state(), "history": self.history,
+                "hook": self.hook.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; the trainer must have been built from the same arguments."""
@@ -273,3 +343,4 @@ class Trainer:
         self.best_accuracy, self.best_epoch, self.epoch = state["best_accuracy"], state["best_epoch"], state["epoch"]
         self.best_state = {name: value.to(self.device) for name, value in state["best_state"].items()}
         self.history = list(state["history"])
+        self.hook.load_state_dict(state.get("hook", {}))

@@ -1,0 +1,210 @@
+"""Mask schedules: the papers' formulas by hand, hand-computed updates, exact counts, and that nothing moves unasked."""
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from utils.allocation import ALLOCATORS
+from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
+from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan, cosine_exchange, cubic_sparsity, move_masks
+from utils.pruning import PRUNERS
+from utils.regrowth import INITIALISERS, SELECTORS
+from utils.regrowth import Evidence
+from utils.training import Recipe, Trainer
+
+RECIPE = Recipe("nesterov", lr=0.05, epochs=3, batch_size=32, weight_decay=5e-4)
+
+
+def two_layers(first: list[float], second: list[float]) -> nn.Sequential:
+    """Two masked linear layers with these weights."""
+    model = nn.Sequential(nn.Linear(len(first), 1, bias=False), nn.Linear(len(second), 1, bias=False))
+    for layer, values in zip(model, (first, second)):
+        layer.weight.data = torch.tensor([values])
+    add_masks(model)
+    return model
+
+
+def active(model: nn.Module) -> list[list[int]]:
+    return [mask.int().flatten().tolist() for mask in get_masks(model).values()]
+
+
+def gradients(first: list[float], second: list[float]) -> Evidence:
+    return Evidence(gradient={"0": torch.tensor([first]), "1": torch.tensor([second])})
+
+
+def test_cubic_sparsities_by_hand():
+    """Zhu and Gupta's s_t from 0 to 0.96 in four steps: 0.96 (1 - (3/4)^3) = 0.555 and so on."""
+    found = [cubic_sparsity(t, 0.0, 0.96) for t in (0, 0.25, 0.5, 0.75, 1)]
+    assert found == pytest.approx([0, 0.555, 0.84, 0.945, 0.96])
+    assert cubic_sparsity(0.5, 0.5, 0.9) == pytest.approx(0.85)
+
+
+def test_cosine_exchange_by_hand():
+    """RigL's alpha / 2 (1 + cos(t pi / T_end)) for alpha 0.3."""
+    assert [cosine_exchange(t, 0.3) for t in (0, 1 / 3, 0.5, 1)] == pytest.approx([0.3, 0.225, 0.15, 0.0])
+
+
+@pytest.mark.parametrize("name, steps", [
+    ("gradual", [(0, 0.5, 0.0), (5, 0.85, 0.0), (10, 0.9, 0.0), (14, 0.9, 0.0)]),
+    ("rigl", [(0, 0.9, 0.3), (5, 0.9, 0.15), (10, 0.9, 0.0)]),
+    ("granet", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
+    ("bidirectional", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
+    ("acdc", [(0, 0.9, 0.0), (5, 0.5, 0.0), (10, 0.9, 0.0)]),
+])
+def test_what_each_schedule_asks_for(name, steps):
+    """20 steps, the mask moves until the 10th, every 5th."""
+    plan = MaskPlan(name, 0.5, 0.9, update_every=5, update_until=0.5)
+    assert set(MASK_SCHEDULES) == {"gradual", "rigl", "granet", "bidirectional", "acdc"}
+    for step, sparsity, exchange in steps:
+        assert plan.move(step, 20) == pytest.approx((sparsity, exchange)), step
+
+
+def test_acdc_ends_sparse_when_the_last_phase_would_be_dense():
+    plan = MaskPlan("acdc", 0.0, 0.9, update_every=4, update_until=0.6)
+    assert [plan.move(step, 20).sparsity for step in (0, 4, 8, 12)] == [0.9, 0.0, 0.9, 0.9]
+
+
+def test_gradual_keeps_the_largest_of_the_network():
+    model = two_layers([3.0, -1.0, 0.5, 4.0], [2.0, -5.0, 0.1, 1.5])
+    move_masks(model, 4, 0.0, MaskPlan("gradual", 0, 0.5), Evidence(), seed=0, number=1)
+    assert active(model) == [[1, 0, 0, 1], [1, 1, 0, 0]]
+
+
+def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_of_each_layer():
+    """Layer 0 keeps four, half are exchanged: 1 and 0.5 go; the largest gradients outside of the two survivors return.
+
+    In layer 1 one of two goes (0.1), and comes back since its gradient is the largest: it keeps its value.
+    """
+    model = two_layers([3.0, -1.0, 0.5, 4.0, 9.0, 8.0], [2.0, 0.1, 7.0, 6.0])
+    set_masks(model, {"0": torch.tensor([[1, 1, 1, 1, 0, 0]]), "1": torch.tensor([[1, 1, 0, 0]])})
+    evidence = gradients([9.0, 0.1, -0.3, 9.0, -0.2, 0.4], [0.0, -5.0, 1.0, 2.0])
+    returned = move_masks(model, 6, 0.5, MaskPlan("rigl", 0.4, 0.4), evidence, seed=0, number=1)
+    assert active(model) == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 0]]
+    assert returned["0"].tolist() == [[False] * 5 + [True]] and not returned["1"].any()
+    assert model[0].weight_orig.tolist() == [[3.0, -1.0, 0.5, 4.0, 9.0, 0.0]]  # 8 came back at zero, 0.5 as it was
+    assert model[1].weight_orig[0, :2].tolist() == pytest.approx([2.0, 0.1])
+
+
+def test_bidirectional_prunes_past_the_target_and_regrows_the_best_of_the_network():
+    """Of 8 weights 4 are to stay, a margin of half: pruned to 5 and 4, then the two best scores g^2 w^2 return."""
+    model = two_layers([3.0, -1.0, 0.5, 4.0], [2.0, -5.0, 0.1, 1.5])
+    saliency = {"0": torch.tensor([[9.0, 0.0, 3.0, 9.0]]), "1": torch.tensor([[1.0, 9.0, 2.0, 0.0]])}
+    plan = MaskPlan("bidirectional", 0, 0.5, regrow_rule="saliency", regrow_allocation="global")
+    move_masks(model, 4, 0.5, plan, Evidence(saliency=saliency), seed=0, number=1)
+    assert active(model) == [[1, 0, 1, 1], [0, 1, 0, 0]]  # 3 (saliency 9) and 0.5 (saliency 3) came back
+    assert model[0].weight_orig.tolist() == [[3.0, -1.0, 0.5, 4.0]]  # both had been active: as they were
+
+
+def test_equal_weights_go_and_come_by_position():
+    model = two_layers([1.0, 1.0, 1.0, 1.0], [1.0, 1.0])
+    set_masks(model, {"0": torch.tensor([[1, 1, 0, 0]]), "1": torch.tensor([[1, 1]])})
+    move_masks(model, 4, 0.5, MaskPlan("rigl", 0.5, 0.5), gradients([0.0, 1.0, 1.0, 1.0], [0.0, 0.0]), seed=0, number=1)
+    assert active(model) == [[1, 1, 0, 0], [1, 1]]  # the last equal one goes; of three equal gradients the first returns
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global", *ALLOCATORS])
+@pytest.mark.parametrize("rule", SELECTORS)
+def test_exactly_so_many_survive_whatever_the_rule_and_allocation(rule, allocation, small_cnn):
+    random = torch.Generator().manual_seed(5)
+    layers = prunable_layers(small_cnn)
+    values = {name: torch.rand(layer.weight.shape, generator=random) for name, layer in layers.items()}
+    add_masks(small_cnn)
+    reference = MaskMover(small_cnn, MaskPlan("gradual", 0, 0.9), 0).reference
+    for number, keep in enumerate((700, 300, 301, 40, 900, 952), 1):
+        evidence = Evidence(reference=reference, gradient=values, saliency=values,
+                            drift={name: place for place, name in enumerate(layers)})
+        plan = MaskPlan("bidirectional", 0, 0.9, regrow_rule=rule, regrow_allocation=allocation, exchange=0.4)
+        before = get_masks(small_cnn)
+        returned = move_masks(small_cnn, keep, 0.4, plan, evidence, seed=1, number=number)
+        after = get_masks(small_cnn)
+        assert count_pruned_params(small_cnn).surviving == keep
+        assert all(torch.equal(returned[name], after[name] & ~before[name]) for name in layers)
+
+
+def train(model, loaders, plan, epochs=3, seed=0):
+    mover = MaskMover(model, plan, seed)
+    trainer = Trainer(model, *loaders[:2], replace(RECIPE, epochs=epochs), seed=seed, hook=mover)
+    return mover, trainer, trainer.run(show=False)
+
+
+@pytest.mark.parametrize("name", MASK_SCHEDULES)
+@pytest.mark.parametrize("pruner", ["magnitude", "erk"])
+def test_a_training_ends_at_exactly_the_target(name, pruner, small_cnn, tiny_loaders):
+    plan = MaskPlan(name, 0.0, 0.9, pruner=pruner, update_every=2, **MASK_SCHEDULES[name].defaults)
+    mover, trainer, result = train(small_cnn, tiny_loaders, plan)
+    assert count_pruned_params(small_cnn).surviving == round(0.1 * 952)
+    for row in mover.history:
+        assert row["survivors"] == round((1 - plan.move(row["step"], trainer.total_steps).sparsity) * 952)
+        assert sum(row[layer] for layer in prunable_layers(small_cnn)) == row["survivors"]
+    assert mover.history[-1]["step"] == plan.last_update(trainer.total_steps) == (11 if name == "rigl" else 9)
+    assert result.best_epoch >= 1
+    if name == "gradual":
+        assert result.best_epoch >= 2 and not any(row["regrown"] for row in mover.history)
+    else:
+        assert sum(row["regrown"] for row in mover.history) > 0
+    assert not small_cnn[0]._forward_pre_hooks or len(small_cnn[0]._forward_pre_hooks) == 1  # the mask's own
+
+
+def test_pruned_weights_never_move_and_returning_ones_have_no_momentum(small_cnn, tiny_loaders):
+    plan = MaskPlan("rigl", 0.0, 0.8, update_every=3, update_until=1.0)
+    seen = {}
+
+    class Checker(MaskMover):
+        def on_step(self, trainer):
+            before = {name: (layer.weight_orig.detach().clone(), layer.weight_mask.clone())
+                      for name, layer in prunable_layers(self.model).items()}
+            for name, (values, mask) in seen.items():
+                assert torch.equal(before[name][0][mask == 0], values[mask == 0])
+            super().on_step(trainer)
+            for name, layer in prunable_layers(self.model).items():
+                now = layer.weight_orig.detach().clone()
+                momentum = trainer.optimizer.state[layer.weight_orig]["momentum_buffer"]
+                back = (layer.weight_mask == 1) & (before[name][1] == 0)
+                assert not now[back].any() and not momentum[back].any()
+                assert torch.equal(now[~back], before[name][0][~back])
+                seen[name] = (now, layer.weight_mask.clone())
+    mover = Checker(small_cnn, plan, 0)
+    Trainer(small_cnn, *tiny_loaders[:2], RECIPE, seed=0, hook=mover).run(show=False)
+    assert sum(row["regrown"] for row in mover.history) > 0
+
+
+def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():
+    """y = w0 x0 + w1 x1 with w1 pruned, loss y: dL/dw = x at both positions."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    mover = MaskMover(model, MaskPlan("rigl", 0, 0.5), 0)
+    set_masks(model, {"0": torch.tensor([[1, 0]])})
+    handle = model[0].register_forward_pre_hook(mover._watch)
+    mover._watching = True
+    model(torch.tensor([[3.0, 7.0]])).sum().backward()
+    mover._gather()
+    handle.remove()
+    assert mover._sums["0"].tolist() == [[3.0, 7.0]]
+    assert model[0].weight_orig.grad.tolist() == [[3.0, 0.0]]  # what the optimizer sees
+
+
+def saved(state: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", MASK_SCHEDULES)
+def test_an_interrupted_training_ends_in_the_same_bytes(name, small_cnn, tiny_loaders):
+    plan = MaskPlan(name, 0.0, 0.9, update_every=2, evidence_steps=2, **MASK_SCHEDULES[name].defaults)
+    straight, broken, again = small_cnn, clone_model(small_cnn), clone_model(small_cnn)
+    mover, _, _ = train(straight, tiny_loaders, plan)
+    states = []
+    first = MaskMover(broken, plan, 0)
+    Trainer(broken, *tiny_loaders[:2], RECIPE, seed=0, hook=first).run(
+        show=False, on_epoch=lambda trainer: states.append(saved(trainer.state_dict())))
+    second = MaskMover(again, plan, 0)
+    trainer = Trainer(again, *tiny_loaders[:2], RECIPE, seed=0, hook=second)
+    trainer.load_state_dict(torch.load(io.BytesIO(states[0]), weights_only=True))
+    trainer.run(show=False)
+    assert mover.history == second.history
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key

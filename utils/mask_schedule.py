@@ -1,0 +1,335 @@
+"""How the mask moves while a model trains: gradual pruning, exchange of weights, dense and sparse phases, and pruning
+past the target with regrowth.
+
+At every update a schedule, one function and one line in `MASK_SCHEDULES`, says how sparse the model is to be and which
+fraction of its survivors changes places. `move_masks` carries that out exactly, by a pruning rule of `PRUNERS`, a
+selection rule of `SELECTORS`, an allocation and values of `INITIALISERS`; `MaskMover` does so while a `Trainer` runs.
+"""
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.allocation import ALLOCATORS, AllocationProblem, apportion
+from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
+from utils.data_loader import BatchLoader
+from utils.analysis_utils import BlockwiseFeatureExtractor, compute_block_ssim
+from utils.pruning import PRUNERS, make_pruner
+from utils.regrowth import SELECTORS, WeightRegrowth
+from utils.regrowth import Evidence
+from utils.common import derive_seed, generator
+from utils.selection import exact_k_mask, exact_k_masks
+from utils.training import Trainer, TrainingHook
+
+# ---- schedules -----------------------------------------------------------------------------------------------------
+
+
+class Move(NamedTuple):
+    """What a schedule wants of an update: the sparsity after it, and the fraction of the survivors that is exchanged."""
+
+    sparsity: float
+    exchange: float = 0.0
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """A schedule with all that it needs to know; JSON-able by `as_dict`.
+
+    schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
+    which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase).
+    update_until: fraction of the training after which the mask stays. exchange: fraction of the survivors that changes
+    places in the first update. regrow_rule, regrow_values: which weights return, and with what value. regrow_allocation:
+    'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the network), or a name of
+    `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are averaged.
+    """
+
+    schedule: str
+    start: float
+    target: float
+    pruner: str = "magnitude"
+    update_every: int = 40
+    update_until: float = 0.6
+    exchange: float = 0.3
+    regrow_rule: str = "gradient"
+    regrow_allocation: str = "layer"
+    regrow_values: str = "zero"
+    evidence_steps: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for run cards and for comparing runs."""
+        return asdict(self)
+
+    def last_update(self, total_steps: int) -> int:
+        """Number of steps after which the mask moves for the last time."""
+        return max(1, round(self.update_until * total_steps))
+
+    def move(self, step: int, total_steps: int) -> Move:
+        """What is to happen after `step` of `total_steps` steps, a step at which an update is due."""
+        t = min(1.0, step / self.last_update(total_steps))
+        return MASK_SCHEDULES[self.schedule].move(self, t, step // self.update_every)
+
+
+def cubic_sparsity(t: float, start: float, target: float) -> float:
+    """s_f + (s_0 - s_f)(1 - t)^3 for t in [0, 1] (Zhu and Gupta, 2017, equation 1)."""
+    return target + (start - target) * (1.0 - t) ** 3
+
+
+def cosine_exchange(t: float, first: float) -> float:
+    """first / 2 * (1 + cos(pi t)) for t in [0, 1] (Evci et al., ICML 2020, section 3)."""
+    return first / 2.0 * (1.0 + math.cos(math.pi * t))
+
+
+def _gradual(plan: MaskPlan, t: float, number: int) -> Move:
+    return Move(cubic_sparsity(t, plan.start, plan.target))
+
+
+def _rigl(plan: MaskPlan, t: float, number: int) -> Move:
+    return Move(plan.target, cosine_exchange(t, plan.exchange))
+
+
+def _granet(plan: MaskPlan, t: float, number: int) -> Move:
+    return Move(cubic_sparsity(t, plan.start, plan.target), cosine_exchange(t, plan.exchange))
+
+
+def _acdc(plan: MaskPlan, t: float, number: int) -> Move:
+    return Move(plan.start if number % 2 and t < 1 else plan.target)
+
+
+class MaskSchedule(NamedTuple):
+    """A schedule: what it wants at t in [0, 1] and update `number` (from 0, before training), and its own defaults.
+
+    exchanges: whether weights return under it, so that the options of regrowth mean something.
+    """
+
+    move: Callable[[MaskPlan, float, int], Move]
+    defaults: Mapping[str, Any]
+    exchanges: bool = True
+
+
+MASK_SCHEDULES: dict[str, MaskSchedule] = {
+    # Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878
+    "gradual": MaskSchedule(_gradual, {}, exchanges=False),
+    # Evci et al., "Rigging the lottery", ICML 2020: constant sparsity, grown by |gradient|, returning at zero
+    "rigl": MaskSchedule(_rigl, {"update_until": 0.75}),
+    # Liu et al., "Sparse training via boosting pruning plasticity with neuroregeneration", NeurIPS 2021
+    "granet": MaskSchedule(_granet, {}),
+    # Peste et al., "AC/DC: Alternating compressed/decompressed training", NeurIPS 2021
+    "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"}),
+    # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation
+    "bidirectional": MaskSchedule(_granet, {"regrow_rule": "saliency", "regrow_allocation": "global"}),
+}
+
+# ---- one update ----------------------------------------------------------------------------------------------------
+
+
+def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evidence: Evidence, *, seed: int,
+               number: int) -> dict[str, Tensor]:
+    """Prunes and regrows in place so that exactly `keep` prunable weights survive; returns where weights came back.
+
+    With allocation 'layer' the model is pruned to `keep`, then every layer gives up `exchange` of its survivors, least
+    |w| first, and gets as many back (RigL, GraNet). With any other it is pruned past `keep` by `exchange` of it, and
+    the margin is regrown by the allocation. What was given up may come back, with the value it had; all that comes back
+    from an earlier pruning gets the plan's initial value. Returns layer -> bool, True where a weight is active now and
+    was not before. seed, number: of the update, for what is drawn at random.
+    """
+    before = get_masks(model)
+    weights = {name: layer.weight_orig.detach().clone() for name, layer in prunable_layers(model).items()}
+    by_layer = plan.regrow_allocation == "layer"
+    margin = 0 if by_layer else min(round(exchange * keep), keep - 1)
+    _prune_to_count(model, keep - margin, plan.pruner, seed)
+    amounts = _give_up(model, exchange) if by_layer else {}
+    missing = keep - count_pruned_params(model).surviving - sum(amounts.values())
+    for name, count in _allocate(model, missing, plan, evidence, seed, amounts).items():
+        amounts[name] = amounts.get(name, 0) + count
+    WeightRegrowth(model, plan.regrow_rule, evidence, plan.regrow_values, seed).apply_regrowth(amounts, number)
+    returned = {}
+    with torch.no_grad():
+        for name, layer in prunable_layers(model).items():
+            layer.weight_orig.copy_(torch.where(before[name], weights[name], layer.weight_orig))
+            returned[name] = layer.weight_mask.bool() & ~before[name]
+    return returned
+
+
+def _prune_to_count(model: nn.Module, keep: int, pruner: str, seed: int) -> None:
+    surviving = count_pruned_params(model).surviving
+    if keep < surviving:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an empty layer may come back; the run card names the last
+            make_pruner(PRUNERS[pruner])(model, 1.0 - keep / surviving, seed=seed)
+
+
+def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
+    """Prunes round(exchange * survivors) of every layer, least |w| first; returns how many in each."""
+    masks, counts = get_masks(model), {}
+    for name, layer in prunable_layers(model).items():
+        alive = int(masks[name].count_nonzero())
+        counts[name] = round(exchange * alive)
+        masks[name] = exact_k_mask(layer.weight_orig.detach().abs(), alive - counts[name], masks[name])
+    set_masks(model, masks)
+    return {name: count for name, count in counts.items() if count}
+
+
+def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence, seed: int,
+              spoken_for: Mapping[str, int]) -> dict[str, int]:
+    """How many of `budget` weights each layer gets, by the plan's allocation; spoken_for: of its capacity, beforehand."""
+    if budget < 1:
+        return {}
+    layers = prunable_layers(model)
+    capacities = {name: int((layer.weight_mask == 0).sum()) - spoken_for.get(name, 0) for name, layer in layers.items()}
+    if plan.regrow_allocation == "global":
+        return _by_best_scores(layers, capacities, budget, plan.regrow_rule, evidence)
+    rule = ALLOCATORS["proportional" if plan.regrow_allocation == "layer" else plan.regrow_allocation]
+    drift = evidence.make("drift") if plan.regrow_allocation == "greedy" else None
+    order = sorted(layers, key=lambda name: drift[name]) if drift else list(layers)
+    problem = AllocationProblem(
+        layers=tuple(order), capacities=tuple(capacities[name] for name in order), budget=budget,
+        sizes=tuple(layers[name].weight_mask.numel() for name in order),
+        fan=tuple(sum(layers[name].weight_mask.shape) for name in order),
+        drift=drift and tuple(drift[name] for name in order))
+    return dict(zip(order, rule(problem, generator(seed, "allocation")), strict=True))
+
+
+def _by_best_scores(layers: Mapping[str, nn.Module], capacities: Mapping[str, int], budget: int, rule: str,
+                    evidence: Evidence) -> dict[str, int]:
+    """How many of the network's `budget` best scores lie in each layer; in proportion where a rule has no scores."""
+    selector = SELECTORS[rule]
+    for kind in selector.needs:
+        evidence.make(kind)
+    rankings = [selector.rank(name, layer, evidence) for name, layer in layers.items()]
+    free = [None if ranking is None else ranking.taken == 0 for ranking in rankings]
+    if any(ranking is None for ranking in rankings) or sum(int(one.sum()) for one in free) < budget:
+        return dict(zip(layers, apportion(list(capacities.values()), budget, list(capacities.values())), strict=True))
+    masks = exact_k_masks([ranking.scores for ranking in rankings], budget, free)
+    return {name: int(mask.count_nonzero()) for name, mask in zip(layers, masks, strict=True)}
+
+
+# ---- while training ------------------------------------------------------------------------------------------------
+
+
+class MaskMover(TrainingHook):
+    """Moves the mask of a model while a `Trainer` trains it, by a `MaskPlan`.
+
+    Gradients at pruned positions are those of the training batches themselves. Weights that return have no momentum;
+    pruned ones do not move. `history` has a dict per update: step, epoch, sparsity, survivors, pruned and regrown
+    (positions that changed), then the survivors of every layer. `ever_regrown`: layer -> bool, True where a weight has
+    come back at least once.
+    """
+
+    def __init__(self, model: nn.Module, plan: MaskPlan, seed: int, sample: BatchLoader | None = None,
+                 precision: str = "fp32"):
+        """model: as it stands before training, also the reference of rules that need one; masks are put on.
+        sample: un-augmented images over which drift is measured, for plans that allocate by it."""
+        self.plan, self.seed, self.sample, self.precision = plan, seed, sample, precision
+        self.model, self.reference = model, clone_model(model)
+        add_masks(model)
+        self.total = count_pruned_params(model).total
+        self.ever_regrown = {name: ~torch.ones_like(mask) for name, mask in get_masks(model).items()}
+        self.history: list[dict[str, Any]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._watching = False
+
+    @property
+    def _power(self) -> int:
+        """Of the gradients that the rule looks at: 1, 2 for saliency, 0 where it needs none."""
+        needs = SELECTORS[self.plan.regrow_rule].needs if MASK_SCHEDULES[self.plan.schedule].exchanges else ()
+        return 2 if "saliency" in needs else int("gradient" in needs)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Watches the layers; a training that starts from a denser model than the schedule wants is pruned first."""
+        self._handles = [layer.register_forward_pre_hook(self._watch) for layer in prunable_layers(self.model).values()]
+        if trainer.step == 0:
+            self._update(trainer, self.plan.move(0, trainer.total_steps)._replace(exchange=0.0))
+        trainer.hold_pruned()
+
+    def end(self, trainer: Trainer) -> None:
+        """Stops watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, layer: nn.Module, _: object) -> None:
+        if self._watching and layer.weight.requires_grad:
+            layer.weight.retain_grad()
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Has the gradients of the effective weights kept in the last `evidence_steps` steps before an update."""
+        ahead = self._next_update(trainer) - trainer.step  # the coming step is the ahead-th before it, 1 the last
+        self._watching = self._power > 0 and 0 < ahead <= self.plan.evidence_steps
+
+    def _next_update(self, trainer: Trainer) -> int:
+        """Steps done at the next update; not after `trainer.step` when there is none."""
+        every, last = self.plan.update_every, self.plan.last_update(trainer.total_steps)
+        return min((trainer.step // every + 1) * every, last)
+
+    def on_step(self, trainer: Trainer) -> None:
+        """Gathers evidence, and moves the mask where an update is due."""
+        if self._watching:
+            self._gather()
+        last = self.plan.last_update(trainer.total_steps)
+        if trainer.step == last or (trainer.step < last and trainer.step % self.plan.update_every == 0):
+            self._update(trainer, self.plan.move(trainer.step, trainer.total_steps))
+            self._sums = {}
+            trainer.hold_pruned()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        for name, layer in prunable_layers(self.model).items():
+            grad = getattr(layer.weight, "grad", None)  # None: a layer that never runs
+            grad = torch.zeros_like(layer.weight_orig) if grad is None else grad ** self._power
+            self._sums[name] = grad if name not in self._sums else self._sums[name] + grad
+
+    def _evidence(self) -> Evidence:
+        def saliency() -> dict[str, Tensor]:
+            """g^2 w^2 of the sparse model, at pruned positions by the value that the weight had."""
+            layers = prunable_layers(self.model)
+            return {name: total * layers[name].weight_orig.detach() ** 2 for name, total in self._sums.items()}
+
+        def drift() -> dict[str, float]:
+            maps = [BlockwiseFeatureExtractor(model, list(self.ever_regrown), self.precision).extract(self.sample)
+                    for model in (self.reference, self.model)]
+            return compute_block_ssim(*maps)
+
+        return Evidence(reference=self.reference, gradient=lambda: self._sums, saliency=saliency, drift=drift)
+
+    def _update(self, trainer: Trainer, move: Move) -> None:
+        before = get_masks(self.model)
+        keep, number = round((1.0 - move.sparsity) * self.total), len(self.history) + 1
+        returned = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
+                              seed=derive_seed(self.seed, "mask update"), number=number)
+        self._forget_momentum(trainer.optimizer, returned)
+        after = get_masks(self.model)
+        counts = {name: int(mask.count_nonzero()) for name, mask in after.items()}
+        self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
+        self.history.append({
+            "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
+            "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
+            "pruned": sum(int((before[name] & ~mask).count_nonzero()) for name, mask in after.items()),
+            "regrown": sum(int(mask.count_nonzero()) for mask in returned.values()), **counts})
+
+    @torch.no_grad()
+    def _forget_momentum(self, optimizer: torch.optim.Optimizer, returned: Mapping[str, Tensor]) -> None:
+        for name, layer in prunable_layers(self.model).items():
+            for value in optimizer.state.get(layer.weight_orig, {}).values():
+                if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
+                    value.masked_fill_(returned[name], 0.0)
+
+    def counts(self, trainer: Trainer) -> bool:
+        """Only epochs that end at the target's sparsity may be the best."""
+        return self.history[-1]["survivors"] == round((1.0 - self.plan.target) * self.total)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows so far, gathered gradients, where weights have come back."""
+        return {"history": self.history, "sums": self._sums, "ever_regrown": self.ever_regrown}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; the masks themselves come with the model."""
+        device = next(self.model.parameters()).device
+        self.history = list(state["history"])
+        self._sums, self.ever_regrown = ({name: value.to(device) for name, value in state[key].items()}
+                                         for key in ("sums", "ever_regrown"))
