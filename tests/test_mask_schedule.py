@@ -11,9 +11,7 @@ from torch import nn
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan, cosine_exchange, cubic_sparsity, move_masks
-from utils.pruning import PRUNERS
-from utils.regrowth import INITIALISERS, SELECTORS
-from utils.regrowth import Evidence
+from utils.regrowth import SELECTORS, Evidence
 from utils.training import Recipe, Trainer
 
 RECIPE = Recipe("nesterov", lr=0.05, epochs=3, batch_size=32, weight_decay=5e-4)

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from utils.allocation import ALLOCATORS, AllocationProblem, apportion
-from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
-from utils.data_loader import BatchLoader
-from utils.analysis_utils import BlockwiseFeatureExtractor, compute_block_ssim
-from utils.pruning import PRUNERS, make_pruner
-from utils.regrowth import SELECTORS, WeightRegrowth
-from utils.regrowth import Evidence
+from utils.analysis_utils import (
+    BlockwiseFeatureExtractor,
+    add_masks,
+    clone_model,
+    compute_block_ssim,
+    count_pruned_params,
+    get_masks,
+    prunable_layers,
+    set_masks,
+)
 from utils.common import derive_seed, generator
+from utils.data_loader import BatchLoader
+from utils.pruning import PRUNERS, make_pruner
+from utils.regrowth import SELECTORS, Evidence, WeightRegrowth
 from utils.selection import exact_k_mask, exact_k_masks
 from utils.training import Trainer, TrainingHook
 
