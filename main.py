@@ -16,6 +16,7 @@ from utils.pruning import PRUNERS, weight_pruner_loader
 from utils.run import (
     ArgumentParser,
     add_iteration_options,
+    add_mask_options,
     add_model_option,
     add_overwrite_options,
     add_recipe_options,
@@ -23,6 +24,7 @@ from utils.run import (
     check_iterations,
     finetune_changes,
     fraction,
+    mask_options,
     open_run,
     pretrain_changes,
     script,
@@ -42,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser, PRETRAIN, FINETUNE_ONE_SHOT, f"{FINETUNE_ONE_SHOT.epochs} one-shot, "
                        f"{FINETUNE_ITERATIVE.epochs} for each iteration")
+    add_mask_options(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
     args = parser.parse_args(argv)
@@ -66,21 +69,24 @@ def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
     return replace(PRETRAIN, **pretrain_changes(args)), replace(finetune, **finetune_changes(args))
 
 
-def plan(args: argparse.Namespace) -> list[PruneStep]:
-    """The prunings of the command line, in order."""
+def plan(args: argparse.Namespace, finetune: Recipe) -> list[PruneStep]:
+    """The prunings of the command line, in order; finetune: the recipe after each."""
+    mask = mask_options(args, finetune.epochs)
     if args.pruner == "none":
+        if mask:
+            raise UserError("--pruner none prunes nothing; leave --mask_schedule out, or choose a pruner")
         return []
     if args.iter_end == 1:
-        return stage1.sweep_steps(args.pruner, args.sparsity)
+        return stage1.sweep_steps(args.pruner, args.sparsity, mask)
     rate = args.amount or stage1.rate_towards(args.sparsity[0], args.iter_end)
-    return stage1.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end)
+    return stage1.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end, mask)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrains, prunes, finetunes, reports."""
     args = parse_args(argv)
-    steps = plan(args)
     pretrain_recipe, finetune_recipe = recipes(args)
+    steps = plan(args, finetune_recipe)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner) if steps else None
     keep = {"resume": args.resume, "overwrite": args.overwrite}

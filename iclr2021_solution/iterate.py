@@ -22,6 +22,7 @@ from utils.run import (  # noqa: E402  # noqa: E402
     ArgumentParser,
     Run,
     add_iteration_options,
+    add_mask_options,
     add_model_option,
     add_overwrite_options,
     add_recipe_options,
@@ -29,6 +30,7 @@ from utils.run import (  # noqa: E402  # noqa: E402
     check_iterations,
     count,
     finetune_changes,
+    mask_options,
     open_run,
     pretrain_changes,
     script,
@@ -46,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     pre, post = recipes_of(DEFAULT)
     add_recipe_options(parser, pre, post, f"{post.epochs} for each iteration",
                        f"defaults of tools/modelloaders.py; some may differ for {', '.join(SETTINGS)}")
+    add_mask_options(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
     args = parser.parse_args(argv)
@@ -80,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pretrains if need be, then prunes and finetunes iteration by iteration, and reports."""
     args = parse_args(argv)
     amount, opt_pre, opt_post = settings(args)
-    steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end)
+    mask = mask_options(args, opt_post.epochs)
+    steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end, mask)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner)
     opt_pre, resume_dense = as_it_is(run, args, opt_pre)

@@ -1,15 +1,25 @@
 """Mask schedules: the papers' formulas by hand, hand-computed updates, exact counts, and that nothing moves unasked."""
 from __future__ import annotations
 
+import csv
 import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import main
+from tests.conftest import REPOSITORY, assert_user_error
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
+from utils.common import UserError
 from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan, cosine_exchange, cubic_sparsity, move_masks
 from utils.regrowth import SELECTORS, Evidence
 from utils.training import Recipe, Trainer
@@ -100,8 +110,9 @@ def test_bidirectional_prunes_past_the_target_and_regrows_the_best_of_the_networ
 def test_equal_weights_go_and_come_by_position():
     model = two_layers([1.0, 1.0, 1.0, 1.0], [1.0, 1.0])
     set_masks(model, {"0": torch.tensor([[1, 1, 0, 0]]), "1": torch.tensor([[1, 1]])})
-    move_masks(model, 4, 0.5, MaskPlan("rigl", 0.5, 0.5), gradients([0.0, 1.0, 1.0, 1.0], [0.0, 0.0]), seed=0, number=1)
-    assert active(model) == [[1, 1, 0, 0], [1, 1]]  # the last equal one goes; of three equal gradients the first returns
+    evidence = gradients([0.0, 1.0, 1.0, 1.0], [0.0, 0.0])
+    move_masks(model, 4, 0.5, MaskPlan("rigl", 0.5, 0.5), evidence, seed=0, number=1)
+    assert active(model) == [[1, 1, 0, 0], [1, 1]]  # the last equal one goes; the first gradient returns
 
 
 @pytest.mark.parametrize("allocation", ["layer", "global", *ALLOCATORS])
@@ -206,3 +217,49 @@ def test_an_interrupted_training_ends_in_the_same_bytes(name, small_cnn, tiny_lo
     assert mover.history == second.history
     for key, value in straight.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+# --- as a user runs it ---------------------------------------------------------------------------------------------
+
+SMALL = ["--m_name", "resnet20", "--pruner", "magnitude", "--sparsity", "0.97", "--max_epochs", "1",
+         "--finetune_epochs", "3", "--batch_size", "8", "--device", "cpu", "--val_split", "0.25"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--exchange", "0.2"], "--exchange needs a --mask_schedule: gradual, rigl"),
+    (["--mask_schedule", "gradual", "--regrow_rule", "random"], "--regrow_rule means nothing to --mask_schedule grad"),
+    (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
+    (["--mask_schedule", "rigl", "--pruner", "none"], "--pruner none prunes nothing"),
+])
+def test_contradictions_are_refused_by_name(words, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        main.main([*SMALL, "--root", str(tmp_path), *words])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(image_folder, tmp_path, run_script):
+    words = [*SMALL, "--data_dir", image_folder, "--mask_schedule", "granet", "--update_every", "3"]
+    artifact = "resnet20/ckpt_after_prune/pruned_finetuned_mask_0.97.pth"
+    assert run_script("main.py", *words, "--root", tmp_path / "straight").returncode == 0
+    shutil.copytree(tmp_path / "straight/resnet20/checkpoint", tmp_path / "killed/resnet20/checkpoint")
+    command = [sys.executable, REPOSITORY / "main.py", *words, "--root", tmp_path / "killed"]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stderr:  # a line per epoch; only the finetuning has three
+        if "epoch 2/3" in line:
+            process.kill()
+            break
+    process.wait()
+    assert (tmp_path / "killed" / artifact).with_suffix(".progress.pth").is_file()
+    resumed = run_script("main.py", *words, "--root", tmp_path / "killed", "--resume")
+    assert resumed.returncode == 0 and "continuing after epoch" in resumed.stdout, resumed.stderr
+    assert (tmp_path / "straight" / artifact).read_bytes() == (tmp_path / "killed" / artifact).read_bytes()
+    tables = [(tmp_path / run / artifact).with_name("pruned_finetuned_mask_0.97_mask_updates.csv") for run in
+              ("straight", "killed")]
+    assert tables[0].read_text() == tables[1].read_text() and tables[0].with_suffix(".png").stat().st_size > 1000
+    rows = list(csv.DictReader(tables[0].read_text().splitlines()))
+    assert rows[-1]["survivors"] == "8127" and sum(int(row["regrown"]) for row in rows) > 0
+    card = json.loads((tmp_path / "straight" / artifact).with_suffix(".json").read_text())
+    assert card["config"]["schedule"] == "granet" and card["config"]["mask"]["exchange"] == 0.3
+    refused = run_script("main.py", *words[:-4], "--root", tmp_path / "straight")
+    assert_user_error(refused, "was made with other arguments", "schedule granet (asked: one-shot)")

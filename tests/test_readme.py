@@ -62,6 +62,8 @@ def added(name: str, words: list[str], images: Path) -> list[str]:
     if name == "inspect_checkpoint":
         return ["--epochs", "1", "--device", "cpu"] if "--finetune" in words else []
     few = SMALL[name].split()
+    if "--mask_schedule" in words:  # moves the mask while it finetunes
+        few[few.index("--finetune_epochs") + 1] = "1"
     if name in ONE and ONE[name][0] not in words:
         few += ONE[name]
     return [*few, "--data_dir", str(images), "--device", "cpu", "--precision", "fp32"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ from utils.training import Trainer, TrainingHook
 
 
 class Move(NamedTuple):
-    """What a schedule wants of an update: the sparsity after it, and the fraction of the survivors that is exchanged."""
+    """What a schedule wants of an update: the sparsity after it, and the fraction of the survivors that changes places.
+    """
 
     sparsity: float
     exchange: float = 0.0
@@ -46,14 +47,15 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """A schedule with all that it needs to know; JSON-able by `as_dict`.
+    """A schedule with all that it needs to know.
 
     schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
     which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase).
     update_until: fraction of the training after which the mask stays. exchange: fraction of the survivors that changes
-    places in the first update. regrow_rule, regrow_values: which weights return, and with what value. regrow_allocation:
-    'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the network), or a name of
-    `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are averaged.
+    places in the first update. regrow_rule, regrow_values: which weights return, and with what value.
+    regrow_allocation: 'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the
+    network), or a name of `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are
+    averaged.
     """
 
     schedule: str
@@ -67,10 +69,6 @@ class MaskPlan:
     regrow_allocation: str = "layer"
     regrow_values: str = "zero"
     evidence_steps: int = 1
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for run cards and for comparing runs."""
-        return asdict(self)
 
     def last_update(self, total_steps: int) -> int:
         """Number of steps after which the mask moves for the last time."""
@@ -111,26 +109,31 @@ def _acdc(plan: MaskPlan, t: float, number: int) -> Move:
 class MaskSchedule(NamedTuple):
     """A schedule: what it wants at t in [0, 1] and update `number` (from 0, before training), and its own defaults.
 
-    exchanges: whether weights return under it, so that the options of regrowth mean something.
+    ignores: fields of the plan that mean nothing to it.
     """
 
     move: Callable[[MaskPlan, float, int], Move]
     defaults: Mapping[str, Any]
-    exchanges: bool = True
+    ignores: tuple[str, ...] = ()
 
 
 MASK_SCHEDULES: dict[str, MaskSchedule] = {
     # Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878
-    "gradual": MaskSchedule(_gradual, {}, exchanges=False),
+    "gradual": MaskSchedule(_gradual, {}, ignores=("exchange", "regrow_rule", "regrow_allocation", "regrow_values",
+                                                     "evidence_steps")),
     # Evci et al., "Rigging the lottery", ICML 2020: constant sparsity, grown by |gradient|, returning at zero
     "rigl": MaskSchedule(_rigl, {"update_until": 0.75}),
     # Liu et al., "Sparse training via boosting pruning plasticity with neuroregeneration", NeurIPS 2021
     "granet": MaskSchedule(_granet, {}),
     # Peste et al., "AC/DC: Alternating compressed/decompressed training", NeurIPS 2021
-    "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"}),
+    "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
+                         ignores=("exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
     # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation
     "bidirectional": MaskSchedule(_granet, {"regrow_rule": "saliency", "regrow_allocation": "global"}),
 }
+
+MASK_FIELDS = ("update_every", "update_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values",
+               "evidence_steps")  # of a plan, that are free to choose
 
 # ---- one update ----------------------------------------------------------------------------------------------------
 
@@ -184,7 +187,8 @@ def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
 
 def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence, seed: int,
               spoken_for: Mapping[str, int]) -> dict[str, int]:
-    """How many of `budget` weights each layer gets, by the plan's allocation; spoken_for: of its capacity, beforehand."""
+    """How many of `budget` weights each layer gets, by the plan's allocation; spoken_for: what its capacity already has
+    to give."""
     if budget < 1:
         return {}
     layers = prunable_layers(model)
@@ -245,7 +249,8 @@ class MaskMover(TrainingHook):
     @property
     def _power(self) -> int:
         """Of the gradients that the rule looks at: 1, 2 for saliency, 0 where it needs none."""
-        needs = SELECTORS[self.plan.regrow_rule].needs if MASK_SCHEDULES[self.plan.schedule].exchanges else ()
+        ignored = "regrow_rule" in MASK_SCHEDULES[self.plan.schedule].ignores
+        needs = () if ignored else SELECTORS[self.plan.regrow_rule].needs
         return 2 if "saliency" in needs else int("gradient" in needs)
 
     def begin(self, trainer: Trainer) -> None:
@@ -325,6 +330,10 @@ class MaskMover(TrainingHook):
             for value in optimizer.state.get(layer.weight_orig, {}).values():
                 if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
                     value.masked_fill_(returned[name], 0.0)
+
+    def shares_regrown(self) -> dict[str, float]:
+        """The share of each layer's weights, in [0, 1], that have come back at least once."""
+        return {name: ever.float().mean().item() for name, ever in self.ever_regrown.items()}
 
     def counts(self, trainer: Trainer) -> bool:
         """Only epochs that end at the target's sparsity may be the best."""

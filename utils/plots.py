@@ -281,6 +281,40 @@ def _draw_allocation(axes: Axes, problem: AllocationProblem, allocation: Sequenc
              title="best allocation, layers by SSIM (in brackets), lowest first")
 
 
+def plot_mask_updates(updates: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any]],
+                      regrown: Mapping[str, float], path: Path, title: str) -> None:
+    """Left: sparsity after every update of the mask, and validation accuracy, over epochs; right: by layer, the share
+    of the weights that have come back at least once, and the density in the end.
+
+    updates: `utils.mask_schedule.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> share in [0, 1].
+    """
+    figure = new_figure(figsize=(12, max(4.5, 0.24 * len(regrown) + 1.2)), layout="constrained")
+    figure.suptitle(title)
+    halves = figure.subfigures(1, 2)
+    left, right = (half.subplots() for half in halves)
+    left.step([row["epoch"] for row in updates], [100 * row["sparsity"] for row in updates], where="post", color="C0",
+              label="sparsity (left axis)")
+    left.set(xlabel="epoch", ylabel="sparsity (% of prunable weights)")
+    accuracy = left.twinx()
+    accuracy.plot([row["epoch"] for row in epochs], [row["val_acc"] for row in epochs], color="C1", marker=".",
+                  linestyle="--", label="validation accuracy (right axis)")
+    accuracy.set_ylabel("validation accuracy (%)")
+    left.grid(alpha=0.3)
+    handles = [axes.get_legend_handles_labels() for axes in (left, accuracy)]
+    halves[0].legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="outside lower center", ncols=2,
+                     fontsize=8)
+    places, names = np.arange(len(regrown)), list(regrown)
+    right.barh(places, [100 * regrown[name] for name in names], color="C0", label="came back at least once")
+    sizes = {name: updates[-1][name] for name in names}
+    right.plot([100 * sizes[name] / max(1, sum(sizes.values())) for name in names], places, "k|", markersize=8,
+               label="of all survivors, those in this layer")
+    right.set_yticks(places, [printable(name) for name in names], fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="%", xlim=(0, None), title="by layer: % of its weights that came back; % of all survivors in it")
+    _legend_of_half(halves[1])
+    save_figure(figure, path)
+
+
 def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], path: Path,
                       title: str) -> None:
     """Four panels: SSIM against the final and the immediate gain with trend and p, gain by layer in SSIM order, and

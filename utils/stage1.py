@@ -15,11 +15,13 @@ from torch import nn
 from utils import checkpoint, plots
 from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
 from utils.common import UserError, derive_seed, note, one_line
+from utils.mask_schedule import MaskMover, MaskPlan
 from utils.run import Run
 from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
 
 Pruner = Callable[..., None]
+DRIFT_IMAGES = 500  # over which a mask schedule measures drift
 
 
 @dataclass
@@ -40,6 +42,7 @@ class PruneStep:
     iteration: int
     sparsity: float
     previous: float = 0.0  # nominal sparsity of the checkpoint that the step starts from; 0: the dense model
+    mask: Mapping[str, Any] | None = None  # schedule of the mask while finetuning (`run.mask_options`); None: fixed
 
 
 def rate_towards(sparsity: float, iterations: int) -> float:
@@ -47,22 +50,31 @@ def rate_towards(sparsity: float, iterations: int) -> float:
     return 1.0 - (1.0 - sparsity) ** (1.0 / iterations)
 
 
-def sweep_steps(pruner: str, sparsities: Iterable[float]) -> list[PruneStep]:
-    """One-shot prunings of the dense model, by sparsity. Raises UserError if two would share a file."""
-    steps = [PruneStep(pruner, "one-shot", 1, sparsity) for sparsity in sorted(sparsities)]
+def sweep_steps(pruner: str, sparsities: Iterable[float],
+                mask: Mapping[str, Any] | None = None) -> list[PruneStep]:
+    """Prunings of the dense model, one-shot or by a mask schedule, by sparsity.
+
+    Raises UserError if two would share a file.
+    """
+    schedule = mask["schedule"] if mask else "one-shot"
+    steps = [PruneStep(pruner, schedule, 1, sparsity, mask=mask) for sparsity in sorted(sparsities)]
     _check_names([step.sparsity for step in steps], "give values of --sparsity that are further apart")
     return steps
 
 
-def iterative_steps(pruner: str, amount: float, start: int, end: int) -> list[PruneStep]:
+def iterative_steps(pruner: str, amount: float, start: int, end: int,
+                    mask: Mapping[str, Any] | None = None) -> list[PruneStep]:
     """Iterations start..end, each removing `amount` of the surviving weights: sparsity 1 - (1 - amount)^i after i.
+
+    mask: of each iteration's finetuning.
 
     Raises UserError if two would share a file, or the first that of the iteration before.
     """
     def after(iteration: int) -> float:
         return 1.0 - (1.0 - amount) ** iteration
     _check_names([after(i) for i in range(max(1, start - 1), end + 1)], "take fewer iterations or another rate")
-    return [PruneStep(pruner, "iterative", i, after(i), after(i - 1)) for i in range(start, end + 1)]
+    schedule = f"iterative {mask['schedule']}" if mask else "iterative"
+    return [PruneStep(pruner, schedule, i, after(i), after(i - 1), mask) for i in range(start, end + 1)]
 
 
 def _check_names(sparsities: Sequence[float], remedy: str) -> None:
@@ -87,7 +99,7 @@ def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, opt
     model = run.new_model()
     total = count_pruned_params(model).total
     for step in steps:
-        single = step.schedule == "one-shot"
+        single = not step.previous
         asked = f"{option} {step.sparsity:.12g}" if single else f"{option}: iteration {step.iteration}"
         weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
     prune_to(model, steps[-1].sparsity, pruner, announce=False)
@@ -143,7 +155,8 @@ def _parent_path(run: Run, step: PruneStep) -> Path:
 
 def _prune_config(run: Run, step: PruneStep, recipe: Recipe, parent: str | None) -> dict[str, Any]:
     """What determines a pruned artifact; parent: digest of the checkpoint that it starts from."""
-    return {"stage": "prune", **run.identity(), **vars(step), "parent": parent, "recipe": recipe.as_dict()}
+    fields = {name: value for name, value in vars(step).items() if name != "mask" or value}
+    return {"stage": "prune", **run.identity(), **fields, "parent": parent, "recipe": recipe.as_dict()}
 
 
 def dense_stage(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Stage:
@@ -202,16 +215,23 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
         return _reuse(run, stage)
     model = clone_model(parent.model)
     seed = derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
-    prune_to(model, step.sparsity, pruner, seed)
-    after_prune = evaluate(model, run.val, run.precision).accuracy
-    label = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}"
-    print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning {after_prune:.2f} %")
+    label, facts, mover = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}", {}, None
+    if step.mask:
+        mover = mask_mover(run, model, step, seed)
+        label = f"{step.mask['schedule']}, {label}"
+    else:
+        prune_to(model, step.sparsity, pruner, seed)
+        facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
+        print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning "
+              f"{facts['val_acc_after_pruning']:.2f} %")
     trainer = Trainer(model, run.train, run.val, recipe, seed=finetuning_seed(run, step.iteration),
-                      precision=run.precision)
+                      precision=run.precision, hook=mover)
     result = stage.fit(trainer, label)
+    if mover:
+        facts["mask_updates"] = write_mask_updates(mover, trainer, artifact, label)
     stage.finish(model.state_dict(), run.card(
-        **describe(model, result.accuracy), val_acc_after_pruning=after_prune, epochs=result.epochs,
-        best_epoch=result.best_epoch, seconds=trainer.seconds))
+        **describe(model, result.accuracy), **facts, epochs=result.epochs, best_epoch=result.best_epoch,
+        seconds=trainer.seconds))
     run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
 
@@ -219,6 +239,21 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
 def finetuning_seed(run: Run, iteration: int = 1) -> int:
     """Of the order of the images in a finetuning: every model of a seed that is compared sees them alike."""
     return derive_seed(run.seed, "finetune", iteration)
+
+
+def mask_mover(run: Run, model: nn.Module, step: PruneStep, seed: int) -> MaskMover:
+    """The hook that moves the model's mask from its sparsity of now to that of the step."""
+    plan = MaskPlan(start=count_pruned_params(model).sparsity, target=step.sparsity, pruner=step.pruner, **step.mask)
+    sample = run.train.balanced_sample(DRIFT_IMAGES, DRIFT_IMAGES, derive_seed(run.seed, "evidence"))
+    return MaskMover(model, plan, seed, sample, run.precision)
+
+
+def write_mask_updates(mover: MaskMover, trainer: Trainer, artifact: Path, title: str) -> str:
+    """CSV and figure of every update of the mask, beside the artifact; returns the table's name."""
+    table = artifact.with_name(f"{artifact.stem}_mask_updates.csv")
+    checkpoint.save_csv(mover.history, table)
+    plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"), title)
+    return table.name
 
 
 def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True) -> None:
