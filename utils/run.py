@@ -59,7 +59,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _has_many_choices(action: argparse.Action) -> bool:
     """Whether the choices would make a word too long for a line; the help names them instead."""
-    return action.metavar is None and len(",".join(action.choices or ())) > (20 if action.nargs == "+" else 40)
+    return action.metavar is None and len(",".join(action.choices or ())) > (20 if action.nargs == "+" else 36)
 
 
 class ArgumentParser(argparse.ArgumentParser):
