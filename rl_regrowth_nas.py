@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Sequence
 
 from utils import stage2
-from utils.methods import METHODS
-from utils.run import open_run, parse_regrowth_args, regrowth_parser, script
+from utils.methods import METHODS, parse_regrowth_args, regrowth_parser
+from utils.run import open_run, script
 
 METHOD = METHODS["reference"]
 

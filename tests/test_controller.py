@@ -14,7 +14,8 @@ from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import UserError
 from utils.controller import Ladder, RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
-from utils.run import regrowth_parser, search_config
+from utils.methods import regrowth_parser
+from utils.stage2 import search_config
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
 

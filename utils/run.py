@@ -20,14 +20,13 @@ from torch import nn
 from utils.allocation import ALLOCATORS
 from utils.checkpoint import dense_path, ensure_writable, progress_path, read_card
 from utils.common import PRECISIONS, UserError, derive_seed, one_line, resolve_precision
-from utils.controller import Ladder, SearchConfig
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, MaskPlan
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.regrowth import INITIALISERS, SELECTORS
-from utils.training import FINETUNE_FINAL, FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
+from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -434,103 +433,3 @@ def finetune_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def _given(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
-    """A parser with everything but the method's own options; read it with `parse_regrowth_args`."""
-    parser = ArgumentParser(description)
-    add_model_option(parser)
-    _add_start(parser)
-    _add_search(parser)
-    group = parser.add_argument_group("final finetuning")
-    group.add_argument("--finetune_epochs", type=count, default=FINETUNE_FINAL.epochs,
-                       help="epochs after the weights have returned (AdamW)")
-    group.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr,
-                       help="learning rate, also of the mini-finetuning in the search")
-    group.add_argument("--finetune_schedule", choices=list(SCHEDULES), default=FINETUNE_FINAL.schedule,
-                       help="learning rate over these epochs (the mini-finetuning's is constant)")
-    group.add_argument("--patience", type=positive_int, default=FINETUNE_FINAL.patience,
-                       help="epochs without a better validation accuracy before it stops")
-    add_run_options(parser)
-    group = parser.add_argument_group("artifacts")
-    group.add_argument("--save_dir", type=Path, help=f"default: {save_dir}/{{m_name}} under --root")
-    group.add_argument("--save_freq", type=positive_int, default=1, help="controller updates between two checkpoints")
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", nargs="?", const="latest", metavar="FILE",
-                        help="continue an interrupted run, from this controller checkpoint or from the latest")
-    either.add_argument("--overwrite", action="store_true", help="redo steps whose artifacts exist already")
-    return parser
-
-
-def _add_start(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("regrowth")
-    group.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the checkpoint to start from")
-    group.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
-                       help="insist on a kind of starting checkpoint, or name a file; default: the one that is there")
-    amount = group.add_mutually_exclusive_group()
-    amount.add_argument("--target_sparsity", type=fraction,
-                        help="sparsity after the last step, instead of --regrow_step")
-    amount.add_argument("--regrow_step", type=fraction, default=0.02,
-                        help="weights that return in a step, as a fraction of all prunable weights")
-    group.add_argument("--regrow_iterations", type=positive_int, default=1,
-                       help="steps, each from the model that the one before left")
-    group.add_argument("--target_layers", nargs="+", metavar="NAME",
-                       help="layers that weights may return to, by name or pattern; default: all")
-    group.add_argument("--max_ratio", type=unit_interval, default=1.0,
-                       help="largest fraction of a layer's pruned weights that may return in a step")
-    group.add_argument("--ssim_batches", type=positive_int, default=10,
-                       help="batches of 500 training images over which drift is measured")
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    group, default = parser.add_argument_group("search"), SearchConfig()
-    group.add_argument("--allocation", choices=["rl", *ALLOCATORS], default="rl",
-                       help="how many weights each layer gets: the controller's search, or a rule")
-    group.add_argument("--search_budget", type=count, default=default.search_budget,
-                       help="training epochs over all episodes; 0 for no limit")
-    group.add_argument("--mini_finetune_epochs", type=positive_int, nargs="+", default=list(default.rungs),
-                       help="epochs of an episode; several: all episodes get the first, the best third the next, ... "
-                       "(published: 50)")
-    group.add_argument("--no_warm_start", dest="warm_start", action="store_false",
-                       help="do not try the deterministic rules as first candidates (published)")
-    group.add_argument("--num_epochs", type=positive_int, default=default.num_epochs, help="controller updates")
-    group.add_argument("--batch_size", type=positive_int, default=default.batch_size,
-                       help="episodes per controller update")
-    group.add_argument("--learning_rate", type=positive_float, default=default.learning_rate, help="of the controller")
-    group.add_argument("--hidden_size", type=positive_int, default=default.hidden_size, help="of its LSTM cell")
-    group.add_argument("--action_space_size", type=positive_int, default=default.action_space_size,
-                       help="ratios that it chooses from")
-    group.add_argument("--reward_temperature", type=positive_float, default=default.reward_temperature,
-                       help="accuracy (fraction) above the baseline that counts as an advantage of 1")
-    group.add_argument("--start_beta", type=float, default=default.start_beta, help="entropy bonus at the start")
-    group.add_argument("--end_beta", type=float, default=default.end_beta, help="entropy bonus at the end")
-    group.add_argument("--decay_fraction", type=unit_interval, default=default.decay_fraction,
-                       help="fraction of the updates over which the entropy bonus falls")
-
-
-def search_config(args: argparse.Namespace) -> SearchConfig:
-    """The command line's search options; UserError for values that make no sense."""
-    return SearchConfig(
-        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
-        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
-        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None, warm_start=args.warm_start)
-
-
-def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; UserError for values that contradict each other."""
-    return check_regrowth_args(parser.parse_args(argv))
-
-
-def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:
-    config = search_config(args)  # raises on values that do not go together
-    if args.allocation == "rl":
-        Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)  # raises where it pays no batch
-    if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
-            and args.starting_checkpoint in (None, "oneshot", "iterative"):
-        raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "
-                        f"{args.start_sparsity}; regrowth makes a model denser")
-    if args.max_ratio == 0:
-        raise UserError("--max_ratio 0 lets no weight return; use a fraction up to 1")
-    return args

@@ -27,7 +27,7 @@ from utils.analysis_utils import (
     prunable_layers,
 )
 from utils.common import Progress, UserError, derive_seed, generator
-from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient
+from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig
 from utils.data_loader import BatchLoader
 from utils.regrowth import (
     BEST_ENTRIES,
@@ -40,7 +40,7 @@ from utils.regrowth import (
     regrowth_budget,
     target_layers,
 )
-from utils.run import Run, prerequisite, search_config
+from utils.run import Run, prerequisite
 from utils.stage import Stage, differences, hold_folder
 from utils.stage1 import Outcome
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
@@ -452,6 +452,16 @@ def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str,
                         "them with --resume, or use --overwrite to search anew")
     search.load_state_dict(state["search"])
     print(f"continuing the search of {path} after {search.epoch} updates")
+
+
+def search_config(args: argparse.Namespace) -> SearchConfig:
+    """The command line's search options; UserError for values that make no sense."""
+    return SearchConfig(
+        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
+        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
+        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
+        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
+        search_budget=args.search_budget or None, warm_start=args.warm_start)
 
 
 def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
