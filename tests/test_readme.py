@@ -32,7 +32,7 @@ SMALL = {  # script -> what makes a line of it small
     "inspect_checkpoint": "", "quick_benchmark": "--num_images 200 --num_runs 1",
     "benchmark_regrowth_methods": "--num_images 200 --num_runs 1",
     "single_layer_regrowth_analysis": "--finetune_epochs 0 --ssim_batches 1 --layers layer3.*",
-    "utils.saliency_analysis": "--samples_per_class 1 --probes 1",
+    "utils.saliency_analysis": "--samples_per_class 1",
 }
 ONE = {"experiments.matched_compute": ("--arms", "proportional+reference"),  # one of several, unless a line chooses
        "utils.saliency_analysis": ("--measure", "gradient")}

@@ -349,9 +349,9 @@ def plot_single_layer(layers: Sequence[Mapping[str, Any]], results: Sequence[Map
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8, zorder=0.9)
     dot = {"marker": "o", "linestyle": "none"}
-    figure.legend(handles=[_key( color="C0", label="layer that took the whole budget", **dot),
-                           _key( color="C1", label="layer capped by its capacity: took fewer weights", **dot),
-                           _key( color="C3", linestyle="--", label="least-squares line")],
+    figure.legend(handles=[_key(color="C0", label="layer that took the whole budget", **dot),
+                           _key(color="C1", label="layer capped by its capacity: took fewer weights", **dot),
+                           _key(color="C3", linestyle="--", label="least-squares line")],
                   loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
@@ -431,10 +431,10 @@ def plot_differences(results: Sequence[Mapping[str, Any]], path: Path, title: st
     axes.grid(alpha=0.3, axis="x")
     figure.suptitle(title, fontsize=11)
     black = {"color": "k", "label": "mean", "marker": "o", "linestyle": "none"}
-    handles = [_key( **black)]
+    handles = [_key(**black)]
     if any(np.isfinite(row["t_low"]) for row in results):
-        handles += [_key( color="k", linewidth=1, marker="|", label="95 % t interval (decides the verdict)"),
-                    _key( color="k", linewidth=5, alpha=0.5, label="95 % bootstrap interval")]
+        handles += [_key(color="k", linewidth=1, marker="|", label="95 % t interval (decides the verdict)"),
+                    _key(color="k", linewidth=5, alpha=0.5, label="95 % bootstrap interval")]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8,
                   title=None if len(handles) > 1 else "one seed: no interval, so no verdict is possible",
                   title_fontsize=8)
@@ -466,12 +466,10 @@ def plot_tables(results: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     save_figure(figure, path)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+# --- saliency by layer and class -----------------------------------------------------------------------------------
 
 Rows = Sequence[dict[str, Any]]
 LOWEST = 1e-8  # of the largest value: where a log axis ends at the latest
-LINEAR = 1e-3  # of the largest value: the axis of a signed measure is linear up to about here
 CELLS_WITH_NUMBERS = 600  # a larger heat map is legible by its colours only
 
 
@@ -486,15 +484,11 @@ def _table(rows: Rows, key: str) -> np.ndarray:
 
 
 def _saliency_axis(axes: Axes, *tables: np.ndarray) -> None:
-    """A log y axis for the tables' numbers; symmetric, with a linear part around zero, if some are negative."""
+    """A log y axis for the tables' numbers, none of which is negative."""
     values = np.concatenate([table.ravel() for table in tables])
-    values = values[np.isfinite(values) & (values != 0)]
-    largest = np.abs(values).max(initial=0) or 1.0
-    if (values < 0).any():
-        axes.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(LINEAR * largest)))
-        axes.axhline(0, color="0.5", linewidth=0.6)
-    else:
-        axes.set(yscale="log", ylim=(max(values.min(initial=largest), LOWEST * largest) / 1.5, 1.5 * largest))
+    values = values[np.isfinite(values) & (values > 0)]
+    largest = values.max(initial=0) or 1.0
+    axes.set(yscale="log", ylim=(max(values.min(initial=largest), LOWEST * largest) / 1.5, 1.5 * largest))
 
 
 def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
@@ -525,7 +519,7 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
         axes.tick_params("x", labelrotation=90, labelbottom=number + columns >= len(layers))
     figure.supylabel(label, fontsize=9, x=0.05 / width)
     figure.suptitle(f"{title}\nlayers (active weights); dot: median, thick: 25–75 %, thin: 5–95 % of the weights\n"
-                    "an axis for each row of panels; on a log axis, bars that reach the bottom go on to zero",
+                    "an axis for each row of panels; lines that reach the bottom go on to zero",
                     fontsize=9, y=1 - 0.1 / height)
     save_figure(figure, path)
 
@@ -533,9 +527,7 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
 def _draw_bands(axes: Axes, quantiles: dict[str, np.ndarray]) -> None:
     places = np.arange(len(quantiles["median"]))
     for low, high, width, color in (("q05", "q95", 1.0, "0.55"), ("q25", "q75", 4.0, "C0")):
-        ends = quantiles[low], quantiles[high]
-        if axes.get_yscale() == "log":  # zero has no place there
-            ends = [np.maximum(end, axes.get_ylim()[0]) for end in ends]
+        ends = [np.maximum(quantiles[end], axes.get_ylim()[0]) for end in (low, high)]  # zero has no place on the axis
         axes.vlines(places, *ends, color=color, linewidth=width)
     axes.plot(places, quantiles["median"], linestyle="none", marker="o", markersize=2.5, color="k")
     axes.grid(axis="y", alpha=0.3)
@@ -553,12 +545,7 @@ def plot_layer_means(rows: Rows, path: Path, title: str, label: str) -> None:
     for number, name in enumerate(classes):
         color = colors(number if len(classes) <= 10 else number / (len(classes) - 1))
         axes.plot(means[:, number], color=color, linewidth=1, marker=".", markersize=4, label=name)
-    overall = means.mean(axis=1)
-    axes.plot(overall, color="k", linewidth=2, label="mean of classes")
-    if "mean_error" in rows[0]:
-        error = np.sqrt((_table(rows, "mean_error") ** 2).sum(axis=1)) / len(classes)
-        axes.fill_between(range(len(layers)), overall - error, overall + error, color="k", alpha=0.2,
-                          label="± standard error")
+    axes.plot(means.mean(axis=1), color="k", linewidth=2, label="mean of classes")
     axes.set_ylabel(f"mean over a layer's weights: {label}")
     axes.set_title(title, fontsize=10)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
@@ -568,32 +555,24 @@ def plot_layer_means(rows: Rows, path: Path, title: str, label: str) -> None:
 
 
 def plot_heat_map(rows: Rows, path: Path, title: str) -> None:
-    """Layers by classes: mean saliency for the class over the layer's mean absolute value for all classes."""
+    """Layers by classes: mean saliency for the class over the layer's mean for all classes."""
     (layers, classes), means = _names(rows), _table(rows, "mean")
-    scale = np.abs(means).mean(axis=1, keepdims=True)
+    scale = means.mean(axis=1, keepdims=True)
     relative = np.divide(means, scale, out=np.full_like(means, np.nan), where=scale > 0)
     figure = new_figure(figsize=(max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)),
                         layout="constrained")
     axes = figure.subplots()
-    signed = bool((relative < 0).any())
-    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=-2 if signed else 0, vmax=2)
+    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.set_title(title, fontsize=10)
     if relative.size <= CELLS_WITH_NUMBERS:
-        _write_numbers(axes, relative, middle=0.0 if signed else 1.0, reach=2.0 if signed else 1.0)
-    label = "class mean / layer's mean absolute value" if signed else "class mean / layer mean (1: the average class)"
-    beyond = bool((relative < -2).any()), bool((relative > 2).any())
-    extend = {(False, False): "neither", (False, True): "max", (True, False): "min", (True, True): "both"}[beyond]
-    figure.colorbar(image, label=label, extend=extend)
+        for (line, column), value in np.ndenumerate(relative):
+            axes.text(column, line, _short(value), ha="center", va="center", fontsize=6,
+                      color="w" if abs(value - 1) > 0.65 else "k")  # white on the dark ends of the scale
+    figure.colorbar(image, label="class mean / layer mean (1: the average class)",
+                    extend="max" if (relative > 2).any() else "neither")
     save_figure(figure, path)
-
-
-def _write_numbers(axes: Axes, values: np.ndarray, middle: float, reach: float) -> None:
-    """Each cell's number, white on the dark colours that lie far from the middle of the scale."""
-    for (line, column), value in np.ndenumerate(values):
-        axes.text(column, line, _short(value), ha="center", va="center", fontsize=6,
-                  color="w" if abs(value - middle) > 0.65 * reach else "k")
 
 
 def _short(value: float) -> str:

@@ -2,20 +2,20 @@
 and class, and the weights that only few classes need.
 
 Run as ``python -m utils.saliency_analysis --m_name resnet20`` from the repository; works on the dense checkpoint of
-`main.py` or, with --checkpoint, on any dense or pruned one. Measures: see `utils.saliency_analysis`.
+`main.py` or, with --checkpoint, on any dense or pruned one. Measures: first order, mean |g|, and Fisher, mean g²θ²,
+from the gradient g of each image's own loss.
 """
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from utils import checkpoint, plots, stage1
@@ -38,32 +38,28 @@ from utils.run import (
 MEASURES = {  # name -> axis label; losses are in nats
     "gradient": "mean |g| (nats per unit of weight)",
     "fisher": "mean g²θ² (nats²)",
-    "hessian": "½Hθ² (nats)",
 }
 PER_IMAGE: dict[str, Callable[[Tensor], Tensor]] = {"gradient": torch.abs, "fisher": torch.square}
 CHUNK_MEMORY = 1 << 30  # bytes that the per-image gradients of a chunk may take; VGG16 then stays under 4 GB in all
 LARGEST_CHUNK = 64  # images; larger chunks are not faster
-PROBE_GROUP = 8  # images of a class that share a Rademacher vector; smaller groups: more vectors for a class
+QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 Loader = Iterable[tuple[Tensor, Tensor]]
 Weights = dict[str, Tensor]
+Row = dict[str, Any]
+
+# --- saliency of every weight for every class -----------------------------------------------------------------------
 
 
-@dataclass
-class ClassSaliency:
+class ClassSaliency(NamedTuple):
     """One measure for all classes.
 
     matrices: layer -> float32 (classes, weights of the layer), weights in row-major order; images: images seen per
-    class. Of `hessian` alone: probes: Rademacher vectors per class; noise: layer -> per class, the RMS standard error
-    of the weights' estimates over their RMS value (near 1: mostly noise); mean_error: layer -> per class, the standard
-    error of the mean over the layer's weights. Both errors come from the spread over the vectors and their images.
+    class.
     """
 
     measure: str
     matrices: Weights
     images: list[int]
-    probes: list[int] | None = None
-    noise: dict[str, list[float]] = field(default_factory=dict)
-    mean_error: dict[str, list[float]] = field(default_factory=dict)
 
 
 class WeightFunction:
@@ -91,10 +87,6 @@ class WeightFunction:
         def loss_of_one(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
             return self.losses(weights, image[None], target[None])[0]
         return vmap(grad(loss_of_one), in_dims=(None, 0, 0))(self.weights, inputs, targets)
-
-    def zeros(self, num_classes: int) -> Weights:
-        """layer -> (num_classes, weights) of zeros."""
-        return {name: weight.new_zeros(num_classes, weight.numel()) for name, weight in self.weights.items()}
 
     def chunk_size(self, image: Tensor, memory: int = CHUNK_MEMORY) -> int:
         """Images whose gradients fit in `memory` bytes together, at least 1; image: one input (1, C, H, W).
@@ -135,9 +127,10 @@ def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
     a progress bar. The row of a class without images is zero. Raises ValueError for an empty loader.
     """
     network = WeightFunction(model)
-    sums = {measure: network.zeros(num_classes) for measure in measures}
+    sums = {measure: {name: weight.new_zeros(num_classes, weight.numel()) for name, weight in network.weights.items()}
+            for measure in measures}
     images = torch.zeros(num_classes, dtype=torch.int64, device=network.device)
-    with _progress(loader, "gradients", show) as progress:
+    with Progress("images, gradients", getattr(loader, "num_images", None), show=show) as progress:
         for inputs, targets in loader:
             chunk = chunk or network.chunk_size(inputs[:1])
             for part, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
@@ -145,8 +138,13 @@ def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
                 _add_rows(sums, gradients, labels)
                 images += labels.bincount(minlength=num_classes)
                 progress.advance(len(labels))
+    if not images.any():
+        raise ValueError("the loader gave no image")
     for measure, matrices in sums.items():
-        _average(matrices, images, network.weights if measure == "fisher" else {})
+        for name, matrix in matrices.items():
+            matrix /= images.clamp_min(1)[:, None]
+            if measure == "fisher":
+                matrix *= network.weights[name].square().flatten()
     return {measure: ClassSaliency(measure, matrices, images.tolist()) for measure, matrices in sums.items()}
 
 
@@ -157,117 +155,6 @@ def _add_rows(sums: Mapping[str, Weights], gradients: Weights, labels: Tensor) -
         for measure, matrices in sums.items():
             matrices[name].index_add_(0, labels, PER_IMAGE[measure](rows))
 
-
-def _average(matrices: Weights, images: Tensor, weights: Weights) -> None:
-    """Sums to means over the images of a class, in place; layers in `weights` are also multiplied by theta^2."""
-    if not images.any():
-        raise ValueError("the loader gave no image")
-    for name, matrix in matrices.items():
-        matrix /= images.clamp_min(1)[:, None]
-        if name in weights:
-            matrix *= weights[name].square().flatten()
-
-
-def _progress(loader: Loader, label: str, show: bool) -> Progress:
-    return Progress(f"images, {label}", getattr(loader, "num_images", None), show=show)
-
-
-# --- the Hessian's diagonal ----------------------------------------------------------------------------------------
-
-
-def diagonal_probes(loss: Callable[[Weights], Tensor], weights: Weights, probes: int,
-                    generator: torch.Generator) -> Iterator[Weights]:
-    """`probes` times z * (H z), H the Hessian of the scalar `loss` at `weights`, z a fresh vector of random signs.
-
-    Each is an unbiased estimate of H's diagonal, exact where H is diagonal (Hutchinson 1990; Bekas et al., "An
-    estimator for the diagonal of a matrix", 2007). Same shapes as the weights; the generator is on their device.
-    """
-    _, pull_back = vjp(grad(loss), weights)
-    for _ in range(probes):
-        signs = {name: _random_signs(weight, generator) for name, weight in weights.items()}
-        (products,) = pull_back(signs)
-        yield {name: signs[name] * products[name] for name in weights}
-
-
-def _random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """-1 and 1 with equal probability, in the tensor's shape and on its device."""
-    return torch.empty(like.shape, device=like.device).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-
-
-def hessian_saliency(model: nn.Module, loader: Loader, num_classes: int, *, probes: int = 1, seed: int = 0,
-                     group: int = PROBE_GROUP, show: bool = False) -> ClassSaliency:
-    """1/2 H theta^2 of all classes in one pass over the data; H by Hutchinson's method.
-
-    Every `group` images of a class get `probes` Rademacher vectors of their own, so that a class of n images averages
-    over about probes * n / group of them. loader: as of `gradient_saliency`; batches sorted by class give full groups.
-    The row of a class without images is zero. Raises ValueError for an empty loader.
-    """
-    network = WeightFunction(model)
-    sums = _ProbeSums(network, num_classes)
-    signs = torch.Generator(network.device).manual_seed(derive_seed(seed, "hutchinson"))
-    with _progress(loader, "hessian", show) as progress:
-        for label, part, targets in _class_groups(loader, group):
-            def loss(weights: Weights, part: Tensor = part, targets: Tensor = targets) -> Tensor:
-                return network.losses(weights, part, targets).sum()
-            for diagonal in diagonal_probes(loss, network.weights, probes, signs):
-                sums.add(label, diagonal, 1.0 / probes)
-            sums.images[label] += len(part)
-            progress.advance(len(part))
-    return sums.result()
-
-
-def _class_groups(loader: Loader, group: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(class, up to `group` images of it, their targets) for every class of every batch."""
-    for inputs, targets in loader:
-        for label in targets.unique().tolist():
-            same = targets == label
-            for part, labels in zip(inputs[same].split(group), targets[same].split(group), strict=True):
-                yield label, part, labels
-
-
-class _ProbeSums:
-    """Running sums over the vectors of each class, and of their squares, from which the errors follow."""
-
-    def __init__(self, network: WeightFunction, num_classes: int):
-        self.halves = {name: 0.5 * weight.square() for name, weight in network.weights.items()}
-        self.matrices = network.zeros(num_classes)
-        self.images, self.vectors = torch.zeros(2, num_classes, dtype=torch.int64, device=network.device)
-        # per class: sum over the vectors of |e|^2, and of (sum of e)^2, for the estimates e of a layer
-        self.squares = {name: torch.zeros(2, num_classes, device=network.device) for name in self.halves}
-
-    def add(self, label: int, diagonal: Weights, share: float) -> None:
-        """Adds a vector's estimate of the Hessian's diagonal, as 1/2 H theta^2, multiplied by `share`."""
-        self.vectors[label] += 1
-        for name, half in self.halves.items():
-            estimate = (diagonal[name] * half).mul_(share).flatten()
-            self.matrices[name][label] += estimate
-            self.squares[name][:, label] += torch.stack([estimate.square().sum(), estimate.sum().square()])
-
-    def result(self) -> ClassSaliency:
-        """Means over the images of each class, with their errors."""
-        noise, mean_error = {}, {}
-        for name, matrix in self.matrices.items():
-            norms = torch.stack([matrix.square().sum(1), matrix.sum(1).square()])
-            errors = self._errors(self.squares[name], norms)
-            noise[name] = (errors[0] / norms[0].sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)).tolist()
-            active = (self.halves[name] > 0).sum().clamp_min(1)
-            mean_error[name] = (errors[1] / self.images.clamp_min(1) / active).tolist()
-        _average(self.matrices, self.images, {})
-        return ClassSaliency("hessian", self.matrices, self.images.tolist(), self.vectors.tolist(), noise, mean_error)
-
-    def _errors(self, squares: Tensor, norms: Tensor) -> Tensor:
-        """Standard errors of sums over the vectors, NaN where there are fewer than two.
-
-        The variance of a sum of k independent estimates is k times their sample variance.
-        """
-        k = self.vectors
-        variance = (squares - norms / k) * k / (k - 1)
-        return torch.where(k > 1, variance.clamp_min(0).sqrt(), torch.nan)
-
-
-QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
-NOISY = 0.5  # relative error of single weights above which they are not counted in words
-Row = dict[str, Any]
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
@@ -300,8 +187,8 @@ def count_few_class(values: np.ndarray, percentile: float, few_classes: int) -> 
 
 
 def same_scale(values: np.ndarray) -> np.ndarray:
-    """Rows divided by their mean absolute value: which weights a class needs, whatever the size of its gradients."""
-    scale = np.abs(values).sum(axis=1, keepdims=True) / max(1, values.shape[1])
+    """Rows divided by their mean: which weights a class needs, whatever the size of its gradients."""
+    scale = values.sum(axis=1, keepdims=True) / max(1, values.shape[1])
     return np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
 
 
@@ -310,8 +197,7 @@ def analyse(saliency: ClassSaliency, masks: Mapping[str, torch.Tensor], classes:
     """Statistics of one measure: a row per layer and class, and a row per layer.
 
     masks: layer -> bool, True where active; statistics are over the active weights, the pruned ones are counted apart.
-    `share` is the layer's part of the class's total (of a signed measure it may lie outside of [0, 1]); `*_scaled`
-    counts weights after `same_scale`.
+    `share` is the layer's part of the class's total; `*_scaled` counts weights after `same_scale`.
     """
     by_class, by_layer = [], []
     for name, matrix in saliency.matrices.items():
@@ -328,8 +214,7 @@ def analyse(saliency: ClassSaliency, masks: Mapping[str, torch.Tensor], classes:
         for number, label in enumerate(classes):
             by_class.append({**size, "class": label, "images": saliency.images[number],
                              **{key: float(column[number]) for key, column in spread.items()},
-                             "important": int(counts.important[number]), "few_class": int(counts.few[number]),
-                             **_hutchinson(saliency, name, number)})
+                             "important": int(counts.important[number]), "few_class": int(counts.few[number])})
     return _with_shares(by_class), by_layer
 
 
@@ -340,14 +225,6 @@ def _spread(values: np.ndarray) -> dict[str, np.ndarray]:
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=1)
     return {"share": np.nan_to_num(values.sum(axis=1, dtype=np.float64)), "mean": values.mean(axis=1, dtype=np.float64),
             "std": values.std(axis=1, dtype=np.float64), **dict(zip(QUANTILES, quantiles)), "max": values.max(axis=1)}
-
-
-def _hutchinson(saliency: ClassSaliency, layer: str, number: int) -> Row:
-    """The sample count and errors of a Hutchinson estimate, nothing for the other measures."""
-    if saliency.probes is None:
-        return {}
-    return {"probes": saliency.probes[number], "noise": saliency.noise[layer][number],
-            "mean_error": saliency.mean_error[layer][number]}
 
 
 def _with_shares(rows: list[Row]) -> list[Row]:
@@ -387,18 +264,6 @@ def verdict(by_layer: Sequence[Row], classes: Sequence[str], percentile: float, 
             f"({per_class[fewest]:,}): a score averaged over classes follows '{most}' rather than '{fewest}'")
 
 
-def noise_warning(by_class: Sequence[Row]) -> str | None:
-    """A sentence when a Hutchinson estimate is too noisy for single weights; None if it is not, or no estimate."""
-    noise = [row["noise"] for row in by_class if np.isfinite(row.get("noise", np.nan))]
-    if "noise" not in by_class[0] or (noise and np.median(noise) <= NOISY):
-        return None
-    size = f"{np.median(noise):.2f}" if noise else "unknown"
-    vectors = min(row["probes"] for row in by_class)
-    return (f"single weights are mostly noise (relative standard error {size} with {vectors} Rademacher vectors for a "
-            "class; it falls with the square root of their number), so weights are not counted by class in words; "
-            "read the layers' means with their errors, or raise --probes and --samples_per_class")
-
-
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
@@ -410,13 +275,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help="dense or pruned model; default: {m_name}/checkpoint/ckpt.pth under --root")
     parser.add_argument("--measure", choices=list(MEASURES), nargs="+", default=list(MEASURES),
-                        help="gradient: first order |g|; fisher: g^2 theta^2; hessian: H theta^2 / 2 by Hutchinson")
+                        help="gradient: first order |g|; fisher: g^2 theta^2")
     parser.add_argument("--samples_per_class", type=count, default=100,
                         help="un-augmented training images of each class, drawn by --seed; 0 takes all")
     parser.add_argument("--chunk", type=positive_int,
                         help="images whose gradients are held at a time; default: as many as fit in 1 GB")
-    parser.add_argument("--probes", type=positive_int, default=2,
-                        help="Rademacher vectors for every 8 images of a class (hessian)")
     parser.add_argument("--threshold_percentile", type=positive_float, default=90.0,
                         help="a weight is important for a class above this percentile of its layer")
     parser.add_argument("--few_classes", type=positive_int,
@@ -456,17 +319,6 @@ def class_sample(loader: BatchLoader, per_class: int, seed: int) -> BatchLoader:
                                          for label in range(targets.max() + 1)]))
 
 
-def compute(run: Run, args: argparse.Namespace, model: nn.Module, sample: BatchLoader) -> Iterator[ClassSaliency]:
-    """The measures asked for, one after the other; those of per-image gradients share one pass over the data."""
-    classes = len(run.data.classes)
-    by_image = [measure for measure in args.measure if measure in PER_IMAGE]
-    found = gradient_saliency(model, sample, classes, by_image, chunk=args.chunk, show=True) if by_image else {}
-    for measure in by_image:
-        yield found.pop(measure)  # VGG16's matrices take 590 MB each: none is kept here
-    if "hessian" in args.measure:
-        yield hessian_saliency(model, sample, classes, probes=args.probes, seed=run.seed, show=True)
-
-
 def report(run: Run, args: argparse.Namespace, saliency: ClassSaliency, masks: Mapping[str, torch.Tensor],
            folder: Path) -> Row:
     """Writes the CSV files and figures of one measure, prints its table; returns what the card says about it."""
@@ -475,33 +327,26 @@ def report(run: Run, args: argparse.Namespace, saliency: ClassSaliency, masks: M
     checkpoint.save_csv(by_class, folder / f"{measure}_by_class.csv")
     checkpoint.save_csv(by_layer, folder / f"{measure}_few_classes.csv")
     label, title = MEASURES[measure], f"{run.m_name} on {run.data_label}: {measure} saliency"
-    if saliency.probes is not None:
-        title += f"\nestimated from {min(saliency.probes)} or more Rademacher vectors per class"
     plots.plot_distributions(by_class, folder / f"{measure}_distributions.png", title, label)
     plots.plot_layer_means(by_class, folder / f"{measure}_layers.png", title, label)
     plots.plot_heat_map(by_class, folder / f"{measure}_heatmap.png", title)
-    words = noise_warning(by_class) or verdict(by_layer, classes, args.threshold_percentile, args.few_classes)
+    words = verdict(by_layer, classes, args.threshold_percentile, args.few_classes)
     print_table(measure, by_class, by_layer, args.few_classes)
     print(f"{measure}: {words}.")
-    return {"verdict": words, "images": saliency.images, "probes": saliency.probes}
+    return {"verdict": words, "images": saliency.images}
 
 
 def print_table(measure: str, by_class: Sequence[Row], by_layer: Sequence[Row], few_classes: int) -> None:
     """One line per layer: weights, mean saliency, the class it matters most to, weights that few classes need."""
-    estimated = "noise" in by_class[0]
     print(f"\n{MEASURES[measure]}\n{'layer':>30} {'active':>10} {'pruned':>10} {'mean':>10}  {'most for':<20} "
-          f"{f'<= {few_classes} classes':>12}{'   mean error  noise' if estimated else ''}")
+          f"{f'<= {few_classes} classes':>12}")
     for layer in by_layer:
         rows = [row for row in by_class if row["layer"] == layer["layer"]]
         top, mean = max(rows, key=lambda row: row["mean"]), np.mean([row["mean"] for row in rows])
+        times = f" ({top['mean'] / mean:.1f}x)" if mean > 0 else ""
         share = f"{layer['few_class'] / layer['important']:.1%}" if layer["important"] else "-"
-        errors, error = "", 0.0
-        if estimated:
-            error = np.sqrt(np.sum([row["mean_error"] ** 2 for row in rows])) / len(rows)
-            errors = f"  {error:11.2g} {np.mean([row['noise'] for row in rows]):6.2f}"
-        times = f" ({top['mean'] / mean:.1f}x)" if mean > 2 * error else ""  # else the mean may as well be 0
         print(f"{layer['layer']:>30} {layer['weights']:10,} {layer['pruned']:10,} {mean:10.3g}  "
-              f"{top['class'] + times:<20} {share:>12}{errors}")
+              f"{top['class'] + times:<20} {share:>12}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -521,11 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{len(run.data.classes)} classes, {run.precision}")
     if len(sample.targets.unique()) < len(run.data.classes):
         print("warning: a class without training images has zero saliency throughout")
-    found = {saliency.measure: report(run, args, saliency, masks, folder)
-             for saliency in compute(run, args, outcome.model, sample)}
+    found = gradient_saliency(outcome.model, sample, len(run.data.classes), args.measure, chunk=args.chunk, show=True)
+    measures = {measure: report(run, args, found.pop(measure), masks, folder) for measure in args.measure}
     options = {name: getattr(args, name) for name in ("samples_per_class", "threshold_percentile", "few_classes")}
     checkpoint.save_json(run.card(checkpoint=str(outcome.artifact), sparsity=sparsity, **run.identity(), **options,
-                                  classes=list(run.data.classes), measures=found), folder / "saliency_analysis.json")
+                                  classes=list(run.data.classes), measures=measures), folder / "saliency_analysis.json")
     print(f"\ntables, figures and card: {folder}")
 
 
