@@ -8,6 +8,7 @@ The published setting is --m_name vgg16 at 0.99, from which 147,156 weights retu
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,7 @@ from utils import benchmark, checkpoint, plots
 from utils.benchmark import peak_memory_mb
 from utils.common import Progress, UserError
 from utils.methods import METHODS
-from utils.pruning import weight_pruner_loader
-from utils.run import (
-    ArgumentParser,
-    Run,
-    environment,
-    script,
-)
+from utils.run import ArgumentParser, Run, environment, script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,15 +60,50 @@ def compare_with_plain(run: Run, args: argparse.Namespace, episodes: Mapping[str
     rows = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
     ours, plain = benchmark.loaders_to_compare(run)
     rows += [benchmark.loader_row(ours, plain, repeats), benchmark.training_row(run, ours, plain, repeats),
-             benchmark.lamp_row(weight_pruner_loader("lamp"), run.device, repeats)]
+             benchmark.lamp_row(run.device, repeats)]
     return rows
+
+
+def load_earlier(path: Path) -> dict[str, Any]:
+    """The card (benchmark.json) of an earlier run. UserError in one line when it is none."""
+    try:
+        earlier = json.loads(path.read_text())
+        _medians(earlier), _setting(earlier)  # raise on what is no card
+    except OSError as error:
+        raise UserError(f"--compare {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare {path} is not the JSON of a benchmark run (benchmark.json)") from error
+    return earlier
+
+
+def _medians(card: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of every stage and comparison of a run."""
+    return {**{f"{row['method']} / {row['stage']}": row["median_s"] for row in card["stages"]},
+            **{row["measurement"]: row["ours_median_s"] for row in card["comparisons"]}}
+
+
+def _setting(card: dict[str, Any]) -> dict[str, Any]:
+    return {**card["setting"], "device": card["environment"]["device"]}
+
+
+def print_changes(earlier: dict[str, Any], card: dict[str, Any]) -> None:
+    """Earlier seconds over today's, so that above 1 is faster now; says what makes the two runs incomparable."""
+    print("\nagainst the earlier run (its time / this one's; above 1: faster now)")
+    before, setting = _medians(earlier), _setting(earlier)
+    unlike = [f"{key} was {setting.get(key)}, is {value}" for key, value in _setting(card).items()
+              if setting.get(key) != value]
+    if unlike:
+        print(f"  note: the runs differ: {'; '.join(unlike)}")
+    for name, now in _medians(card).items():
+        if name in before:
+            print(f"  {name:<36} {before[name] / now:6.2f}x   ({1e3 * before[name]:,.1f} -> {1e3 * now:,.1f} ms)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Times, compares, writes, says which bars are met."""
     args = parse_args(argv)
     benchmark.stage2_arguments(args)  # raises on sparsities that do not go together
-    earlier = benchmark.load_earlier(args.compare) if args.compare else None
+    earlier = load_earlier(args.compare) if args.compare else None
     folder = args.save_dir or args.root / "benchmark" / args.m_name
     checkpoint.ensure_writable(folder, "--save_dir")
     partial = folder / "episodes.partial.csv"
@@ -101,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark.print_comparisons(comparisons)
     benchmark.print_bars(bars)
     if earlier:
-        benchmark.print_changes(earlier, setting, device, stages, comparisons)
+        print_changes(earlier, card)
     print(f"\ntables, figure and benchmark.json: {folder}")
 
 

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     hardware = environment(run.device)
     print(f"{args.m_name} on {hardware['device']}, {run.precision}, torch {hardware['torch']}, "
           f"{hardware['threads']} threads; {run.data_label}, {args.num_images:,} images")
-    benchmark.print_stages(benchmark.stage_rows({name: [one.seconds for one in several]
-                                           for name, several in episodes.items()}))
+    seconds = {name: [episode.seconds for episode in several] for name, several in episodes.items()}
+    benchmark.print_stages(benchmark.stage_rows(seconds))
     benchmark.print_comparisons(rows)
     benchmark.print_bars(benchmark.bars(run, rows))
 

@@ -1,10 +1,9 @@
 """What the benchmark scripts measure: the stages of a regrowth episode, our versions against straightforward ones, and
-the bars that the figures must reach.
+the speeds that this project aims at.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import time
@@ -25,15 +24,27 @@ from torchvision import transforms
 from utils import checkpoint, stage2
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import clone_model, prunable_layers, set_masks
-from utils.common import UserError, generator
+from utils.common import generator
 from utils.data_loader import PAD, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
 from utils.methods import regrowth_arguments
 from utils.model_loader import model_loader
+from utils.pruning import weight_pruner_loader
 from utils.regrowth import SELECTORS, WeightRegrowth, stored_weight
 from utils.run import Run, add_model_option, add_run_options, fraction, open_run, positive_int
 from utils.selection import exact_k_masks
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
+
+
+STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
+FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
+EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
+EPOCH_SECONDS = {"resnet20": 1, "vgg16": 2}  # of these images, on a GPU
+TOTAL = "end to end"
+Row = dict[str, Any]
+Limit = tuple[str, float, float, bool]  # unit, figure, limit, whether the figure must be at least the limit
+
+# --- the clock -----------------------------------------------------------------------------------------------------
 
 
 class Timing(NamedTuple):
@@ -44,10 +55,6 @@ class Timing(NamedTuple):
     slowest: float
     repeats: int
 
-    def as_dict(self) -> dict[str, float]:
-        """For JSON and CSV: seconds."""
-        return {"median_s": self.median, "fastest_s": self.fastest, "slowest_s": self.slowest, "repeats": self.repeats}
-
 
 def synchronise(device: torch.device) -> None:
     """Waits until the device has done all it was given (nothing to wait for on a CPU)."""
@@ -55,23 +62,30 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(work: Callable[..., Any], device: torch.device, *, repeats: int = 5, warmup: int = 1,
-            prepare: Callable[[], Any] | None = None) -> Timing:
-    """Times ``work(prepare())`` (or ``work()`` without `prepare`, which is not timed) `repeats` times after a warm-up.
+def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
+                    prepare: Callable[[], Any] | None = None) -> list[Timing]:
+    """Times ``work(prepare())`` (``work()`` without `prepare`, which is not timed) of each version `repeats` times after
+    a warm-up, in turn (A B A B ...), so that a machine whose speed drifts treats them alike.
 
     Raises ValueError unless repeats >= 1.
     """
     if repeats < 1:
         raise ValueError("need at least one repeat")
-    seconds = []
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(warmup + repeats):
-        arguments = [] if prepare is None else [prepare()]
-        synchronise(device)
-        start = time.perf_counter()
-        work(*arguments)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return summarise(seconds[warmup:])
+        for taken, work in zip(seconds, works):
+            arguments = [] if prepare is None else [prepare()]
+            synchronise(device)
+            start = time.perf_counter()
+            work(*arguments)
+            synchronise(device)
+            taken.append(time.perf_counter() - start)
+    return [summarise(taken[warmup:]) for taken in seconds]
+
+
+def measure(work: Callable[..., Any], device: torch.device, **options: Any) -> Timing:
+    """`measure_in_turn` for one version; options: as there."""
+    return measure_in_turn([work], device, **options)[0]
 
 
 def summarise(seconds: Sequence[float]) -> Timing:
@@ -97,23 +111,14 @@ class StageClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
-                    prepare: Callable[[], Any] | None = None) -> list[Timing]:
-    """`measure` for several versions of one thing, in turn (A B A B ...), so that a machine whose speed drifts treats
-    them alike. Returns a `Timing` for each."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for number in range(warmup + repeats):
-        for mine, work in zip(seconds, works):
-            once = measure(work, device, repeats=1, warmup=0, prepare=prepare)
-            mine.extend([once.median] if number >= warmup else [])
-    return [summarise(mine) for mine in seconds]
-
-
 def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# --- the straightforward versions ----------------------------------------------------------------------------------
 
 
 class PilDataset(torch.utils.data.Dataset):
@@ -184,12 +189,6 @@ def elementwise_regrowth(weight: Tensor, mask: Tensor, scores: Tensor, values: T
         mask[position] = 1.0
         weight[position] = values[position]
 
-
-STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
-FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
-EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
-Row = dict[str, Any]
-Limit = tuple[str, float, float, bool]  # unit, figure, limit, whether the figure must be at least the limit
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
@@ -340,10 +339,9 @@ def _plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> l
     layers, evidence = prunable_layers(regrowth.model), regrowth.evidence
     parts = []
     for name in allocation:
-        layer = layers[name]
-        values = stored_weight(evidence.reference_layer(name, layer))
+        values = stored_weight(evidence.reference_layer(name, layers[name]))
         scores = evidence.tensor(*SELECTORS[regrowth.rule].needs, name)
-        tensors = (layer.weight_orig.detach(), layer.weight_mask, scores, values)
+        tensors = (layers[name].weight_orig.detach(), layers[name].weight_mask, scores, values)
         parts.append([tensor.clone() for tensor in tensors])
     return parts
 
@@ -378,12 +376,14 @@ def training_row(run: Run, ours: BatchLoader, plain: torch.utils.data.DataLoader
     return compared(f"training {run.m_name}", *timings, work=ours.num_images, unit="images/s")
 
 
-def lamp_row(pruner: Callable[..., None], device: torch.device, repeats: int) -> Row:
-    """LAMP to a sparsity of 0.99 on VGG16, against sorting all scores; pruner: of `weight_pruner_loader`."""
+def lamp_row(device: torch.device, repeats: int) -> Row:
+    """LAMP to a sparsity of 0.99 on VGG16, against sorting all scores."""
+    ours = weight_pruner_loader("lamp")
+
     def plain(model: nn.Module) -> None:
         weights = [layer.weight for layer in prunable_layers(model).values()]
         argsort_lamp_masks(weights, round(0.01 * sum(weight.numel() for weight in weights)))
-    timings = measure_in_turn([lambda model: pruner(model, 0.99), plain], device, repeats=repeats,
+    timings = measure_in_turn([lambda model: ours(model, 0.99), plain], device, repeats=repeats,
                               prepare=lambda: model_loader("vgg16", device, seed=0))
     return compared("LAMP 0.99, vgg16", *timings, work=1, unit="prunings/s")
 
@@ -402,52 +402,29 @@ def loaders_to_compare(run: Run) -> tuple[BatchLoader, torch.utils.data.DataLoad
 
 def bars(run: Run, rows: Sequence[Row]) -> list[Row]:
     """The bars that apply to this model, device and precision, each with its figure and whether it is met."""
-    results = []
-    for row in rows:
-        limits = next(found for beginning, found in LIMITS.items() if row["measurement"].startswith(beginning))
-        results += [{"bar": row["measurement"], "unit": unit, "value": value, "limit": limit, "at_least": at_least,
-                     "met": value >= limit if at_least else value <= limit}
-                    for unit, value, limit, at_least in limits(run, row)]
-    return results
+    return [{"bar": row["measurement"], "unit": unit, "value": value, "limit": limit, "at_least": at_least,
+             "met": value >= limit if at_least else value <= limit}
+            for row in rows for unit, value, limit, at_least in _limits(run, row)]
 
 
-def _regrowth_limits(run: Run, row: Row) -> list[Limit]:
-    if run.m_name != "vgg16":
-        return []
-    most = 1 if run.device.type == "cuda" else 30
-    return [("ms", 1e3 * row["ours_median_s"], most, False), ("x the loop", row["ratio"], 100, True)]
+def _limits(run: Run, row: Row) -> list[Limit]:
+    """What this project aims at for a measurement on such hardware; nothing where it aims at nothing."""
+    kind, gpu = row["measurement"], run.device.type == "cuda"
+    enough = len(run.data.train_images) >= FAIR_IMAGES
+    if kind.startswith("regrowth") and run.m_name == "vgg16":
+        return [("ms", 1e3 * row["ours_median_s"], 1 if gpu else 30, False), ("x the loop", row["ratio"], 100, True)]
+    if kind.startswith("loader") and enough and not gpu:
+        return [("images/s", row["ours"], 40_000, True), ("x the DataLoader", row["ratio"], 8, True)]
+    if kind.startswith("LAMP") and not gpu:
+        return [("s", row["ours_median_s"], 0.5, False), ("x the argsort", row["ratio"], 10, True)]
+    if kind.startswith("training") and enough and gpu and run.m_name in EPOCH_SECONDS:
+        return [(f"s for {EPOCH_IMAGES:,} images", EPOCH_IMAGES / row["ours"], EPOCH_SECONDS[run.m_name], False)]
+    if kind.startswith("training") and enough and not gpu and run.m_name == "resnet20" and run.precision == "bf16":
+        return [("images/s", row["ours"], 1_200, True), ("x the plain loop", row["ratio"], 3, True)]
+    return []
 
 
-def _loader_limits(run: Run, row: Row) -> list[Limit]:
-    if run.device.type == "cuda" or len(run.data.train_images) < FAIR_IMAGES:
-        return []
-    return [("images/s", row["ours"], 40_000, True), ("x the DataLoader", row["ratio"], 8, True)]
-
-
-def _lamp_limits(run: Run, row: Row) -> list[Limit]:
-    if run.device.type == "cuda":
-        return []
-    return [("s", row["ours_median_s"], 0.5, False), ("x the argsort", row["ratio"], 10, True)]
-
-
-def _training_limits(run: Run, row: Row) -> list[Limit]:
-    if len(run.data.train_images) < FAIR_IMAGES:
-        return []
-    if run.device.type == "cuda":
-        seconds = {"resnet20": 1, "vgg16": 2}.get(run.m_name)
-        return [(f"s for {EPOCH_IMAGES:,} images", EPOCH_IMAGES / row["ours"], seconds, False)] if seconds else []
-    if run.m_name != "resnet20" or run.precision != "bf16":
-        return []
-    return [("images/s", row["ours"], 1_200, True), ("x the plain loop", row["ratio"], 3, True)]
-
-
-LIMITS: dict[str, Callable[[Run, Row], list[Limit]]] = {  # by how the measurement's name begins
-    "regrowth": _regrowth_limits, "loader": _loader_limits, "training": _training_limits, "LAMP": _lamp_limits,
-}
-
-
-TOTAL = "end to end"
-Row = dict[str, Any]
+# --- tables --------------------------------------------------------------------------------------------------------
 
 
 def stage_rows(seconds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
@@ -458,8 +435,9 @@ def stage_rows(seconds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row
     rows = []
     for method, repeats in seconds.items():
         for stage in (*repeats[0], TOTAL):
-            values = [sum(once.values()) if stage == TOTAL else once[stage] for once in repeats]
-            rows.append({"method": method, "stage": stage, **summarise(values).as_dict()})
+            taken = summarise([sum(once.values()) if stage == TOTAL else once[stage] for once in repeats])
+            rows.append({"method": method, "stage": stage, "median_s": taken.median, "fastest_s": taken.fastest,
+                         "slowest_s": taken.slowest, "repeats": taken.repeats})
     return rows
 
 
@@ -492,32 +470,3 @@ def print_bars(rows: Sequence[Row]) -> None:
         sign = ">=" if row["at_least"] else "<="
         print(f"  {row['bar']:<24} {row['value']:12,.2f} {sign} {row['limit']:8,g} {row['unit']:<22} "
               f"{'reached' if row['met'] else 'not reached here'}")
-
-
-def load_earlier(path: Path) -> Row:
-    """An earlier run's JSON. UserError in one line when it is none."""
-    try:
-        earlier = json.loads(path.read_text())
-        return {"device": earlier["environment"]["device"], "setting": earlier["setting"],
-                "stages": {(row["method"], row["stage"]): row["median_s"] for row in earlier["stages"]},
-                "comparisons": {row["measurement"]: row["ours_median_s"] for row in earlier["comparisons"]}}
-    except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path} is not the JSON of a benchmark run (benchmark.json)") from error
-
-
-def print_changes(earlier: Row, setting: Row, device: str, stages: Sequence[Row], comparisons: Sequence[Row]) -> None:
-    """Earlier seconds over today's, so that above 1 is faster now; says what makes the two runs incomparable."""
-    print("\nagainst the earlier run (its time / this one's; above 1: faster now)")
-    there = {**earlier["setting"], "device": earlier["device"]}
-    unlike = [f"{key} was {there.get(key)}, is {value}" for key, value in {**setting, "device": device}.items()
-              if there.get(key) != value]
-    if unlike:
-        print(f"  note: the runs differ: {'; '.join(unlike)}")
-    now = {(row["method"], row["stage"]): row["median_s"] for row in stages}
-    pairs = [(" / ".join(key), earlier["stages"][key], value) for key, value in now.items() if key in earlier["stages"]]
-    pairs += [(row["measurement"], earlier["comparisons"][row["measurement"]], row["ours_median_s"])
-              for row in comparisons if row["measurement"] in earlier["comparisons"]]
-    for name, before, after in pairs:
-        print(f"  {name:<36} {before / after:6.2f}x   ({1e3 * before:,.1f} -> {1e3 * after:,.1f} ms)")
