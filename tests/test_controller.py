@@ -121,6 +121,19 @@ def test_agent_with_zero_weights_chooses_uniformly():
     assert (rollout.actions.flatten().bincount() / 1200 - 0.25).abs().max() < 0.05  # 4 standard errors
 
 
+def test_what_the_agent_is_told_of_a_layer_by_hand():
+    """Layer 1 of 4: position 1/4, 5 of the 10 weights that may return; of the 8 to spend 8 or 6 are left."""
+    seen: list[torch.Tensor] = []
+    agent = RegrowthAgent(action_space_size=2, hidden_size=4)
+    agent.cell.register_forward_pre_hook(lambda cell, inputs: seen.append(inputs[0][:, 2:]))
+    rollout = agent(small_problem((2, 5, 0, 3), 8), 20, torch.Generator().manual_seed(0))
+    left = 1 - 2 / 8 * rollout.actions[:, 0]  # the first layer took none or both of its two
+    assert set(rollout.actions[:, 0].tolist()) == {0, 1} and len(seen) == 4
+    assert torch.equal(seen[0], torch.tensor([[0.0, 0.2, 1.0]]).expand(20, 3))
+    assert torch.equal(seen[1], torch.stack([torch.full((20,), 0.25), torch.full((20,), 0.5), left], dim=1))
+    assert (seen[3][:, :2] == torch.tensor([0.75, 0.3])).all()
+
+
 def test_an_action_without_effect_carries_no_gradient():
     rollout = RegrowthAgent(hidden_size=8)(small_problem((0, 5, 5), 3), 50, torch.Generator().manual_seed(0))
     assert not rollout.decides[:, 0].any() and rollout.decides[:, 1].all()

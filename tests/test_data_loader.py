@@ -108,6 +108,13 @@ def test_split_is_seeded_disjoint_and_apart_from_the_training_seed(tiny_dataset)
     assert torch.equal(one.images, two.images)
 
 
+@pytest.mark.parametrize("images, val_split, held_out", [(7, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29)])
+def test_the_held_out_part_is_rounded_to_the_nearest_number(images, val_split, held_out):
+    """0.25 of 7 is 1.75 and of 9 2.25; 100 * 0.29 is just below 29 in floating point."""
+    train, val = split_indices(images, val_split)
+    assert (len(train), len(val)) == (images - held_out, held_out)
+
+
 @pytest.mark.parametrize("val_split", [0.0, 1.0, 0.001])
 def test_an_empty_part_of_the_split_is_a_user_error(val_split):
     with pytest.raises(UserError, match="--val_split"):
