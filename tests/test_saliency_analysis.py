@@ -8,7 +8,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,6 +342,13 @@ def test_the_module_runs_and_leaves_tables_figures_and_card(tiny_options, tmp_pa
     assert card["command"].startswith("python -m utils.saliency_analysis --m_name")
     assert card["measures"]["fisher"]["images"] == [1] * 10
     assert card["sparsity"] == pytest.approx(0.9, abs=0.01) and card["precision"] == "fp32"
+
+
+def test_a_measure_that_there_is_not_is_the_usual_error(tiny_options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        saliency_analysis.parse_args([*tiny_options, "--measure", "hessian"])
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2 and "invalid choice: 'hessian'" in shown and "fisher" in shown.splitlines()[-1]
 
 
 def test_user_errors(tiny_options, tmp_path):

@@ -35,7 +35,6 @@ from utils.run import Run, add_model_option, add_run_options, fraction, open_run
 from utils.selection import exact_k_masks
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
 
-
 STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
 FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
 EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
@@ -64,8 +63,8 @@ def synchronise(device: torch.device) -> None:
 
 def measure_in_turn(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
                     prepare: Callable[[], Any] | None = None) -> list[Timing]:
-    """Times ``work(prepare())`` (``work()`` without `prepare`, which is not timed) of each version `repeats` times after
-    a warm-up, in turn (A B A B ...), so that a machine whose speed drifts treats them alike.
+    """Times ``work(prepare())`` (``work()`` without `prepare`, which is not timed) of each version `repeats` times
+    after a warm-up, in turn (A B A B ...), so that a machine whose speed drifts treats them alike.
 
     Raises ValueError unless repeats >= 1.
     """

@@ -274,7 +274,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_option(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE",
                         help="dense or pruned model; default: {m_name}/checkpoint/ckpt.pth under --root")
-    parser.add_argument("--measure", choices=list(MEASURES), nargs="+", default=list(MEASURES),
+    parser.add_argument("--measure", choices=list(MEASURES), nargs="+", default=list(MEASURES), metavar="MEASURE",
                         help="gradient: first order |g|; fisher: g^2 theta^2")
     parser.add_argument("--samples_per_class", type=count, default=100,
                         help="un-augmented training images of each class, drawn by --seed; 0 takes all")

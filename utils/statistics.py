@@ -25,12 +25,19 @@ def correlate(x: Sequence[float], y: Sequence[float], seed: int = 0) -> dict[str
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return result
     for name, first, second in (("pearson", x, y), ("spearman", stats.rankdata(x), stats.rankdata(y))):
-        centred = first - np.mean(first)
-        test = stats.permutation_test(  # for permutations, |covariance| is as good as |r|
-            (second,), lambda values, axis: np.abs((values * centred).sum(axis)), permutation_type="pairings",
-            alternative="greater", n_resamples=PERMUTATIONS, random_state=np.random.RandomState(seed))
-        result |= {name: float(stats.pearsonr(first, second).statistic), f"{name}_p": float(test.pvalue)}
+        result |= {name: float(stats.pearsonr(first, second).statistic),
+                   f"{name}_p": _permutation_p(first - np.mean(first), second, seed)}
     return result
+
+
+def _permutation_p(centred: np.ndarray, values: Sequence[float], seed: int) -> float:
+    """p of the absolute covariance, whose order under permutation is that of |r|."""
+    from scipy import stats
+
+    def covariance(shuffled: np.ndarray, axis: int) -> np.ndarray:
+        return np.abs((shuffled * centred).sum(axis))
+    return float(stats.permutation_test((values,), covariance, permutation_type="pairings", alternative="greater",
+                                        n_resamples=PERMUTATIONS, random_state=np.random.RandomState(seed)).pvalue)
 
 
 def verdict(result: dict[str, Any], cause: str, effect: str) -> str:
