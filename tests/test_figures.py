@@ -11,7 +11,7 @@ import pytest
 
 from experiments.published import beside_published, chosen_entries
 from tests.conftest import REPOSITORY
-from utils import plots
+from utils import plots, saliency_figures
 from utils.allocation import AllocationProblem
 from utils.benchmark import stage_rows
 from utils.statistics import paired_difference
@@ -21,7 +21,7 @@ from utils.statistics import paired_difference
 def drawn(monkeypatch):
     """Every figure that would be written."""
     figures = []
-    for module in (plots, plots):
+    for module in (plots, saliency_figures):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
@@ -61,7 +61,7 @@ def test_every_row_of_the_tables_has_a_labelled_tick(drawn, tmp_path, words):
 
 def test_a_dense_model_alone_has_no_sparsity_axis(drawn, tmp_path, recwarn):
     row = {"pruner": "none", "schedule": "", "sparsity": 0.0, "val_acc": 50.0, "test_acc": "", "seed": 0}
-    plots.plot_pruning([row], tmp_path / "d.png", "title")
+    plots.plot_bidirectional([row], [], tmp_path / "d.png", "title")
     assert len(drawn[0].axes[0].get_xticks()) == 0 and legend(drawn[0]) == ["dense, 50.00 %"] and not recwarn.list
 
 
@@ -122,7 +122,7 @@ def test_the_colours_of_single_layers_are_explained_and_a_gain_of_zero_has_one(d
 def test_small_numbers_of_the_heat_map_are_told_apart(drawn, tmp_path):
     means = {"a": 1.0, "b": 0.005, "c": 0.009, "d": 0.00002, "e": 0.0, "f": -0.0}
     rows = [{"layer": layer, "class": name, "mean": mean} for layer in ("one", "two") for name, mean in means.items()]
-    plots.plot_heat_map(rows, tmp_path / "h.png", "title")
+    saliency_figures.plot_heat_map(rows, tmp_path / "h.png", "title")
     shown = [text.get_text() for text in drawn[0].axes[0].texts][:6]
     assert len(set(shown)) == 5 and shown[0] == "5.9" and shown[1] == "0.03" and shown[4:] == ["0", "0"]
 
@@ -174,7 +174,7 @@ def card_row(sparsity: float, **more: object) -> dict:
 
 def test_sparsities_beyond_four_decimals_have_ticks_of_their_own(drawn, tmp_path):
     rows = [card_row(sparsity) for sparsity in (0.99, 0.9999, 0.99996, 1.0)]
-    plots.plot_pruning(rows, tmp_path / "p.png", "title")
+    plots.plot_bidirectional(rows, [], tmp_path / "p.png", "title")
     drawn[0].draw_without_rendering()
     assert [text.get_text().strip() for text in drawn[0].axes[0].get_xticklabels()] == ["99", "99.99", "99.996"]
 
@@ -183,13 +183,13 @@ NASTY = "a$b_{c ^2$ \udce9"
 
 
 def test_names_with_signs_of_formulas_are_written_as_they_are(tmp_path, recwarn):
-    plots.plot_pruning([card_row(0.9, run=NASTY), card_row(0.99, run=NASTY)], tmp_path / "p.png", NASTY)
+    plots.plot_bidirectional([card_row(0.9, run=NASTY), card_row(0.99, run=NASTY)], [], tmp_path / "p.png", NASTY)
     quantiles = dict.fromkeys(("q05", "q25", "median", "q75", "q95", "mean"), 0.5)
     rows = [{"layer": f"{NASTY}.{layer}", "class": name, "weights": 4, **quantiles}
             for layer in range(7) for name in (NASTY, "$x_$")]
-    for draw in (plots.plot_distributions, plots.plot_layer_means):
+    for draw in (saliency_figures.plot_distributions, saliency_figures.plot_layer_means):
         draw(rows, tmp_path / f"{draw.__name__}.png", NASTY, "saliency")
-    plots.plot_heat_map(rows, tmp_path / "h.png", NASTY)
+    saliency_figures.plot_heat_map(rows, tmp_path / "h.png", NASTY)
     assert len(list(tmp_path.glob("*.png"))) == 4 and not recwarn.list
 
 

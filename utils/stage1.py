@@ -385,7 +385,7 @@ def write_summary(run: Run, outcomes: Iterable[Outcome] = ()) -> list[dict[str, 
     rows = summary_rows(run.root, run.m_name, {outcome.artifact: outcome.card for outcome in outcomes})
     table = run.root / run.m_name / "pruning_results.csv"
     checkpoint.save_csv(rows, table)
-    plots.plot_pruning(rows, table.with_suffix(".png"), title=f"{run.m_name} on {run.data_label}")
+    plots.plot_bidirectional(rows, [], table.with_suffix(".png"), title=f"{run.m_name} on {run.data_label}")
     return rows
 
 
