@@ -106,14 +106,6 @@ def sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
     axes.set_xlabel("sparsity (% of prunable weights removed)")
 
 
-def accuracy_kind(pruning: Iterable[Mapping[str, Any]], regrown: Iterable[Mapping[str, Any]] = ()) -> str:
-    """'test' where every model has a test accuracy (a regrown one before and after), else 'validation'.
-
-    One figure never shows one beside the other.
-    """
-    return "test" if not any(lacks_test(row) for row in (*pruning, *regrown)) else "validation"
-
-
 def lacks_test(row: Mapping[str, Any]) -> bool:
     """Whether a row has no test accuracy, or is of a regrown model whose start has none."""
     return row["test_acc"] == "" or row.get("start_test_acc") == ""
@@ -129,7 +121,7 @@ def plot_bidirectional(pruning: Sequence[Mapping[str, Any]], regrown: Sequence[M
     """
     figure = new_figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    kind = accuracy_kind(pruning, regrown)
+    kind = "validation" if any(lacks_test(row) for row in (*pruning, *regrown)) else "test"  # never both in one figure
     sparsities = [float(row["sparsity"]) for row in pruning if row["pruner"] != "none"]
     sparsities += [float(row[key]) for row in regrown for key in ("sparsity", "sparsity_before")]
     sparsity_axis(axes, sparsities)
