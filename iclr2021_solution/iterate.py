@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
 from utils import checkpoint, stage1  # noqa: E402
 from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
-from utils.run import (  # noqa: E402  # noqa: E402
+from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
     add_iteration_options,
@@ -65,7 +65,7 @@ def settings(args: argparse.Namespace) -> tuple[float, Recipe, Recipe]:
             replace(opt_post, **finetune_changes(args)))
 
 
-def as_it_is(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, bool]:
+def dense_settings(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, bool]:
     """(recipe, resume) of pretraining with which a dense model that is there is taken, unless an option contradicts it.
 
     Where the command line gives nothing, the recipe of another script is as good as `recipe`, and a checkpoint without
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end, mask)
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner)
-    opt_pre, resume_dense = as_it_is(run, args, opt_pre)
+    opt_pre, resume_dense = dense_settings(run, args, opt_pre)
     keep_dense = {"resume": resume_dense, "overwrite": args.overwrite}
     keep = {"resume": args.resume, "overwrite": args.overwrite}
     stage1.check_steps(run, steps, pruner, "--amount")

@@ -355,10 +355,10 @@ class RegrowthPolicyGradient:
 
         `num_epochs` and `search_budget` may differ, to search on.
         """
-        mine = {"seed": self.seed, **asdict(self.problem), **asdict(self.config)}
-        theirs = {"seed": state["seed"], **state["problem"], **state["config"]}
-        differ = [f"{key} {theirs.get(key)} (asked: {mine[key]})" for key in mine.keys() - MAY_CHANGE
-                  if theirs.get(key) != mine[key]]
+        requested = {"seed": self.seed, **asdict(self.problem), **asdict(self.config)}
+        saved = {"seed": state["seed"], **state["problem"], **state["config"]}
+        differ = [f"{key} {saved.get(key)} (asked: {requested[key]})" for key in requested.keys() - MAY_CHANGE
+                  if saved.get(key) != requested[key]]
         if differ:
             raise UserError(f"the saved search was made with other arguments: {', '.join(sorted(differ))}")
         self.agent.load_state_dict(state["agent"])

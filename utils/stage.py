@@ -48,8 +48,8 @@ class FolderLock:
             except OSError as error:
                 note(f"two runs in {folder} at a time would not be noticed ({error.strerror})")
                 return _release(self.file, path, os.getpid())
-        if there := _read(self.file):
-            note(f"{folder} was left by {there}, which was killed; this run takes it over")
+        if holder := _read(self.file):
+            note(f"{folder} was left by {holder}, which was killed; this run takes it over")
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "
                         f"{shlex.join(sys.argv)}"[:300])
@@ -104,7 +104,7 @@ class Stage:
         self._saved_at, self._save_cost = 0.0, 0.0
         self._unsaved: dict[str, Any] | None = None  # a finished epoch that is not on disk yet
         if not overwrite:
-            self._look(resume)
+            self._load_existing(resume)
 
     @property
     def finished(self) -> bool:
@@ -118,13 +118,13 @@ class Stage:
         other = f", made with other arguments: {differences(made, self.config)}" if made != self.config else ""
         return f"reusing {self.artifact}{known}{other}"
 
-    def _look(self, resume: bool) -> None:
+    def _load_existing(self, resume: bool) -> None:
         card = checkpoint.read_card(self.artifact)
         if card is not None and card.get("config") == self.config:
             self.card = card
             self.progress.unlink(missing_ok=True)  # of an interrupted --overwrite with these very arguments
         elif self.progress.exists():
-            self._look_at_progress(resume)
+            self._load_progress(resume)
         elif card is not None and resume:
             self._check_lineage(card.get("config", {}))
             self.card = card
@@ -146,7 +146,7 @@ class Stage:
                                 "Remove it to have it redone, use --overwrite to redo everything, or --root for "
                                 "another place")
 
-    def _look_at_progress(self, resume: bool) -> None:
+    def _load_progress(self, resume: bool) -> None:
         if not resume:
             raise UserError(f"an interrupted stage lies at {self.progress}. Use --resume to continue it or --overwrite "
                             "to start anew")
@@ -197,15 +197,15 @@ class Stage:
         self.progress.unlink(missing_ok=True)
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``.
 
     Entries that only one of them has are named only where nothing else differs.
     """
-    there, asked = _flat(there), _flat(asked)
-    keys = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
-    keys = [key for key in keys if key in there and key in asked] or keys
-    return ", ".join(f"{key} {there.get(key)} (asked: {asked.get(key)})" for key in keys)
+    saved, requested = _flat(saved), _flat(requested)
+    keys = [key for key in {**saved, **requested} if saved.get(key) != requested.get(key)]
+    keys = [key for key in keys if key in saved and key in requested] or keys
+    return ", ".join(f"{key} {saved.get(key)} (asked: {requested.get(key)})" for key in keys)
 
 
 def _flat(config: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
@@ -230,9 +230,9 @@ class ResumableTable:
         self.rows: list[dict[str, Any]] = []
         self.lock = hold_folder(path.parent, "--save_dir")
         if path.exists() and not overwrite:
-            self._take_up(resume)
+            self._load_rows(resume)
 
-    def _take_up(self, resume: bool) -> None:
+    def _load_rows(self, resume: bool) -> None:
         card = self._card()
         if card["config"] != self.config:
             raise UserError(f"{self.path} was made with other arguments: {differences(card['config'], self.config)}. "

@@ -79,10 +79,10 @@ def iterative_steps(pruner: str, amount: float, start: int, end: int,
 
 def _check_names(sparsities: Sequence[float], remedy: str) -> None:
     files = [(sparsity, checkpoint.pruned_path(Path(), "", sparsity).name) for sparsity in sparsities]
-    for (first, name), (second, other) in pairwise(files):
-        if name == other:
-            raise UserError(f"sparsity {first:.12g} and {second:.12g} would share the file {name}, whose name has four "
-                            f"decimals; {remedy}")
+    for (first, first_name), (second, second_name) in pairwise(files):
+        if first_name == second_name:
+            raise UserError(f"sparsity {first:.12g} and {second:.12g} would share the file {first_name}, whose name "
+                            f"has four decimals; {remedy}")
 
 
 def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, option: str) -> None:
@@ -143,8 +143,8 @@ def _check_follows(artifact: Path, config: dict[str, Any], parent: Stage) -> Non
 def _parent_named_by(artifact: Path) -> str | None:
     """Digest of the parent in what is there of a pruned artifact: its interrupted stage, else its run card."""
     progress = checkpoint.progress_path(artifact)
-    there = checkpoint.load_checkpoint(progress) if progress.exists() else checkpoint.read_card(artifact) or {}
-    return there.get("config", {}).get("parent")
+    saved = checkpoint.load_checkpoint(progress) if progress.exists() else checkpoint.read_card(artifact) or {}
+    return saved.get("config", {}).get("parent")
 
 
 def _parent_path(run: Run, step: PruneStep) -> Path:

@@ -129,9 +129,9 @@ def load_start(run: Run, args: argparse.Namespace) -> Outcome:
 
 def _check_kind(start: Outcome, kind: str | None) -> None:
     config = start.card.get("config", {})
-    there = config.get("schedule", "unknown").replace("-", "")
-    if kind is not None and there != kind:
-        made = f"{there}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
+    found = config.get("schedule", "unknown").replace("-", "")
+    if kind is not None and found != kind:
+        made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
         raise UserError(f"{start.artifact} is {made}, not {kind}; ask for what is there, give a path to "
                         "--starting_checkpoint, or keep several under different --root folders")
 
