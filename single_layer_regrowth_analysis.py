@@ -125,10 +125,10 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     control = {row["seed"]: row["final_gain"] for row in rows if row["layer"] == CONTROL}
     means = []
     for layer in dict.fromkeys(row["layer"] for row in rows if row["layer"] != CONTROL):
-        mine = [row for row in rows if row["layer"] == layer]
-        gain = sum(row["final_gain"] - control[row["seed"]] for row in mine) / len(mine)
-        means.append({**{key: mine[0][key] for key in ("layer", "ssim", "capacity", "regrown", "capped")},
-                      **{key: sum(row[key] for row in mine) / len(mine) for key in IMMEDIATE}, "final_gain": gain})
+        own = [row for row in rows if row["layer"] == layer]
+        gain = sum(row["final_gain"] - control[row["seed"]] for row in own) / len(own)
+        means.append({**{key: own[0][key] for key in ("layer", "ssim", "capacity", "regrown", "capped")},
+                      **{key: sum(row[key] for row in own) / len(own) for key in IMMEDIATE}, "final_gain": gain})
     return sorted(means, key=lambda row: row["ssim"])
 
 
