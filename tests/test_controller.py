@@ -15,7 +15,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import UserError
 from utils.controller import Ladder, RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.methods import regrowth_parser
-from utils.stage2 import search_config
+from utils.search import search_config
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
 

@@ -107,7 +107,7 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
     scores = torch.randint(0, distinct, shape, generator=rng).float().to(memory_format=torch.channels_last)
     taken = (torch.rand(shape, generator=rng) < 0.2).float().to(memory_format=torch.channels_last)
     flat_scores, flat_taken = (selection.flat_view(tensor).numpy() for tensor in (scores, taken))
-    assert selection._sampled_bound(flat_scores, flat_taken, count) is not None
+    assert selection._sampled_bound([flat_scores], [flat_taken], 0, count) is not None
     small = Ranking(torch.tensor([3.0, 4.0]), torch.zeros(2))
     found = top([small, Ranking(scores, taken)], [1, count])
     assert found[0].tolist() == [1]
@@ -117,10 +117,10 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
 def test_a_misleading_sample_is_noticed():
     scores, taken = torch.zeros(500_000), torch.zeros(500_000)
     runs = scores.view(-1, selection.RUN)
-    step = 500_000 // selection.RUN_SAMPLE | 1
+    step = 500_000 // selection.SAMPLE | 1
     runs[::step] = 1.0  # the sample sees nothing else
     count = runs[::step].numel() + 5
-    bound = selection._sampled_bound(scores.numpy(), taken.numpy(), count)
+    bound = selection._sampled_bound([scores.numpy()], [taken.numpy()], 0, count)
     assert bound is not None and int((scores >= bound).sum()) < count
     assert on_host([Ranking(scores, taken)], [count])[0].tolist() == by_sorting(scores, taken, count)
 

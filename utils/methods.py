@@ -24,7 +24,8 @@ from utils.run import (
     positive_int,
     unit_interval,
 )
-from utils.stage2 import Method, search_config
+from utils.search import search_config
+from utils.stage2 import Method
 from utils.training import FINETUNE_FINAL, SCHEDULES
 
 

@@ -1,6 +1,6 @@
 """Exactly k positions as masks, highest score first, ties by position, over one tensor or several together.
 
-Pruning keeps with it; regrowth, which wants a few positions of each tensor by itself, has `positions.top_indices`,
+Pruning keeps with it; regrowth, which wants a few positions of each tensor by itself, has `top_indices`,
 built on the same threshold and the same sampling. Nothing is sorted: the k-th largest score is the threshold, all
 that reach it are taken, and what is too many among its equals is dropped, highest flat index first. On the CPU, when
 k is small against the number of scores, a sample gives a lower bound of the threshold, so that only the few scores
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLE = 1 << 13  # scores looked at to find the lower bound
+SAMPLE = 1 << 14  # scores looked at to find a lower bound of the threshold
+RUN = 16  # neighbours sampled together
 
 
 def exact_k_mask(scores: Tensor, k: int, eligible: Tensor | None = None) -> Tensor:
@@ -106,7 +107,7 @@ def _flatten(scores: Tensor, eligible: Tensor | None) -> _Flat:
 
 def _host_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -> list[Tensor]:
     flats = [_flatten(s, e) for s, e in zip(scores, eligible or [None] * len(scores), strict=True)]
-    bound = _lower_bound(flats, k)
+    bound = _sampled_bound([flat.values for flat in flats], [flat.allowed for flat in flats], True, k)
     candidates = [_candidates(flat, bound) for flat in flats]
     if bound is not None and sum(c.size for c in candidates) < k:  # the sample misled: look at every eligible score
         candidates = [_candidates(flat, None) for flat in flats]
@@ -118,19 +119,30 @@ def _host_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -> 
     return marked
 
 
-def _lower_bound(flats: list[_Flat], k: int) -> np.floating | None:
-    """A score that, by a strided sample, a few more than k eligible scores reach; None if that would not save work."""
-    step = sum(flat.values.size for flat in flats) // SAMPLE | 1  # odd: out of step with power-of-two shapes
+def _sampled_bound(values: Sequence[np.ndarray], marks: Sequence[np.ndarray | None], free: int,
+                   k: int) -> np.floating | None:
+    """A score that, by a sample, a few more than k free scores of all arrays reach; None if that would not save work.
+
+    marks: by array, of its size: a position is free where its mark equals `free`; None: everywhere.
+    """
+    total = sum(array.size for array in values)
+    step = total // SAMPLE | 1  # odd: out of step with power-of-two shapes
     if step < 8 or k == 0:
         return None
-    sample = np.concatenate(
-        [f.values[::step] if f.allowed is None else f.values[::step][f.allowed[::step]] for f in flats]
-    )
-    rank = sample_rank(k / step)
+    samples = [_every(array, step).ravel() if mark is None else _every(array, step)[_every(mark, step) == free]
+               for array, mark in zip(values, marks, strict=True)]
+    rank = sample_rank(k * sum(_every(array, step).size for array in values) / total)
+    sample = np.concatenate(samples)
     if rank > sample.size // 4:
         return None
     sample.partition(sample.size - rank)
     return sample[sample.size - rank]
+
+
+def _every(array: np.ndarray, step: int) -> np.ndarray:
+    """Every step-th run of `RUN` neighbours: they come in one memory access."""
+    runs = array.size // RUN
+    return array[: runs * RUN].reshape(runs, RUN)[::step]
 
 
 def _candidates(flat: _Flat, bound: np.floating | None) -> np.ndarray:
@@ -198,8 +210,6 @@ def _device_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -
     return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
 
 
-RUN_SAMPLE = 1 << 14  # scores looked at to find a lower bound
-RUN = 16  # neighbours sampled together: they come in one memory access
 
 Indices = TypeVar("Indices", np.ndarray, Tensor)
 
@@ -336,7 +346,7 @@ def _host_top(rank: Callable[[], Ranking | None], count: int) -> Tensor | None:
         return None
     scores, tensor = _aligned(ranking)
     values, taken = flat_view(scores).numpy(), flat_view(tensor).numpy()
-    bound = _sampled_bound(values, taken, count)
+    bound = _sampled_bound([values], [taken], 0, count)
     places = _free_places(values, taken, bound)
     if bound is not None and places.size < count:  # the sample misled: look at every free score
         places = _free_places(values, taken, None)
@@ -348,21 +358,6 @@ def _host_top(rank: Callable[[], Ranking | None], count: int) -> Tensor | None:
     chosen = np.concatenate([above, tied[: count - above.size]])
     chosen.sort(kind="stable")
     return torch.from_numpy(chosen)
-
-
-def _sampled_bound(values: np.ndarray, taken: np.ndarray, count: int) -> np.floating | None:
-    """A score that a few more than `count` free scores reach, by a sample; None if that would not save work."""
-    runs = values.size // RUN
-    step = runs * RUN // RUN_SAMPLE | 1  # odd: out of step with power-of-two shapes
-    if step < RUN or count == 0:
-        return None
-    sample, free = (array[: runs * RUN].reshape(runs, RUN)[::step] for array in (values, taken))
-    rank = sample_rank(count * sample.size / values.size)
-    sample = sample[free == 0]
-    if rank > sample.size // 4:
-        return None
-    sample.partition(sample.size - rank)
-    return sample[sample.size - rank]
 
 
 def _free_places(values: np.ndarray, taken: np.ndarray, bound: np.floating | None) -> np.ndarray:
@@ -397,10 +392,10 @@ def _device_top(rankings: list[Ranking], counts: list[int]) -> list[Tensor]:
 def _device_bounds(values: Tensor, taken: Tensor, starts: list[int], sizes: list[int], counts: list[int]) -> Tensor:
     """`_sampled_bound` of every tensor, shape (tensors,); -infinity where it would not save work."""
     first, size = torch.tensor([starts, sizes], device=values.device)[:, :, None]
-    places = first + torch.arange(RUN_SAMPLE, device=values.device) * size // RUN_SAMPLE
+    places = first + torch.arange(SAMPLE, device=values.device) * size // SAMPLE
     ranked = torch.where(taken[places], -torch.inf, values[places]).sort(dim=1, descending=True).values
-    ranks = [sample_rank(RUN_SAMPLE * count / size) for count, size in zip(counts, sizes, strict=True)]
-    known = [[min(rank, RUN_SAMPLE - 1), rank < RUN_SAMPLE] for rank in ranks]
+    ranks = [sample_rank(SAMPLE * count / size) for count, size in zip(counts, sizes, strict=True)]
+    known = [[min(rank, SAMPLE - 1), rank < SAMPLE] for rank in ranks]
     column, useful = torch.tensor(known, device=values.device).T
     return torch.where(useful.bool(), ranked.gather(1, column[:, None])[:, 0], -torch.inf)
 

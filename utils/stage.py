@@ -37,7 +37,7 @@ class FolderLock:
         try:
             import fcntl
         except ImportError:  # Windows
-            return None
+            return
         while self.file is None or not _is_same_file(self.file, path):  # else its last holder has just removed it
             self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             try:
@@ -47,7 +47,8 @@ class FolderLock:
                                 "ended, or give this run a folder of its own") from error
             except OSError as error:
                 note(f"two runs in {folder} at a time would not be noticed ({error.strerror})")
-                return _release(self.file, path, os.getpid())
+                _release(self.file, path, os.getpid())
+                return
         if holder := _read(self.file):
             note(f"{folder} was left by {holder}, which was killed; this run takes it over")
         self.file.truncate(0)

@@ -5,13 +5,12 @@ they return, is a `Method`.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,8 +25,7 @@ from utils.analysis_utils import (
     has_masks,
     prunable_layers,
 )
-from utils.common import Progress, UserError, derive_seed, generator
-from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig
+from utils.common import UserError, derive_seed, generator
 from utils.data_loader import BatchLoader
 from utils.regrowth import (
     BEST_ENTRIES,
@@ -41,7 +39,8 @@ from utils.regrowth import (
     target_layers,
 )
 from utils.run import Run, prerequisite
-from utils.stage import Stage, differences, hold_folder
+from utils.search import Found, search_allocation
+from utils.stage import Stage, hold_folder
 from utils.stage1 import Outcome
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
@@ -354,141 +353,7 @@ def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, r
         "starting_digest": checkpoint.file_digest(step.start.artifact), "entries": BEST_ENTRIES}, step.folder / name)
 
 
-class Found(NamedTuple):
-    """An allocation, its reward (None when nothing was searched), the epochs it took and the controller's update.
-
-    source: 'controller', or the rule that gave the allocation, also where the search tried it first.
-    """
-
-    allocation: tuple[int, ...]
-    reward: float | None
-    epochs_spent: int
-    epoch: int
-    source: str
-
-
-def search_path(stem: Path, epoch: int) -> Path:
-    """The controller checkpoint after `epoch` updates."""
-    return stem.with_name(f"{stem.name}_epoch_{epoch}.pth")
-
-
-def saved_searches(stem: Path) -> dict[int, Path]:
-    """Number of updates -> controller checkpoint, most updates first."""
-    found = {int(path.stem.rpartition("_")[2]): path for path in stem.parent.glob(f"{stem.name}_epoch_*.pth")
-             if path.stem.rpartition("_")[2].isdigit()}
-    return dict(sorted(found.items(), reverse=True))
-
-
-def latest_search(stem: Path, config: Mapping[str, Any]) -> Path | None:
-    """The controller checkpoint with the most updates, of those made with these arguments if there are any.
-
-    An interrupted `--overwrite` leaves checkpoints of two searches side by side.
-    """
-    paths = list(saved_searches(stem).values())
-    wanted = reward_config(config)
-    fitting = (path for path in paths if reward_config(_read_search(path)["config"]) == wanted)
-    return next(fitting, paths[0] if paths else None)
-
-
-def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
-    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
-    recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
-    return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
-
-
-def _read_search(path: Path) -> dict[str, Any]:
-    state = checkpoint.load_checkpoint(path)
-    if not isinstance(state, dict) or not {"config", "search"} <= set(state):
-        raise UserError(f"{path} is not a controller checkpoint of this project")
-    return state
-
-
-class SearchLog:
-    """Progress, CSV and checkpoints of a running search."""
-
-    def __init__(self, search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
-                 sparsity: float):
-        """stem: path that artifact names begin with; config: of the step, kept in the checkpoints."""
-        self.search, self.stem, self.config, self.save_freq, self.sparsity = search, stem, config, save_freq, sparsity
-        self.table = stem.parent / "search.csv"
-        self.progress = Progress("search", search.config.search_budget, text="episode 0",
-                                 done=search.history[-1]["epochs_spent"] if search.history else 0)
-
-    def episode(self, row: Mapping[str, Any]) -> None:
-        """A new row of the history."""
-        self.progress.advance(row["epochs_spent"] - self.progress.done)
-        spent = f"{row['epochs_spent']}/{self.progress.total}" if self.progress.total else row["epochs_spent"]
-        self.progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
-                          f"{row['fidelity']}  best {100 * row['best']:.2f} %")
-        checkpoint.save_csv(self.rows(), self.table)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The history as CSV rows: allocations as text, missing values empty, the sparsity that all have in common."""
-        rows = []
-        for row in self.search.history:
-            plain = {key: "" if value is None else value for key, value in row.items() if key != "allocation"}
-            rows.append({**plain, "sparsity": self.sparsity, "allocation": " ".join(map(str, row["allocation"]))})
-        return rows
-
-    def epoch(self, number: int) -> None:
-        """A controller update is done."""
-        if number % self.save_freq == 0:
-            self.save()
-
-    def save(self) -> None:
-        """Saves the state at the last update boundary, with the trials finished since."""
-        state = self.search.snapshot()
-        checkpoint.save_checkpoint({"config": dict(self.config), "search": state},
-                                   search_path(self.stem, state["epoch"]))
-
-
-def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
-    """Takes up a saved search; UserError when the file is no search or its rewards came from other arguments."""
-    state = _read_search(path)
-    saved, wanted = reward_config(state["config"]), reward_config(config)
-    if saved != wanted:
-        raise UserError(f"the search at {path} was made with other arguments: {differences(saved, wanted)}. Repeat "
-                        "them with --resume, or use --overwrite to search anew")
-    search.load_state_dict(state["search"])
-    print(f"continuing the search of {path} after {search.epoch} updates")
-
-
-def search_config(args: argparse.Namespace) -> SearchConfig:
-    """The command line's search options; UserError for values that make no sense."""
-    return SearchConfig(
-        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
-        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
-        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None, warm_start=args.warm_start)
-
-
-def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
-                      config: Mapping[str, Any], stem: Path, sparsity: float) -> Found:
-    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints.
-
-    Ctrl-C saves before it goes on upwards.
-    """
-    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
-    path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
-    if path:
-        load_search(search, path, config)
-    log = SearchLog(search, stem, config, args.save_freq, sparsity)
-    try:
-        with log.progress:
-            result = search.run(log.episode, log.epoch)
-    finally:
-        log.save()
-    if args.overwrite:  # what is left of the search before this one
-        for updates, old in saved_searches(stem).items():
-            if updates > search.epoch:
-                old.unlink()
-    checkpoint.save_csv(log.rows(), log.table)
-    plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
-    source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
-    return Found(result.allocation, result.reward, result.epochs_spent, search.epoch,
-                 "controller" if source == "rl" else source)
+# --- what it came to -----------------------------------------------------------------------------------------------
 
 
 def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
