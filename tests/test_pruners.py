@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import main
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
+from utils import checkpoint, stage1
 from utils import pruning as pruners
 from utils.analysis_utils import count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
-from utils.common import UserError
+from utils.common import UserError, derive_seed
+from utils.evidence import Evidence
+from utils.run import open_run
 
 
 def network(*weights: torch.Tensor | list) -> nn.Sequential:
@@ -35,11 +39,17 @@ def random_network(seed: int, levels: int = 0) -> nn.Sequential:
     return network(*(torch.randn(shape, generator=rng) * pick.choice([0.1, 1, 3]) for shape in shapes))
 
 
+def ones(model: nn.Module) -> Evidence:
+    """Gradients of 1 everywhere, for rules that look at them: SNIP then goes by |w|."""
+    return Evidence(gradient={name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()})
+
+
 def keep_exactly(model: nn.Module, name: str, keep: int, seed: int = 0) -> None:
     """Prune so that `keep` weights stay, as a schedule towards a target does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        weight_pruner_loader(name)(model, 1 - keep / count_pruned_params(model).surviving, seed=seed)
+        amount = 1 - keep / count_pruned_params(model).surviving
+        weight_pruner_loader(name)(model, amount, seed=seed, evidence=ones(model))
 
 
 def survivors(model: nn.Module) -> list[int]:
@@ -175,14 +185,44 @@ def test_the_rule_of_the_module_docstring_can_be_added(monkeypatch):
     assert kept(model) == [[0, 2, 3], []]
 
 
-def test_a_rule_may_use_scores_from_data():
+def test_snip_keeps_the_largest_products_of_weight_and_gradient():
+    """y = sum of W x for x = (1, 10): dy/dW = (1, 10) in each row, so |g w| = 0.5, 30, 1, 2."""
     model = network([[0.5, -3.0], [1.0, 0.2]])
-    model(torch.tensor([[1.0, 10.0]])).sum().backward()
-    scores = {name: (layer.weight * layer.weight.grad).abs() for name, layer in prunable_layers(model).items()}  # SNIP
-    def rule(layers, keep, seed):
-        return pruners.exact_k_masks([scores[name] for name in layers.names], keep, layers.alive)
-    pruners.make_pruner(rule)(model, 0.5)
-    assert kept(model) == [[1, 3]]  # 0.5, 30, 1, 2
+    made = []
+
+    def gradient():
+        made.append(1)
+        model(torch.tensor([[1.0, 10.0]])).sum().backward()
+        return {name: layer.weight.grad for name, layer in prunable_layers(model).items()}
+    weight_pruner_loader("magnitude")(model, 0.25, evidence=Evidence(gradient=gradient))
+    assert not made and kept(model) == [[0, 1, 2]]  # a rule of the weights alone computes nothing
+    model = network([[0.5, -3.0], [1.0, 0.2]])
+    weight_pruner_loader("snip")(model, 0.5, evidence=Evidence(gradient=gradient))
+    assert made == [1] and kept(model) == [[1, 3]]
+
+
+def test_a_rule_that_looks_at_data_says_what_it_lacks():
+    model = network([[0.5, -3.0], [1.0, 0.2]])
+    with pytest.raises(UserError, match=r"give evidence=Evidence\(gradient="):
+        weight_pruner_loader("snip")(model, 0.5)
+    assert not has_masks(model)
+
+
+def test_snip_from_the_script_is_that_of_the_balanced_sample(image_folder, tmp_path):
+    """Against |g w| computed here from the sample that every evidence comes from, one batch at a time."""
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+             "--max_epochs", "1", "--finetune_epochs", "0", "--val_split", "0.25", "--precision", "fp32"]
+    main.main([*words, "--pruner", "snip", "--sparsity", "0.9"])
+    run = open_run(main.parse_args(words))
+    model = stage1.load_outcome(run, checkpoint.dense_path(tmp_path, "resnet20")).model.eval()
+    sample = run.train.balanced_sample(6_400, 128, derive_seed(0, "evidence"))
+    (inputs, targets), = list(sample)  # 60 images or fewer: one batch
+    torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+    weights = [layer.weight for layer in prunable_layers(model).values()]
+    scores = torch.cat([(weight * weight.grad).abs().flatten() for weight in weights])
+    pruned = stage1.load_outcome(run, checkpoint.pruned_path(tmp_path, "resnet20", 0.9)).model
+    mask = torch.cat([kept.flatten() for kept in get_masks(pruned).values()])
+    assert int(mask.sum()) == 27_090 and scores[mask].min() >= scores[~mask].max()
 
 
 # ---- properties of all rules ----------------------------------------------------------------------------------------
@@ -208,7 +248,7 @@ def test_counts_are_exact_and_nothing_returns(name, levels):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    weight_pruner_loader(name)(model, amount)
+                    weight_pruner_loader(name)(model, amount, evidence=ones(model))
             except UserError:
                 assert name == "unifplus"
                 break

@@ -10,9 +10,8 @@ alive; `exact_k_masks` sees to that, equal scores by position. To add one, write
 
     PRUNERS["positive"] = positive
 
-A rule that needs data (gradients, activations) has its scores computed beforehand, by layer name, and closes over them:
-`rule = lambda layers, keep, seed: exact_k_masks([scores[name] for name in layers.names], keep, layers.alive)`. Then
-`make_pruner(rule)` prunes a model, and `PRUNERS["taylor"] = rule` before `main.main([...])` takes it into the scripts.
+A rule that looks at data says at what, `@needs("gradient")`, and reads `layers.evidence.tensor("gradient", name)`, as
+selection rules do (`utils.evidence`); `snip` is an example. `make_pruner(rule)` prunes by a rule that has no line.
 """
 from __future__ import annotations
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from utils.allocation import apportion
 from utils.analysis_utils import empty_layers, get_masks, prunable_layers, set_masks
 from utils.common import UserError
+from utils.evidence import Evidence
 from utils.selection import exact_k_mask, exact_k_masks
 
 
@@ -42,6 +42,7 @@ class Layers:
     alive: list[Tensor]  # bool, True where not pruned yet
     totals: list[int]
     survivors: list[int]
+    evidence: Evidence
 
 
 Rule = Callable[[Layers, int, int], list[Tensor]]
@@ -49,12 +50,13 @@ Pruner = Callable[..., None]
 
 
 def weight_pruner_loader(name: str) -> Pruner:
-    """The pruner of that name: a function `pruner(model, amount, seed=0)`.
+    """The pruner of that name: a function `pruner(model, amount, seed=0, evidence=None)`.
 
     It removes the fraction `amount` of the surviving weights in place, so that exactly
     `round((1 - amount) * surviving)` stay; masks are put on where absent, pruned weights never return, and `seed`
     matters to random rules only. A layer left without weights is named in a UserWarning. It raises UserError, with
-    the model unchanged, if `amount` is not in (0, 1), a weight is not finite or the rule cannot prune so far.
+    the model unchanged, if `amount` is not in (0, 1), a weight is not finite, the rule cannot prune so far, or
+    `evidence` (`utils.evidence.Evidence`) lacks what it needs.
 
     Raises:
         UserError: no such pruner; the message lists the known ones.
@@ -66,16 +68,33 @@ def weight_pruner_loader(name: str) -> Pruner:
 
 def make_pruner(rule: Rule) -> Pruner:
     """The pruner of a rule, in `PRUNERS` or not; `weight_pruner_loader` says what it does."""
-    def pruner(model: nn.Module, amount: float, seed: int = 0) -> None:
-        _prune(model, rule, amount, seed)
+    def pruner(model: nn.Module, amount: float, seed: int = 0, evidence: Evidence | None = None) -> None:
+        _prune(model, rule, amount, seed, evidence or Evidence())
 
     return pruner
 
 
-def _prune(model: nn.Module, rule: Rule, amount: float, seed: int) -> None:
+def needs(*kinds: str) -> Callable[[Rule], Rule]:
+    """Marks a rule with the kinds of `Evidence` that it looks at; these are made before it runs, and no others."""
+    def mark(rule: Rule) -> Rule:
+        rule.needs = kinds
+        return rule
+
+    return mark
+
+
+def needed(rule: Rule) -> tuple[str, ...]:
+    """The kinds of evidence that a rule looks at; none for most."""
+    return getattr(rule, "needs", ())
+
+
+def _prune(model: nn.Module, rule: Rule, amount: float, seed: int, evidence: Evidence) -> None:
     if not 0 < amount < 1:
         raise UserError(f"prune amount {amount} is not a fraction between 0 and 1 (both excluded)")
-    layers = _look_at(model)
+    for kind in needed(rule):
+        if evidence.make(kind) is None:
+            raise UserError(f"this pruning rule looks at data: give evidence=Evidence({kind}=...), by layer name")
+    layers = _layers_of(model, evidence)
     keep = round((1 - amount) * sum(layers.survivors))
     with torch.no_grad():  # rules may compute with the parameters themselves
         masks = rule(layers, keep, seed)
@@ -85,7 +104,7 @@ def _prune(model: nn.Module, rule: Rule, amount: float, seed: int) -> None:
         warnings.warn(f"no weight is left in layer {', '.join(empty)}: nothing passes through it", stacklevel=3)
 
 
-def _look_at(model: nn.Module) -> Layers:
+def _layers_of(model: nn.Module, evidence: Evidence) -> Layers:
     found = prunable_layers(model)
     weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
     magnitudes = [weight.detach().abs() for weight in weights]
@@ -101,6 +120,7 @@ def _look_at(model: nn.Module) -> Layers:
         alive=alive,
         totals=[mask.numel() for mask in alive],
         survivors=[int(mask.count_nonzero()) for mask in alive],
+        evidence=evidence,
     )
 
 
@@ -208,6 +228,18 @@ def erk(layers: Layers, keep: int, seed: int) -> list[Tensor]:
     return _mask_layers(layers, layers.magnitudes, counts)
 
 
+@needs("gradient")
+def snip(layers: Layers, keep: int, seed: int) -> list[Tensor]:
+    """SNIP (Lee, Ajanthan and Torr, ICLR 2019): the largest |g w| of the network stay, g the gradient of the loss.
+
+    g is averaged over the class-balanced sample of the training images, in evaluation mode. The paper divides by the
+    sum over the network, which changes no order, and prunes before training; here the model is pruned as it comes.
+    """
+    gradients = [layers.evidence.tensor("gradient", name) for name in layers.names]
+    scores = [(weight.detach() * gradient).abs() for weight, gradient in zip(layers.weights, gradients, strict=True)]
+    return exact_k_masks(scores, keep, layers.alive)
+
+
 PRUNERS: dict[str, Rule] = {
     "magnitude": magnitude,
     "glob": magnitude,
@@ -216,4 +248,5 @@ PRUNERS: dict[str, Rule] = {
     "unifplus": unifplus,
     "erk": erk,
     "random": random,
+    "snip": snip,
 }

@@ -25,6 +25,7 @@ from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, MaskPlan
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
+from utils.pruning import PRUNERS, needed
 from utils.regrowth import INITIALISERS, SELECTORS
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
 
@@ -413,6 +414,9 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int) -> dict[str, An
     unused = [name for name in given if name in schedule.ignores]
     if unused:
         raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")
+    if needed(PRUNERS.get(args.pruner)):
+        raise UserError(f"--pruner {args.pruner} looks at data once, before the finetuning; with --mask_schedule take "
+                        "magnitude or another rule of the weights")
     if not finetune_epochs:
         raise UserError(f"--mask_schedule {args.mask_schedule} moves the mask during finetuning, of which "
                         "--finetune_epochs 0 leaves none")

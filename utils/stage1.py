@@ -10,11 +10,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from utils import checkpoint, plots
-from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, load_model_state
+from utils.analysis_utils import (
+    clone_model,
+    count_pruned_params,
+    empty_layers,
+    layer_sparsity,
+    load_model_state,
+    prunable_layers,
+)
 from utils.common import UserError, derive_seed, note, one_line
+from utils.evidence import Evidence, SaliencyComputer
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.run import Run
 from utils.stage import Stage, differences, hold_folder
@@ -22,6 +31,7 @@ from utils.training import Recipe, Trainer, evaluate
 
 Pruner = Callable[..., None]
 DRIFT_IMAGES = 500  # over which a mask schedule measures drift
+GRADIENT_BATCH = 128  # images; 50 batches are averaged over for pruning rules that look at gradients
 
 
 @dataclass
@@ -102,7 +112,8 @@ def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, opt
         single = not step.previous
         asked = f"{option} {step.sparsity:.12g}" if single else f"{option}: iteration {step.iteration}"
         weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
-    prune_to(model, steps[-1].sparsity, pruner, announce=False)
+    equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
+    prune_to(model, steps[-1].sparsity, pruner, announce=False, evidence=Evidence(gradient=equal))  # counts matter only
 
 
 def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe, *, resume: bool = False,
@@ -220,7 +231,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
         mover = mask_mover(run, model, step, seed)
         label = f"{step.mask['schedule']}, {label}"
     else:
-        prune_to(model, step.sparsity, pruner, seed)
+        prune_to(model, step.sparsity, pruner, seed, evidence=pruning_evidence(run, model))
         facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
         print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning "
               f"{facts['val_acc_after_pruning']:.2f} %")
@@ -256,7 +267,19 @@ def write_mask_updates(mover: MaskMover, trainer: Trainer, artifact: Path, title
     return table.name
 
 
-def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True) -> None:
+def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
+    """What pruning rules may look at: the model's gradients over a class-balanced sample, made if a rule asks."""
+    def gradient() -> dict[str, Tensor]:
+        sample = run.train.balanced_sample(50 * GRADIENT_BATCH, GRADIENT_BATCH, derive_seed(run.seed, "evidence"))
+        source = "pruned" if count_pruned_params(model).pruned else "dense"
+        computer = SaliencyComputer(model, sample, precision=run.precision, source=source)
+        computer.compute()
+        return computer.gradients
+    return Evidence(gradient=gradient)
+
+
+def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True,
+             evidence: Evidence | None = None) -> None:
     """Prunes so that exactly round((1 - sparsity) * N) of the N prunable weights survive; names emptied layers.
 
     Raises UserError, with the model unchanged, if that is none of them or all that are left.
@@ -265,7 +288,7 @@ def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, a
     keep = weights_left(counts.total, counts.surviving, sparsity, f"sparsity {sparsity:.12g}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
-        pruner(model, 1.0 - keep / counts.surviving, seed=seed)
+        pruner(model, 1.0 - keep / counts.surviving, seed=seed, evidence=evidence)
     if announce and (empty := empty_layers(model)):
         print(one_line(f"warning: no weight is left at sparsity {sparsity:.5g} in {', '.join(empty)}; what passes "
                        "through there alone is lost"))
