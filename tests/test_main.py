@@ -363,3 +363,10 @@ def test_images_of_ones_own(flowers, image_folder, tmp_path, capsys):
         with pytest.raises(UserError, match=r"trained on another data set: flowers, .*\(2 classes, 16 pixels\), .* use "
                            f"--dataset folder --data_dir {flowers} --image_size 16"):
             main_script.main([*own, *words, "--resume"])
+
+
+def test_the_highest_sparsity_of_the_message_leaves_a_weight():
+    """1 - 1/30 is 0.96667, cut to one digit more than the number of weights has."""
+    with pytest.raises(UserError, match=r"would leave 0 of 30 weights; the highest .* is 0\.966$"):
+        stage1.weights_left(30, 30, 0.99, "--sparsity 0.99")
+    assert stage1.weights_left(30, 30, 0.966, "") == 1

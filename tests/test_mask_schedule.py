@@ -82,7 +82,8 @@ def test_gradual_keeps_the_largest_of_the_network():
     assert active(model) == [[1, 0, 0, 1], [1, 1, 0, 0]]
 
 
-def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_of_each_layer():
+@pytest.mark.parametrize("exchange", [0.5, 0.45])  # 0.45 of four and of two are 1.8 and 0.9: two and one
+def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_of_each_layer(exchange):
     """Layer 0 keeps four, half are exchanged: 1 and 0.5 go; the largest gradients outside of the two survivors return.
 
     In layer 1 one of two goes (0.1), and comes back since its gradient is the largest: it keeps its value.
@@ -90,7 +91,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_of_each_layer():
     model = two_layers([3.0, -1.0, 0.5, 4.0, 9.0, 8.0], [2.0, 0.1, 7.0, 6.0])
     set_masks(model, {"0": torch.tensor([[1, 1, 1, 1, 0, 0]]), "1": torch.tensor([[1, 1, 0, 0]])})
     evidence = gradients([9.0, 0.1, -0.3, 9.0, -0.2, 0.4], [0.0, -5.0, 1.0, 2.0])
-    returned = move_masks(model, 6, 0.5, MaskPlan("rigl", 0.4, 0.4), evidence, seed=0, number=1)
+    returned = move_masks(model, 6, exchange, MaskPlan("rigl", 0.4, 0.4), evidence, seed=0, number=1)
     assert active(model) == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 0]]
     assert returned["0"].tolist() == [[False] * 5 + [True]] and not returned["1"].any()
     assert model[0].weight_orig.tolist() == [[3.0, -1.0, 0.5, 4.0, 9.0, 0.0]]  # 8 came back at zero, 0.5 as it was
@@ -105,6 +106,25 @@ def test_bidirectional_prunes_past_the_target_and_regrows_the_best_of_the_networ
     move_masks(model, 4, 0.5, plan, Evidence(saliency=saliency), seed=0, number=1)
     assert active(model) == [[1, 0, 1, 1], [0, 1, 0, 0]]  # 3 (saliency 9) and 0.5 (saliency 3) came back
     assert model[0].weight_orig.tolist() == [[3.0, -1.0, 0.5, 4.0]]  # both had been active: as they were
+
+
+def test_the_margin_is_rounded_to_the_nearest_number():
+    """0.45 of 4 is 1.8, so two: pruned to 5 and 4, and 0.5 and 0.1 return before 3, which one would have left."""
+    model = two_layers([3.0, -1.0, 0.5, 4.0], [2.0, -5.0, 0.1, 1.5])
+    saliency = {"0": torch.tensor([[1.0, 0.0, 4.0, 9.0]]), "1": torch.tensor([[1.0, 9.0, 3.0, 0.0]])}
+    plan = MaskPlan("bidirectional", 0, 0.5, regrow_rule="saliency", regrow_allocation="global")
+    move_masks(model, 4, 0.45, plan, Evidence(saliency=saliency), seed=0, number=1)
+    assert active(model) == [[0, 0, 1, 1], [0, 1, 1, 0]]
+
+
+def test_steps_and_survivors_are_rounded_to_the_nearest_number():
+    """0.55 of 5 steps are 2.75; 100 * 0.29 is just below 29 in floating point; 0.28 of 10 weights are 2.8."""
+    for until, steps, end in ((0.55, 5, 3), (0.29, 100, 29)):
+        assert MaskPlan("rigl", 0, 0.9, update_until=until).last_update(steps) == end
+    mover = MaskMover(two_layers([1.0] * 6, [1.0] * 4), MaskPlan("rigl", 0, 0.72), 0)
+    for survivors in (2, 3):
+        mover.history = [{"survivors": survivors}]
+        assert mover.counts(None) == (survivors == 3)
 
 
 def test_equal_weights_go_and_come_by_position():

@@ -104,3 +104,17 @@ def test_comparison_by_hand():
 def test_wrong_input(words, said, image_folder, tmp_path):
     with pytest.raises(UserError, match=said):
         study.main([*options(image_folder, tmp_path), *words])
+
+
+@pytest.mark.parametrize("share, epochs, before", [("0.29", "100", 29), ("0.55", "5", 3)])  # 28.999..., 2.75
+def test_the_epochs_before_regrowth_are_rounded_to_the_nearest(share, epochs, before, monkeypatch):
+    class Stop(Exception):
+        """Nothing is to be trained."""
+
+    def stop(run, args, arm, epochs_before):
+        assert epochs_before == before
+        raise Stop
+    monkeypatch.setattr(study, "regrown_model", stop)
+    args = study.parse_args(["--m_name", "resnet20", "--before_share", share, "--finetune_epochs", epochs])
+    with pytest.raises(Stop):
+        study.measure(None, args, "proportional+reference", 0)

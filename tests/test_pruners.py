@@ -128,6 +128,9 @@ def test_unifplus_says_the_highest_sparsity_it_reaches():
     with pytest.raises(UserError, match=r"keeps 0 dense and 20 % of 2, .* at most 0.8125 here, not 0.8438"):
         keep_exactly(model, "unifplus", 5)
     assert not has_masks(model)
+    # 1 - 7/38 is 0.81579: cut, not rounded, so that what the message names is within reach
+    with pytest.raises(UserError, match=r"at most 0.8157 here"):
+        keep_exactly(network(torch.rand(2, 1, 1, 1), torch.rand(6, 2), torch.rand(4, 6)), "unifplus", 5)
 
 
 def test_unifplus_keeps_the_first_convolution_dense_even_behind_a_linear():

@@ -318,3 +318,11 @@ def test_a_missing_dense_model_beside_a_pruned_one_is_made_alone(options, tmp_pa
     dense.rename(checkpoint.progress_path(dense))
     with pytest.raises(UserError, match=r"interrupted \(.*ckpt.progress.pth\): repeat the command .* --resume"):
         rl_regrowth_nas.main(options)
+
+
+def test_max_ratio_is_exact(monkeypatch):
+    """0.29 of 100 is 29, though 0.29 * 100 is just below it in floating point; 0.29 of 99 is 28.71: at most 28."""
+    monkeypatch.setattr(stage2, "target_layers", lambda model, patterns: ["a", "b"])
+    monkeypatch.setattr(stage2, "layer_capacities", lambda model, layers: {"a": 100, "b": 99})
+    args = rl_regrowth_nas.parse_args(["--m_name", "resnet20", "--max_ratio", "0.29"])
+    assert stage2._capacities(None, args) == {"a": 29, "b": 28}

@@ -69,6 +69,7 @@ def test_schedules_by_hand(name, step, expected):
 
 def test_the_warm_up_is_rounded_to_the_nearest_step():
     assert SCHEDULES["warmup_cosine"](0, 30) == 0.5  # 5 % of 30 are 1.5 steps: two
+    assert SCHEDULES["triangular"](0, 9) == 0.5  # 20 % of 9 are 1.8 steps: two
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

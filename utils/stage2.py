@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,10 @@ def save_folder(run: Run, args: argparse.Namespace, method: Method) -> Path:
 
 
 def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
-    """Weights that may return per target layer: `--max_ratio` of what is pruned there."""
+    """Weights that may return per target layer: at most `--max_ratio` of what is pruned there."""
     capacities = layer_capacities(model, target_layers(model, args.target_layers))
-    return {name: int(args.max_ratio * capacity) for name, capacity in capacities.items()}
+    ratio = Fraction(str(args.max_ratio))  # as it was written: 0.29 * 100 is just below 29 in floating point
+    return {name: int(ratio * capacity) for name, capacity in capacities.items()}
 
 
 # --- evidence ------------------------------------------------------------------------------------------------------
