@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils import finetuning, inspection
+from utils.checkpoint import read_card
 from utils.common import UserError
-from utils.finetuning import Phase, Plan
+from utils.datasets import DATASETS
+from utils.finetuning import Phase
 from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
 from utils.run import (
     ArgumentParser,
@@ -110,12 +112,6 @@ def phases(args: argparse.Namespace) -> tuple[Phase, ...]:
     return (Phase("regrown" if args.freeze_original else "all", recipe),)
 
 
-def plan(args: argparse.Namespace) -> Plan:
-    """What the command line says about finetuning."""
-    return Plan(phases(args), args.reset_bn_stats, args.starting_checkpoint, args.reference_model, args.save_dir,
-                args.resume, args.overwrite)
-
-
 def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
     """The model's name, by what is in the artifact or else in its starting checkpoint; UserError if unclear."""
     if artifact.kind.is_best:
@@ -133,9 +129,17 @@ def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
 
 
 def take_data(args: argparse.Namespace, artifact: Artifact) -> None:
-    """Fills the options of the data that were not given: from the run card, said in a line, else the defaults."""
+    """Fills the options of the data that were not given: from the run card, said in a line, else the defaults.
+
+    The card is the artifact's own or, where it has none, as a best allocation, that of its starting checkpoint.
+    """
     start = finetuning.find_start(artifact, args.starting_checkpoint, args.root) if artifact.kind.is_best else None
-    found = finetuning.recorded_data(artifact, start)
+    card = read_card(artifact.path) or (start and read_card(start)) or {}
+    config, known = card.get("config", {}), card.get("input", {})
+    found = {name: config[name] for name in ("val_split", "precision") if name in config}
+    dataset = known.get("dataset") or config.get("dataset", "").rpartition(", ")[0]
+    if dataset in DATASETS:
+        found |= {"dataset": dataset, **{name: known[name] for name in ("data_dir", "image_size") if name in known}}
     if args.dataset not in (None, found.get("dataset")):
         found = {name: value for name, value in found.items() if name not in ("data_dir", "image_size")}
     if not Path(found.get("data_dir", "")).expanduser().is_dir():
@@ -169,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     args.m_name = args.m_name or recognise_model(args, artifact)
     take_data(args, artifact)
-    print_report(finetuning.finetune(open_run(args), artifact, plan(args)))
+    print_report(finetuning.finetune(open_run(args), artifact, phases(args), args))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from utils.analysis_utils import clone_model, get_masks, load_model_state, pruna
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig
 from utils.data_loader import BatchLoader
-from utils.finetuning import Origin, Phase, Source
+from utils.finetuning import Phase, Source
 from utils.inspection import describe, load_artifact, render
 from utils.model_loader import model_loader
 from utils.regrowth import BEST_ENTRIES, ReferenceBasedRegrowth
@@ -236,7 +237,7 @@ def source(small_cnn) -> Source:
     dice = torch.Generator().manual_seed(1)
     set_masks(small_cnn, {name: torch.rand(layer.weight.shape, generator=dice) < 0.2
                           for name, layer in prunable_layers(small_cnn).items()})
-    return Source(small_cnn, Path("none"), regrow_some(small_cnn), Origin())
+    return Source(small_cnn, Path("none"), regrow_some(small_cnn))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,7 +305,7 @@ def test_frozen_weights_keep_every_bit_and_leave_no_trace_in_the_optimizer(recip
 @pytest.mark.parametrize("trained", ["regrown", "two rates"])
 def test_an_interrupted_phase_continues_to_the_same_bits(trained, source, tiny_loaders):
     phase = Phase(trained, RECIPES[1], lr_original=1e-3)
-    copies = [Source(clone_model(source.model), source.artifact, source.regrown, source.start) for _ in range(2)]
+    copies = [Source(clone_model(source.model), source.artifact, source.regrown) for _ in range(2)]
     state = train(copies[0], phase, tiny_loaders, stop_after=1).state_dict()
     train(copies[1], phase, tiny_loaders, state=state)
     train(source, phase, tiny_loaders)
@@ -326,9 +327,10 @@ def test_two_rates_by_hand(make, expected):
         weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
         bias.fill_(0.5)
     phase = Phase("two rates", Recipe("sgd", lr=0.1, epochs=1, batch_size=1), lr_original=0.01)
-    training = finetuning.train_at_two_rates(model, {"0": torch.tensor([[False, True, False, False]])}, phase)
-    optimizer = make(training.params)
-    training.constrain(optimizer)
+    regrown = {"0": torch.tensor([[False, True, False, False]])}
+    params, constrain = finetuning.train_at_two_rates(model, regrown, phase)
+    optimizer = make(params)
+    constrain(optimizer)
     for values in expected:
         weight.grad, bias.grad = torch.tensor([[1.0, 1.0, 1.0, 5.0]]), torch.ones(1)
         optimizer.step()
@@ -364,7 +366,7 @@ def test_a_layer_that_never_runs_does_not_stop_the_freezing_of_original_weights(
              for name, layer in prunable_layers(model).items()}
     set_masks(model, {name: torch.ones_like(mask) for name, mask in masks.items()})
     start = clone_model(model).state_dict()
-    train(Source(model, Path("x"), masks, Origin()), Phase("regrown", RECIPES[0]), tiny_loaders)
+    train(Source(model, Path("x"), masks), Phase("regrown", RECIPES[0]), tiny_loaders)
     moved = start["used.weight_orig"] != model.used.weight_orig
     assert torch.equal(moved, masks["used"]) and torch.equal(start["unused.weight_orig"], model.unused.weight_orig)
 
@@ -381,8 +383,10 @@ def run(tmp_path) -> SimpleNamespace:
                            timing_only=False)
 
 
-def plan_for(*words: object) -> finetuning.Plan:
-    return inspect_checkpoint.plan(inspect_checkpoint.parse_args(["--file", "x", "--finetune", *map(str, words)]))
+def options(*words: object) -> tuple[tuple[Phase, ...], Namespace]:
+    """The phases and the options that a command line with `words` asks for."""
+    args = inspect_checkpoint.parse_args(["--file", "x", "--finetune", *map(str, words)])
+    return inspect_checkpoint.phases(args), args
 
 
 def regrown_best(run: SimpleNamespace) -> tuple[nn.Module, dict]:
@@ -401,7 +405,7 @@ def assert_same_model(one: nn.Module, other: nn.Module) -> None:
 
 def test_a_best_allocation_is_replayed_on_its_starting_checkpoint(run, tmp_path):
     model, best = regrown_best(run)
-    source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), plan_for("--freeze_original"))
+    source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), *options("--freeze_original"))
     assert_same_model(source.model, model)
     assert {name: int(mask.sum()) for name, mask in source.regrown.items() if mask.any()} == best["allocation"]
     description = describe(load_artifact(tmp_path / "artifact.pth"))
@@ -424,7 +428,7 @@ def test_the_start_is_found_where_stage_1_puts_it_after_the_root_has_moved(run, 
     place.parent.mkdir(parents=True)
     (tmp_path / "start.pth").rename(place)
     best["starting_checkpoint"] = "old_root/m/ckpt_after_prune/start.pth"
-    source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), plan_for())
+    source = finetuning.load_source(run, load_artifact(saved(best, tmp_path)), *options())
     assert_same_model(source.model, model)
 
 
@@ -435,16 +439,16 @@ def test_a_published_best_allocation_takes_its_values_from_the_reference(run, tm
     indices = {"conv1": indices["conv1"].tolist(), "layer2.0.conv1": indices["layer2.0.conv1"].numpy(),
                "linear": torch.stack(torch.unravel_index(indices["linear"], shape), dim=1)}
     artifact = load_artifact(saved({**BEST, "allocation": [3, 50, 7], "regrow_indices": indices}, tmp_path))
-    source = finetuning.load_source(run, artifact, plan_for("--starting_checkpoint", tmp_path / "start.pth"))
+    source = finetuning.load_source(run, artifact, *options("--starting_checkpoint", tmp_path / "start.pth"))
     assert_same_model(source.model, model)
     with pytest.raises(UserError, match="does not say which pruned checkpoint"):
-        finetuning.load_source(run, artifact, plan_for())
+        finetuning.load_source(run, artifact, *options())
     active = {"linear": get_masks(resnet(0.9))["linear"].nonzero()[:1]}
     for wrong, said in ((active, "active already"), ({"linear": [640]}, "outside"), ({"linear": [-1]}, "outside"),
                         ({"linear": [[10, 0]]}, "outside"), ({"fc": [1]}, "'fc'")):
         artifact = load_artifact(saved({**BEST, "allocation": [1], "regrow_indices": wrong}, tmp_path, "wrong.pth"))
         with pytest.raises(UserError, match=said):
-            finetuning.load_source(run, artifact, plan_for("--starting_checkpoint", tmp_path / "start.pth"))
+            finetuning.load_source(run, artifact, *options("--starting_checkpoint", tmp_path / "start.pth"))
 
 
 def test_regrown_weights_are_those_pruned_in_the_starting_checkpoint(run, tmp_path):
@@ -452,16 +456,16 @@ def test_regrown_weights_are_those_pruned_in_the_starting_checkpoint(run, tmp_pa
     regrown = regrow_some(model)
     path = saved(model.state_dict(), tmp_path)
     with pytest.raises(UserError, match="unknown which weights.*--starting_checkpoint"):
-        finetuning.load_source(run, load_artifact(path), plan_for("--freeze_original"))
+        finetuning.load_source(run, load_artifact(path), *options("--freeze_original"))
     card = {"sha256": checkpoint.file_digest(path), "starting_checkpoint": "start.pth",
             "config": {"start": checkpoint.file_digest(tmp_path / "start.pth")}}
     checkpoint.save_json(card, checkpoint.card_path(path))
-    found = finetuning.load_source(run, load_artifact(path), plan_for("--differential_lr")).regrown
+    found = finetuning.load_source(run, load_artifact(path), *options("--differential_lr")).regrown
     assert all(torch.equal(found[name], mask) for name, mask in regrown.items())
-    assert finetuning.load_source(run, load_artifact(path), plan_for()).regrown is None
+    assert finetuning.load_source(run, load_artifact(path), *options()).regrown is None
     (tmp_path / "start.pth").write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="SHA-256"):
-        finetuning.load_source(run, load_artifact(path), plan_for("--differential_lr"))
+        finetuning.load_source(run, load_artifact(path), *options("--differential_lr"))
 
 
 def test_sources_that_cannot_serve_are_refused(run, tmp_path):
@@ -478,7 +482,7 @@ def test_sources_that_cannot_serve_are_refused(run, tmp_path):
             (search_state(), [], "holds no finished model"),
             (model_loader("resnet32", seed=0).state_dict(), [], "does not fit this model")):
         with pytest.raises(UserError, match=said):
-            finetuning.load_source(run, load_artifact(saved(content, tmp_path)), plan_for(*words))
+            finetuning.load_source(run, load_artifact(saved(content, tmp_path)), *options(*words))
 
 
 # --- the script ----------------------------------------------------------------------------------------------------
@@ -504,11 +508,11 @@ def test_options_without_effect_or_in_conflict_are_errors(words, said, capsys):
 
 
 def test_options_reach_the_phases():
-    (phase,) = plan_for("--epochs", 7, "--lr", 0.01, "--patience", 4).phases
+    (phase,) = options("--epochs", 7, "--lr", 0.01, "--patience", 4)[0]
     assert phase == Phase("all", replace(FINETUNE_FINAL, epochs=7, lr=0.01, patience=4))
-    (phase,) = plan_for("--differential_lr", "--lr_original", 0.002).phases
+    (phase,) = options("--differential_lr", "--lr_original", 0.002)[0]
     assert (phase.trained, phase.recipe.lr, phase.lr_original) == ("two rates", 1e-3, 0.002)
-    first, second = plan_for("--progressive_unfreezing", "--phase2_epochs", 5, "--lr", 0.02).phases
+    first, second = options("--progressive_unfreezing", "--phase2_epochs", 5, "--lr", 0.02)[0]
     assert (first.trained, first.recipe.epochs, second.trained, second.recipe.epochs) == ("regrown", 10, "all", 5)
     assert first.recipe.lr == second.recipe.lr == 0.02
 

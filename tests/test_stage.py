@@ -237,4 +237,4 @@ def test_every_flow_holds_its_folder(tmp_path, image_folder, hold_elsewhere, mon
         stage2.regrow(run, args, None)
     monkeypatch.setattr(finetuning, "load_source", lambda *_: None)
     with pytest.raises(UserError, match="out is in use by process 7"):
-        finetuning.finetune(run, None, args)
+        finetuning.finetune(run, None, (), args)

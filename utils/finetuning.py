@@ -5,10 +5,11 @@ are active in it and pruned in the checkpoint that regrowth started from. All ot
 """
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from torch.optim import Optimizer
 from utils import checkpoint, stage1
 from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
 from utils.common import UserError, derive_seed
-from utils.datasets import DATASETS
 from utils.inspection import Artifact
 from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run
@@ -46,65 +46,91 @@ class Phase:
     lr_original: float | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to do with an artifact: the phases in order, and where everything is; as on the command line."""
-
-    phases: tuple[Phase, ...]
-    reset_bn_stats: bool = False
-    starting_checkpoint: Path | None = None
-    reference_model: Path | None = None
-    save_dir: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
-
-    @property
-    def needs_regrown(self) -> bool:
-        """Whether it must be known which weights were regrown."""
-        return any(phase.trained != "all" for phase in self.phases)
-
-
 @dataclass
 class Source:
-    """The model to finetune, which of its weights were regrown (None: unknown), and the files it comes from."""
+    """The model to finetune, the artifact it is from, which of its weights were regrown (None: unknown), and path and
+    SHA-256 of the checkpoint that regrowth started from, as far as they are known.
+
+    reference: the model that gave a best allocation its values, where it has none.
+    """
 
     model: nn.Module
     artifact: Path
-    regrown: Masks | None
-    start: Origin
+    regrown: Masks | None = None
+    start: str | None = None
+    start_digest: str | None = None
     reference: Path | None = None
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint that regrowth started from, as far as it is known: its path and its SHA-256."""
-
-    path: str | None = None
-    digest: str | None = None
+# --- the flow ------------------------------------------------------------------------------------------------------
 
 
-# --- where the data and the model come from ------------------------------------------------------------------------
+def finetune(run: Run, artifact: Artifact, phases: Sequence[Phase], args: argparse.Namespace) -> Outcome:
+    """Carries out the phases in order; the last one leaves ``finetuned_{stem}.pth`` with its run card.
 
-
-def recorded_origin(artifact: Artifact) -> Origin:
-    """What a best allocation or the run card of a regrown model says about its starting checkpoint."""
-    if artifact.kind.is_best:
-        return Origin(artifact.content.get("starting_checkpoint"), artifact.content.get("starting_digest"))
-    card = checkpoint.read_card(artifact.path) or {}
-    return Origin(card.get("starting_checkpoint"), card.get("config", {}).get("start"))
-
-
-def recorded_data(artifact: Artifact, start: Path | None) -> dict[str, Any]:
-    """The options of the data that a run card names, as far as it does: dataset, data_dir, image_size, val_split,
-    precision. The card is the artifact's own or, where it has none, as a best allocation, that of its `start`.
+    An earlier phase leaves ``finetuned_{stem}_phase_1.pth``. The test set is read once, for the final model.
+    args: options of `inspect_checkpoint.py`: starting_checkpoint, reference_model, save_dir, reset_bn_stats, resume,
+    overwrite.
     """
-    card = checkpoint.read_card(artifact.path) or (start and checkpoint.read_card(start)) or {}
-    config, known = card.get("config", {}), card.get("input", {})
-    found = {name: config[name] for name in ("val_split", "precision") if name in config}
-    dataset = known.get("dataset") or config.get("dataset", "").rpartition(", ")[0]
-    if dataset in DATASETS:
-        found |= {"dataset": dataset, **{name: known[name] for name in ("data_dir", "image_size") if name in known}}
-    return found
+    source = load_source(run, artifact, phases, args)
+    folder = args.save_dir or run.root / "finetune_savedir" / run.m_name
+    run.held.add(hold_folder(folder, "--save_dir"))
+    for number, phase in enumerate(phases, 1):
+        suffix = "" if number == len(phases) else f"_phase_{number}"
+        path = folder / f"finetuned_{artifact.path.stem}{suffix}.pth"
+        outcome = _run_phase(run, source, phase, number, path, args)
+        source.model, source.artifact = outcome.model, path
+    stage1.read_test(run, [outcome])
+    return outcome
+
+
+def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, args: argparse.Namespace) -> Outcome:
+    reset = args.reset_bn_stats and number == 1
+    config = {"stage": "finetune", "phase": number, **run.identity(), "trained": phase.trained,
+              "source": checkpoint.file_digest(source.artifact), "start": source.start_digest, "reset_bn_stats": reset,
+              "reference": source.reference and checkpoint.file_digest(source.reference),
+              "lr_original": phase.lr_original, "recipe": phase.recipe.as_dict()}
+    stage = Stage(path, config, resume=args.resume, overwrite=args.overwrite)
+    if stage.finished:
+        print(stage.reuse_note())
+        return stage1.load_outcome(run, path)
+    started, model = time.perf_counter(), source.model
+    facts = _measure_start(run, source, reset)
+    if phase.trained == "regrown":
+        print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
+              "keep every bit, while the running statistics of batch normalisation adapt")
+    make_trainer = partial(Trainer, model, run.train, run.val, phase.recipe, precision=run.precision,
+                           seed=derive_seed(run.seed, "finetune", number))
+    result = train_phase(source, phase, make_trainer, lambda trainer: stage.fit(trainer, f"finetune {phase.trained}"))
+    stage.finish(model.state_dict(), run.card(
+        **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start,
+        epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    return Outcome(model, path, stage.card)
+
+
+def _measure_start(run: Run, source: Source, reset: bool) -> dict[str, Any]:
+    """What the run card says of the model before a phase, printed too; with `reset`, batch norm is estimated anew."""
+    facts = {"val_acc_before": evaluate(source.model, run.val, run.precision).accuracy}
+    print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
+    if reset:
+        if not reestimate_batch_norm(source.model, run.train, run.precision):
+            raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
+        facts["val_acc_after_bn_reset"] = evaluate(source.model, run.val, run.precision).accuracy
+        print(f"validation with new batch-norm statistics {facts['val_acc_after_bn_reset']:.2f} %")
+    if source.regrown is not None:
+        facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())
+    return facts
+
+
+# --- where the model comes from ------------------------------------------------------------------------
+
+
+def recorded_start(artifact: Artifact) -> tuple[str | None, str | None]:
+    """Path and SHA-256 of the starting checkpoint, by a best allocation or by the run card of a regrown model."""
+    if artifact.kind.is_best:
+        return artifact.content.get("starting_checkpoint"), artifact.content.get("starting_digest")
+    card = checkpoint.read_card(artifact.path) or {}
+    return card.get("starting_checkpoint"), card.get("config", {}).get("start")
 
 
 def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | None:
@@ -113,56 +139,54 @@ def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | Non
 
     Raises UserError when it is missing, or is another file than the recorded digest says.
     """
-    origin = recorded_origin(artifact)
-    if given is None and origin.path is None:
+    path, digest = recorded_start(artifact)
+    if given is None and path is None:
         return None
-    recorded = Path(str(origin.path))
+    recorded = Path(str(path))
     candidates = [given] if given else [recorded, root / recorded, root.joinpath(*recorded.parts[-3:])]
     found = [path for path in candidates if path.is_file()]
     if not found:
         raise UserError(f"no starting checkpoint at {candidates[0]}, from which {artifact.path} was regrown; name it "
                         "with --starting_checkpoint FILE")
-    right = [path for path in found if origin.digest in (None, checkpoint.file_digest(path))]
+    right = [path for path in found if digest in (None, checkpoint.file_digest(path))]
     if not right:
         raise UserError(f"{found[0]} is not the checkpoint that {artifact.path} was regrown from (its SHA-256 differs "
                         "from the recorded one); name the right one with --starting_checkpoint FILE")
     return right[0]
 
 
-def load_source(run: Run, artifact: Artifact, plan: Plan) -> Source:
+def load_source(run: Run, artifact: Artifact, phases: Sequence[Phase], args: argparse.Namespace) -> Source:
     """The artifact's model, a best allocation replayed on its starting checkpoint, with the regrown weights.
 
-    Raises UserError when it is another model's, something it needs is missing, or the plan needs to know the regrown
+    Raises UserError when it is another model's, something it needs is missing, or a phase needs to know the regrown
     weights and they are unknown.
     """
-    source = (_replay if artifact.kind.is_best else _load_model)(run, artifact, plan)
-    if plan.needs_regrown:
-        if source.regrown is None:
-            raise UserError(f"it is unknown which weights of {artifact.path} were regrown; name the checkpoint that "
-                            "regrowth started from with --starting_checkpoint FILE")
-        if not any(bool(mask.any()) for mask in source.regrown.values()):
-            raise UserError(f"{artifact.path} has no regrown weights: all that are active in it are active in "
-                            f"{source.start.path} too")
+    needs_regrown = any(phase.trained != "all" for phase in phases)
+    source = _replay(run, artifact, args) if artifact.kind.is_best else _load_model(run, artifact, needs_regrown, args)
+    if needs_regrown and not any(bool(mask.any()) for mask in source.regrown.values()):
+        raise UserError(f"{artifact.path} has no regrown weights: all that are active in it are active in "
+                        f"{source.start} too")
     return source
 
 
-def _load_model(run: Run, artifact: Artifact, plan: Plan) -> Source:
-    if plan.reference_model is not None:
+def _load_model(run: Run, artifact: Artifact, needs_regrown: bool, args: argparse.Namespace) -> Source:
+    if args.reference_model is not None:
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
     stage1.check_data(run, artifact.path)
     load_model_state(model, artifact.weights, str(artifact.path))
-    if not (plan.needs_regrown or plan.starting_checkpoint):
-        return Source(model, artifact.path, None, recorded_origin(artifact))
-    start = find_start(artifact, plan.starting_checkpoint, run.root)
+    if not (needs_regrown or args.starting_checkpoint):
+        return Source(model, artifact.path, None, *recorded_start(artifact))
+    start = find_start(artifact, args.starting_checkpoint, run.root)
     if start is None:
-        return Source(model, artifact.path, None, Origin())
+        raise UserError(f"it is unknown which weights of {artifact.path} were regrown; name the checkpoint that "
+                        "regrowth started from with --starting_checkpoint FILE")
     if not has_masks(model):
         raise UserError(f"{artifact.path} is a dense model without masks; no weight of it counts as regrown")
     before = get_masks(_load_pruned(run, start))
     regrown = {name: mask & ~before[name] for name, mask in get_masks(model).items()}
-    return Source(model, artifact.path, regrown, _origin(start))
+    return Source(model, artifact.path, regrown, str(start), checkpoint.file_digest(start))
 
 
 def _load_pruned(run: Run, path: Path) -> nn.Module:
@@ -172,19 +196,15 @@ def _load_pruned(run: Run, path: Path) -> nn.Module:
     return model
 
 
-def _origin(start: Path) -> Origin:
-    return Origin(str(start), checkpoint.file_digest(start))
-
-
-def _replay(run: Run, artifact: Artifact, plan: Plan) -> Source:
-    start = find_start(artifact, plan.starting_checkpoint, run.root)
+def _replay(run: Run, artifact: Artifact, args: argparse.Namespace) -> Source:
+    start = find_start(artifact, args.starting_checkpoint, run.root)
     if start is None:
         raise UserError(f"{artifact.path} does not say which pruned checkpoint it is for; name it with "
                         "--starting_checkpoint FILE")
     model, reference = _load_pruned(run, start), None
     if "regrow_values" not in artifact.content:
-        reference = plan.reference_model or checkpoint.dense_path(run.root, run.m_name)
-    elif plan.reference_model is not None:
+        reference = args.reference_model or checkpoint.dense_path(run.root, run.m_name)
+    elif args.reference_model is not None:
         raise UserError(f"{artifact.path} has the values of its regrown weights; leave --reference_model out")
     values = reference and stage1.load_outcome(run, reference).model
     try:
@@ -194,7 +214,7 @@ def _replay(run: Run, artifact: Artifact, plan: Plan) -> Source:
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"{artifact.path} does not fit {start}: {' '.join(str(error).split())}; name the right one "
                         "with --starting_checkpoint FILE") from error
-    return Source(model, artifact.path, record.masks(model), _origin(start), reference)
+    return Source(model, artifact.path, record.masks(model), str(start), checkpoint.file_digest(start), reference)
 
 
 def record_from(indices: Mapping[str, Any], model: nn.Module, reference: nn.Module) -> RegrowthRecord:
@@ -232,24 +252,10 @@ def flat_indices(where: Any, shape: torch.Size) -> Tensor:
     return where.unique()
 
 
-# --- which weights train -------------------------------------------------------------------------------------------
+# --- which weights train: rules (model, regrown, phase) -> params and constrain of a `Trainer` ---------------------
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a `Trainer` takes to train single weights: parameter groups, step hooks; and parameters left out of it."""
-
-    params: Any = None
-    constrain: Constrain | None = None
-    frozen: Sequence[nn.Parameter] = ()
-
-
-def train_all(model: nn.Module, regrown: Masks | None, phase: Phase) -> Training:
-    """Everything but the pruned weights trains, at one learning rate."""
-    return Training()
-
-
-def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
+def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> tuple[Any, Constrain]:
     """Only regrown weights train; original weights, biases and affine parameters keep every bit.
 
     During a step the held weights and their gradients are 0, so that no optimizer gathers momentum, second moments or
@@ -271,11 +277,10 @@ def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
         hold_weights(optimizer, pairs)
         optimizer.register_step_pre_hook(hide_held)
 
-    trained = {id(param) for param in params}
-    return Training(params, constrain, [param for param in model.parameters() if id(param) not in trained])
+    return params, constrain
 
 
-def train_at_two_rates(model: nn.Module, regrown: Masks, phase: Phase) -> Training:
+def train_at_two_rates(model: nn.Module, regrown: Masks, phase: Phase) -> tuple[Any, Constrain]:
     """Regrown weights move at the recipe's learning rate, all other parameters at `phase.lr_original`.
 
     Within one tensor every element's update is scaled by the ratio of its rate to the recipe's: the updates of SGD and
@@ -303,79 +308,24 @@ def train_at_two_rates(model: nn.Module, regrown: Masks, phase: Phase) -> Traini
 
     whole = {id(param) for param in mixed}
     rest = [param for param in model.parameters() if id(param) not in whole]
-    return Training([{"params": mixed}, {"params": rest, "lr": phase.lr_original}], constrain)
+    return [{"params": mixed}, {"params": rest, "lr": phase.lr_original}], constrain
 
 
-TRAINED: dict[str, Callable[[nn.Module, Any, Phase], Training]] = {
-    "all": train_all, "regrown": train_regrown, "two rates": train_at_two_rates}
+TRAINED: dict[str, Callable[[nn.Module, Any, Phase], tuple[Any, Any]]] = {
+    "all": lambda *_: (None, None), "regrown": train_regrown, "two rates": train_at_two_rates}
 
 
 def train_phase(source: Source, phase: Phase, make_trainer: Callable[..., Trainer],
                 fit: Callable[[Trainer], TrainResult]) -> TrainResult:
     """One phase: ``make_trainer(params=..., constrain=...)`` builds the trainer of the model, `fit` runs it."""
-    training = TRAINED[phase.trained](source.model, source.regrown, phase)
-    trainer = make_trainer(params=training.params, constrain=training.constrain)
-    for param in training.frozen:  # spares the work for gradients that nobody uses
+    params, constrain = TRAINED[phase.trained](source.model, source.regrown, phase)
+    trainer = make_trainer(params=params, constrain=constrain)
+    trained = {id(param) for group in trainer.optimizer.param_groups for param in group["params"]}
+    frozen = [param for param in source.model.parameters() if id(param) not in trained]
+    for param in frozen:  # spares the work for gradients that nobody uses
         param.requires_grad_(False)
     try:
         return fit(trainer)
     finally:
-        for param in training.frozen:
+        for param in frozen:
             param.requires_grad_(True)
-
-
-# --- the flow ------------------------------------------------------------------------------------------------------
-
-
-def finetune(run: Run, artifact: Artifact, plan: Plan) -> Outcome:
-    """Carries out the plan's phases; the last one leaves ``finetuned_{stem}.pth`` with its run card.
-
-    An earlier phase leaves ``finetuned_{stem}_phase_1.pth``. The test set is read once, for the final model.
-    """
-    source = load_source(run, artifact, plan)
-    folder = plan.save_dir or run.root / "finetune_savedir" / run.m_name
-    run.held.add(hold_folder(folder, "--save_dir"))
-    for number in range(1, len(plan.phases) + 1):
-        last = number == len(plan.phases)
-        path = folder / f"finetuned_{artifact.path.stem}{'' if last else f'_phase_{number}'}.pth"
-        outcome = _run_phase(run, source, plan, number, path)
-        source = replace(source, model=outcome.model, artifact=path)
-    stage1.read_test(run, [outcome])
-    return outcome
-
-
-def _run_phase(run: Run, source: Source, plan: Plan, number: int, path: Path) -> Outcome:
-    phase, reset = plan.phases[number - 1], plan.reset_bn_stats and number == 1
-    config = {"stage": "finetune", "phase": number, **run.identity(), "trained": phase.trained,
-              "source": checkpoint.file_digest(source.artifact), "start": source.start.digest, "reset_bn_stats": reset,
-              "reference": source.reference and checkpoint.file_digest(source.reference),
-              "lr_original": phase.lr_original, "recipe": phase.recipe.as_dict()}
-    stage = Stage(path, config, resume=plan.resume, overwrite=plan.overwrite)
-    if stage.finished:
-        print(stage.reuse_note())
-        return stage1.load_outcome(run, path)
-    started, model = time.perf_counter(), source.model
-    facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
-    if reset:
-        if not reestimate_batch_norm(model, run.train, run.precision):
-            raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
-        facts["val_acc_after_bn_reset"] = evaluate(model, run.val, run.precision).accuracy
-    if source.regrown is not None:
-        facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())
-    _announce(phase, facts)
-    make_trainer = partial(Trainer, model, run.train, run.val, phase.recipe, precision=run.precision,
-                           seed=derive_seed(run.seed, "finetune", number))
-    result = train_phase(source, phase, make_trainer, lambda trainer: stage.fit(trainer, f"finetune {phase.trained}"))
-    stage.finish(model.state_dict(), run.card(
-        **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start.path,
-        epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
-    return Outcome(model, path, stage.card)
-
-
-def _announce(phase: Phase, facts: Mapping[str, Any]) -> None:
-    print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
-    if "val_acc_after_bn_reset" in facts:
-        print(f"validation with new batch-norm statistics {facts['val_acc_after_bn_reset']:.2f} %")
-    if phase.trained == "regrown":
-        print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
-              "keep every bit, while the running statistics of batch normalisation adapt")
