@@ -123,7 +123,8 @@ def test_a_model_is_guessed_with_its_own_number_of_classes_or_not_at_all():
 def test_layers_counted_by_hand():
     state = {"a.bias": torch.zeros(2), "a.weight_orig": torch.ones(2, 3), "b.weight": torch.tensor([[0.0, 2.0]]),
              "a.weight_mask": torch.tensor([[1.0, 0, 0], [0, 0, 1]]), "bn.weight": torch.ones(4)}
-    assert inspection.layer_rows(state) == [("a", (2, 3), 6, 2, 1 - 2 / 6), ("b", (1, 2), 2, 1, 0.5)]
+    assert [tuple(row.values()) for row in inspection.layer_rows(state)] == \
+        [("a", (2, 3), 6, 2, 1 - 2 / 6), ("b", (1, 2), 2, 1, 0.5)]
 
 
 def test_unknown_entries_by_key_type_and_shape():

@@ -21,26 +21,24 @@ from utils.regrowth import BEST_ENTRIES, LayerRecord
 
 Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
-              "val_acc_after_pruning", "sparsity",
-              "sparsity_before", "regrown", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
-              "command")
+              "val_acc_after_pruning", "sparsity", "sparsity_before", "regrown", "starting_checkpoint", "epochs",
+              "best_epoch", "seconds", "finished", "command")
 RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
 LISTED = 12  # longer lists are summarised
 
 # --- what a file is ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of artifact: its name, whether a loaded file is one, and what is in it.
+class Kind(NamedTuple):
+    """A kind of artifact: its name, and what is in one.
 
     describe: content -> sections; it may raise KeyError, TypeError, ValueError and the like on damaged entries.
     """
 
     name: str
-    matches: Callable[[Any], bool]
     describe: Callable[[Any], Sections]
     is_best: bool = False  # what `--type best` asks for
+    is_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Artifact:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The state dict of a model artifact. UserError for any other kind, saying what would be right."""
-        if self.kind not in MODEL_KINDS:
+        if not self.kind.is_model:
             raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint "
                             "or a best allocation")
         return dict(find_state(self.content))
@@ -67,7 +65,7 @@ def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
     a file that cannot be loaded, is no checkpoint, or is of another kind than wanted.
     """
     content = load_checkpoint(path)
-    kind = next((kind for kind in KINDS if kind.matches(content)), None)
+    kind = _recognise(content)
     if kind is None:
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of named entries")
     if wanted != "auto" and kind.is_best != (wanted == "best"):
@@ -76,53 +74,40 @@ def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
     return Artifact(path, content, kind)
 
 
+def _recognise(content: Any) -> Kind | None:
+    if _holds(content, "allocation", "regrow_indices"):
+        return KINDS["best"]
+    if _holds(content, "config", "search") and _holds(content["search"], "problem", "config", "history", "rewards"):
+        return KINDS["search"]
+    if _holds(content, "config", "trainer") and _holds(content["trainer"], "model", "epoch", "history"):
+        return KINDS["progress"]
+    state = find_state(content)
+    if state is not None:
+        bare, masked = state is content, has_mask_entries(state)
+        if masked or not bare or any(is_maskable(key, value) for key, value in state.items()):
+            return MODEL_KINDS[masked, bare]
+    return KINDS["other"] if _holds(content) and content and all(isinstance(key, str) for key in content) else None
+
+
 def _holds(content: Any, *keys: str) -> bool:
     return isinstance(content, Mapping) and set(keys) <= set(content)
-
-
-def _is_model(content: Any, *, masked: bool, bare: bool) -> bool:
-    """Whether it is a state dict (bare) or has one as an entry, with masks or without."""
-    state = find_state(content)
-    return state is not None and (state is content) == bare and has_mask_entries(state) == masked and (
-        masked or not bare or any(is_maskable(key, value) for key, value in state.items()))
-
-
-def _is_search(content: Any) -> bool:
-    return _holds(content, "config", "search") and _holds(content["search"], "problem", "config", "history", "rewards")
-
-
-def _is_progress(content: Any) -> bool:
-    return _holds(content, "config", "trainer") and _holds(content["trainer"], "model", "epoch", "history")
-
-
-def _is_other(content: Any) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(key, str) for key in content)
 
 
 # --- what a model's weights are ------------------------------------------------------------------------------------
 
 
-class LayerRow(NamedTuple):
-    """A prunable layer of a state dict; sparsity = pruned / weights."""
+def layer_rows(state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """For each Conv2d or Linear weight: layer, shape, weights, active, sparsity (pruned / weights).
 
-    layer: str
-    shape: tuple[int, ...]
-    weights: int
-    active: int
-    sparsity: float
-
-
-def layer_rows(state: Mapping[str, Tensor]) -> list[LayerRow]:
-    """One row for each Conv2d or Linear weight; without a mask, weights that are exactly 0 count as pruned."""
+    Without a mask, weights that are exactly 0 count as pruned.
+    """
     rows = []
     for key, value in state.items():
-        if not is_maskable(key, value):
-            continue
-        stem = key.removesuffix("_orig").removesuffix("weight")
-        active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
-        weights = value.numel()
-        rows.append(LayerRow(stem.removesuffix("."), tuple(value.shape), weights, active,
-                             1 - active / weights if weights else 0.0))
+        if is_maskable(key, value):
+            stem, weights = key.removesuffix("_orig").removesuffix("weight"), value.numel()
+            active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
+            rows.append({"layer": stem.removesuffix("."), "shape": tuple(value.shape), "weights": weights,
+                         "active": active, "sparsity": 1 - active / weights if weights else 0.0})
     return rows
 
 
@@ -161,21 +146,18 @@ def describe_weights(state: Mapping[str, Tensor]) -> Sections:
     """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict."""
     masks, warnings = has_mask_entries(state), []
     state = model_state(state, "state dict", say=warnings.append)
-    rows, guess = layer_rows(state), guess_model(state)
-    weights, active = sum(row.weights for row in rows), sum(row.active for row in rows)
-    return {"model": guess and guess[0], "classes": guess and guess[1], "masks": masks,
+    rows, guess = layer_rows(state), guess_model(state) or (None, None)
+    weights, active = sum(row["weights"] for row in rows), sum(row["active"] for row in rows)
+    mask_values = [value for key, value in state.items() if key.endswith("weight_mask")]
+    if any(bool(((mask != 0) & (mask != 1)).any()) for mask in mask_values):
+        warnings.append("masks hold values other than 0 and 1")
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        warnings.append("there are values that are not finite")
+    if empty := [row["layer"] for row in rows if not row["active"]]:
+        warnings.append(one_line(f"nothing is left in {', '.join(empty)}"))
+    return {"model": guess[0], "classes": guess[1], "masks": masks,
             "sparsity": 1 - active / weights if weights else 0.0, "weights": weights, "active": active,
-            "layers": [row._asdict() for row in rows], "warnings": warnings + list(_problems(state, rows))}
-
-
-def _problems(state: Mapping[str, Tensor], rows: Sequence[LayerRow]) -> Iterable[str]:
-    masks = [value for key, value in state.items() if key.endswith("weight_mask")]
-    if any(bool(((mask != 0) & (mask != 1)).any()) for mask in masks):
-        yield "masks hold values other than 0 and 1"
-    if any(not bool(torch.isfinite(value).all()) for value in state.values()):
-        yield "there are values that are not finite"
-    if empty := [row.layer for row in rows if not row.active]:
-        yield one_line(f"nothing is left in {', '.join(empty)}")
+            "layers": rows, "warnings": warnings}
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------
@@ -187,10 +169,6 @@ def _describe_training_checkpoint(content: Mapping[str, Any]) -> Sections:
     known = ("acc", "epoch", "args", "input", *(key for key, value in content.items() if value is state))
     return {**describe_weights(state), "training": training, "arguments": content.get("args"),
             "other entries": entry_rows(content, skip=known, depth=1)}
-
-
-def _describe_other(content: Mapping[str, Any]) -> Sections:
-    return {"entries": entry_rows(content)}
 
 
 def _describe_progress(content: Mapping[str, Any]) -> Sections:
@@ -207,27 +185,31 @@ def _describe_search(content: Mapping[str, Any]) -> Sections:
     ladder.load_state_dict(search["rewards"])
     rewards = {"episodes": len(history), "updates": search["epoch"], "epochs_spent": ladder.spent,
                "last": history[-1]["reward"] if history else None, "baseline": search["baseline"]}
-    columns = {"layer": problem["layers"], "weights": problem["sizes"], "capacity": problem["capacities"],
-               "drift_ssim": problem["drift"]}
+    rows = [dict(zip(("layer", "weights", "capacity", "drift_ssim"), values, strict=True)) for values in
+            zip(problem["layers"], problem["sizes"], problem["capacities"], problem["drift"], strict=True)]
     if ladder.spent:
         allocation, fidelity = leader = ladder.leader()
         rewards |= {"best": ladder.reward(leader), "best_after_epochs": fidelity}
-        columns["regrown"] = allocation
+        for row, amount in zip(rows, allocation, strict=True):
+            row["regrown"] = amount
     return {**_model_by_layers(problem["layers"]), "rewards": rewards, "budget": problem["budget"],
-            "allocation": _rows(columns), "arguments": content["config"], "search settings": settings}
+            "allocation": rows, "arguments": content["config"], "search settings": settings}
 
 
 def _describe_best(content: Mapping[str, Any]) -> Sections:
-    amounts, indices = allocation_by_layer(content), content["regrow_indices"]
+    indices, allocation = content["regrow_indices"], content["allocation"]
+    if not isinstance(allocation, Mapping):  # published: a list in the order of the indices, if it has their length
+        names = list(indices) if len(indices) == len(allocation) else map("#{}".format, range(len(allocation)))
+        allocation = dict(zip(names, allocation))
     rewards = {key: content[key] for key in BEST_ENTRIES if key not in ("allocation", "regrow_indices")
                and key in content}
     origin = {key: content[key] for key in ("starting_checkpoint", "starting_digest") if key in content}
-    columns = {"layer": list(amounts), "regrown": list(amounts.values()),
-               "indices": [len(indices[name]) if name in indices else 0 for name in amounts]}
+    rows = [{"layer": str(name), "regrown": plain(amount), "indices": len(indices.get(name, ()))}
+            for name, amount in allocation.items()]
     known = ("allocation", "entries", *rewards, *origin, *(f"regrow_{name}" for name in RECORD_ENTRIES))
-    return {**_model_by_layers(indices), "rewards": rewards, "regrown": sum(columns["indices"]), "start": origin,
-            "values recorded": "regrow_values" in content, "regrown by source": _sources(content),
-            "allocation": _rows(columns), "what the entries are": content.get("entries"),
+    return {**_model_by_layers(indices), "rewards": rewards, "regrown": sum(row["indices"] for row in rows),
+            "start": origin, "values recorded": "regrow_values" in content, "regrown by source": _sources(content),
+            "allocation": rows, "what the entries are": content.get("entries"),
             "other entries": entry_rows(content, skip=known)}
 
 
@@ -238,46 +220,23 @@ def _sources(content: Mapping[str, Any]) -> dict[str, int]:
             if (count := sum(int((layer == number).sum()) for layer in codes))}
 
 
-def allocation_by_layer(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The allocation of a best-allocation artifact by layer; a list is in the order of `regrow_indices`.
-
-    Layers that cannot be named are called ``#0``, ``#1``, ...
-    """
-    allocation, names = content["allocation"], list(content["regrow_indices"])
-    if isinstance(allocation, Mapping):
-        return {str(name): _number(amount) for name, amount in allocation.items()}
-    if len(names) != len(allocation):
-        names = [f"#{number}" for number in range(len(allocation))]
-    return dict(zip(names, map(_number, allocation), strict=True))
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
-
-
 def _model_by_layers(layers: Iterable[str]) -> Sections:
     models = models_with_layers(layers)
     return {"model": models[0]} if len(models) == 1 else {"model": None, "could be": models}
 
 
-def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-MODEL_KINDS = (
-    Kind("masked state dict (a pruned or regrown model)", lambda c: _is_model(c, masked=True, bare=True),
-         describe_weights),
-    Kind("dense state dict", lambda c: _is_model(c, masked=False, bare=True), describe_weights),
-    Kind("masked training checkpoint", lambda c: _is_model(c, masked=True, bare=False), _describe_training_checkpoint),
-    Kind("dense checkpoint", lambda c: _is_model(c, masked=False, bare=False), _describe_training_checkpoint),
-)
-KINDS = (  # the first that matches
-    Kind("best allocation", lambda c: _holds(c, "allocation", "regrow_indices"), _describe_best, is_best=True),
-    Kind("controller checkpoint", _is_search, _describe_search),
-    Kind("stage in progress", _is_progress, _describe_progress),
-    *MODEL_KINDS,
-    Kind("checkpoint of another project or version", _is_other, _describe_other),
-)
+MODEL_KINDS = {  # whether it has masks, whether it is the state dict itself
+    (True, True): Kind("masked state dict (a pruned or regrown model)", describe_weights, is_model=True),
+    (False, True): Kind("dense state dict", describe_weights, is_model=True),
+    (True, False): Kind("masked training checkpoint", _describe_training_checkpoint, is_model=True),
+    (False, False): Kind("dense checkpoint", _describe_training_checkpoint, is_model=True),
+}
+KINDS = {
+    "best": Kind("best allocation", _describe_best, is_best=True),
+    "search": Kind("controller checkpoint", _describe_search),
+    "progress": Kind("stage in progress", _describe_progress),
+    "other": Kind("checkpoint of another project or version", lambda content: {"entries": entry_rows(content)}),
+}
 
 # --- the description -----------------------------------------------------------------------------------------------
 
@@ -296,7 +255,7 @@ def describe(artifact: Artifact) -> Sections:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
     card = read_card(artifact.path)
-    if known := (card or {}).get("input") or (artifact.content.get("input") if artifact.kind in MODEL_KINDS else None):
+    if known := (card or {}).get("input") or (artifact.content.get("input") if artifact.kind.is_model else None):
         sections["input"] = known
     if card:
         facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
