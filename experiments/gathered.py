@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,21 @@ NO_SETTING = {*ANCESTORS, "seed", "dataset", "data_fingerprint", "sparsity", "pr
 REGROWTH_COLUMNS = {**dict.fromkeys(("method", "allocation", "checkpoint"), "text"),
                     **dict.fromkeys(("seed", "sparsity_before", "sparsity", "val_acc_before", "val_acc"), "number")}
 NAMED = 4  # models or folders that are listed by name
+
+
+def gather(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
+    """Pruned and regrown models in the order of the tables, with their column `run`.
+
+    UserError as of `read_models`.
+    """
+    pruned, regrown = read_models(roots, m_name)
+    settings = settings_of([*pruned, *regrown])
+    base = Path(os.path.commonpath([root.absolute() for root in roots]))
+    for models in (pruned, regrown):
+        name_runs(models, settings, base)
+    pruned.sort(key=lambda model: (*model.key, model.row["run"], model.sparsity, int(model.row["seed"])))
+    regrown.sort(key=lambda model: (model.sparsity, *model.key, model.row["run"], int(model.row["seed"])))
+    return pruned, regrown
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -38,7 +53,7 @@ class Model:
     def key(self) -> tuple[Any, ...]:
         """What makes a line of the figure: pruner and schedule, or method, allocation and where regrowth started."""
         if "pruner" in self.row:
-            return self.row["pruner"], self.row["schedule"]
+            return self.row["pruner"] != "none", self.row["pruner"], self.row["schedule"]
         return self.row["method"], self.row["allocation"], rounded_sparsity(float(self.row["sparsity_before"]))
 
     @property
@@ -54,38 +69,15 @@ class Model:
         return name + (f" [{self.row['run']}]" if self.row.get("run") else "")
 
 
-def read_models(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
-    """The dense and pruned models of all roots, and the regrown ones; what several roots share stands there once.
-
-    UserError when a root does not exist or holds no results of the model, or when none holds a dense or pruned one.
-    """
-    pruned: list[Model] = []
-    regrown: list[Model] = []
-    for root in roots:
-        if not root.is_dir():
-            raise UserError(f"--roots {root} is no folder; give the --root of finished runs")
-        found = _pruned_models(root, m_name), _regrown_models(root, m_name)
-        if not any(found):
-            raise UserError(f"--roots {root} holds no run cards and no regrowth tables of {m_name}; run main.py first, "
-                            "or leave this root out")
-        pruned += found[0]
-        regrown += found[1]
-    if not pruned:
-        raise UserError(f"no run cards of {m_name} under {', '.join(map(str, roots))}; run main.py first")
-    columns = dict.fromkeys(name for model in regrown for name in model.row)
-    for model in regrown:  # tables of earlier versions have fewer
-        model.row = {name: model.row.get(name, "") for name in columns}
-    return _unique(pruned), _unique(regrown)
-
-
-def _pruned_models(root: Path, m_name: str) -> list[Model]:
+def pruned_models(root: Path, m_name: str) -> list[Model]:
+    """The dense and pruned models under a root that have run cards."""
     dense, folder = checkpoint.dense_path(root, m_name), checkpoint.pruned_path(root, m_name, 0.5).parent
     return [Model(row, root, _card(dense if row["pruner"] == "none" else folder / row["checkpoint"]))
             for row in stage1.summary_rows(root, m_name)]
 
 
-def _regrown_models(root: Path, m_name: str) -> list[Model]:
-    """A model for each row of every regrowth_results.csv of the model under the root."""
+def regrown_models(root: Path, m_name: str) -> list[Model]:
+    """A model for each row of every regrowth_results.csv under a root that is of this model."""
     return [Model(row, table.parent, _card(table.parent / row["checkpoint"]))
             for table in sorted(root.rglob("regrowth_results.csv"))
             for row in checkpoint.read_csv(table, REGROWTH_COLUMNS)
@@ -98,6 +90,43 @@ def _card(artifact: Path) -> Row:
     return next((card for place in places if (card := checkpoint.read_card(place))), {})
 
 
+def read_models(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
+    """The dense and pruned models of all roots, and the regrown ones; what several roots share stands there once.
+
+    UserError when a root does not exist or holds no results of the model, when none holds a dense or pruned one, or
+    when they are of several data sets, whose accuracies must not share an axis.
+    """
+    pruned: list[Model] = []
+    regrown: list[Model] = []
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"--roots {root} is no folder; give the --root of finished runs")
+        found = pruned_models(root, m_name), regrown_models(root, m_name)
+        if not any(found):
+            raise UserError(f"--roots {root} holds no run cards and no regrowth tables of {m_name}; run main.py first, "
+                            "or leave this root out")
+        pruned += found[0]
+        regrown += found[1]
+    if not pruned:
+        raise UserError(f"no run cards of {m_name} under {', '.join(map(str, roots))}; run main.py first")
+    columns = dict.fromkeys(name for model in regrown for name in model.row)
+    for model in regrown:  # tables of earlier versions have fewer
+        model.row = {name: model.row.get(name, "") for name in columns}
+    for model in (*pruned, *regrown):
+        _check_data(pruned[0], model)
+    return _unique(pruned), _unique(regrown)
+
+
+def _check_data(first: Model, model: Model) -> None:
+    fingerprints = [each.card.get("config", {}).get("data_fingerprint") for each in (first, model)]
+    labels = [each.row.get("dataset", "") for each in (first, model)]
+    known = fingerprints if all(fingerprints) else labels  # the same images may have come by two ways, with two labels
+    if all(known) and known[0] != known[1]:
+        note = " with other images" if labels[0] == labels[1] else ""
+        raise UserError(f"--roots hold different data sets: {labels[0]} ({first.folder}) and {labels[1]}{note} "
+                        f"({model.folder}); gather each by itself")
+
+
 def _unique(models: Sequence[Model]) -> list[Model]:
     """Equal artifacts are one model, wherever they lie; without a run card, equal rows are."""
     first: dict[Any, Model] = {}
@@ -106,50 +135,7 @@ def _unique(models: Sequence[Model]) -> list[Model]:
     return list(first.values())
 
 
-def check_data(models: Sequence[Model]) -> None:
-    """UserError when the models belong to more than one data set: their accuracies must not share an axis."""
-    first = models[0]
-    for model in models[1:]:
-        prints = [one.card.get("config", {}).get("data_fingerprint") for one in (first, model)]
-        labels = [one.row.get("dataset", "") for one in (first, model)]
-        known = prints if all(prints) else labels  # the same images may have come by two ways, with two labels
-        if all(known) and known[0] != known[1]:
-            note = " with other images" if labels[0] == labels[1] else ""
-            raise UserError(f"--roots hold different data sets: {labels[0]} ({first.folder}) and {labels[1]}{note} "
-                            f"({model.folder}); gather each by itself")
-
-
 # --- which runs differ in the seed alone ---------------------------------------------------------------------------
-
-
-def name_series(models: Sequence[Model], settings: Mapping[int, str], base: Path) -> None:
-    """Fills the column `run` of every row: the folders where models of one key form several lines, else nothing.
-
-    settings: of `settings_of`; base: what the names of the folders are relative to.
-    """
-    for key in dict.fromkeys(model.key for model in models):
-        series: list[list[Model]] = []
-        mine = [model for model in models if model.key == key]
-        for folder in dict.fromkeys(model.folder for model in mine):
-            new = [model for model in mine if model.folder == folder]
-            line = next((line for line in series if _same_but_seed(line, new, settings)), None)
-            if line is None:
-                series.append(new)
-            else:
-                line += new
-        for line in series:
-            folders = [_relative(folder, base) for folder in dict.fromkeys(model.folder for model in line)]
-            for model in line:
-                model.row["run"] = listed(folders) if len(series) > 1 else ""
-
-
-def _same_but_seed(line: Sequence[Model], new: Sequence[Model], settings: Mapping[int, str]) -> bool:
-    """Whether the models of another folder belong to the line: other seeds of it, or more sparsities of the same."""
-    shared = [(old, model) for old in line for model in new if old.sparsity == model.sparsity]
-    if not shared:
-        return len({(settings[id(model)], str(model.row["seed"])) for model in (*line, *new)}) == 1
-    return all(settings[id(old)] == settings[id(model)] and old.row["seed"] != model.row["seed"]
-               for old, model in shared)
 
 
 def settings_of(models: Sequence[Model]) -> dict[int, str]:
@@ -161,9 +147,37 @@ def settings_of(models: Sequence[Model]) -> dict[int, str]:
         own = {name: value for name, value in config.items() if name not in NO_SETTING}
         return [own, *(made(cards.get(config[name], {})) for name in ANCESTORS if name in config)]
 
-    plain = {id(model): {name: model.row.get(name) for name in ("epochs", "search_epochs")} for model in models}
-    return {id(model): json.dumps(made(model.card) if model.card else plain[id(model)], sort_keys=True)
-            for model in models}
+    return {id(model): json.dumps(made(model.card) if model.card else [model.row.get("epochs"),
+                                  model.row.get("search_epochs")], sort_keys=True) for model in models}
+
+
+def name_runs(models: Sequence[Model], settings: dict[int, str], base: Path) -> None:
+    """Fills the column `run`: the folders, from `base`, where models of one key form several lines, else nothing."""
+    for key in dict.fromkeys(model.key for model in models):
+        folders: dict[Path, list[Model]] = {}
+        for model in models:
+            if model.key == key:
+                folders.setdefault(model.folder, []).append(model)
+        lines: list[list[Model]] = []
+        for new in folders.values():
+            line = next((line for line in lines if _same_but_seed(line, new, settings)), None)
+            if line is None:
+                lines.append(new)
+            else:
+                line += new
+        for line in lines:
+            names = listed([_relative(folder, base) for folder in dict.fromkeys(model.folder for model in line)])
+            for model in line:
+                model.row["run"] = names if len(lines) > 1 else ""
+
+
+def _same_but_seed(line: Sequence[Model], new: Sequence[Model], settings: dict[int, str]) -> bool:
+    """Whether the models of another folder belong to the line: other seeds of it, or more sparsities of the same."""
+    shared = [(old, model) for old in line for model in new if old.sparsity == model.sparsity]
+    if not shared:
+        return len({(settings[id(model)], str(model.row["seed"])) for model in (*line, *new)}) == 1
+    return all(settings[id(old)] == settings[id(model)] and old.row["seed"] != model.row["seed"]
+               for old, model in shared)
 
 
 def _relative(folder: Path, base: Path) -> str:
@@ -174,20 +188,3 @@ def _relative(folder: Path, base: Path) -> str:
 def listed(words: Sequence[str]) -> str:
     """The words in a row, the first few by name."""
     return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
-
-
-def gather(roots: Sequence[Path], m_name: str) -> tuple[list[Model], list[Model]]:
-    """Pruned and regrown models in the order of the tables, with their column `run`.
-
-    UserError as of `read_models` and `check_data`.
-    """
-    pruned, regrown = read_models(roots, m_name)
-    check_data([*pruned, *regrown])
-    settings = settings_of([*pruned, *regrown])
-    base = Path(os.path.commonpath([root.absolute() for root in roots]))
-    name_series(pruned, settings, base)
-    name_series(regrown, settings, base)
-    pruned.sort(key=lambda one: (one.row["pruner"] != "none", *one.key, one.row["run"], one.sparsity,
-                               int(one.row["seed"])))
-    regrown.sort(key=lambda one: (one.sparsity, *one.key, one.row["run"], int(one.row["seed"])))
-    return pruned, regrown

@@ -8,6 +8,7 @@ test set. The published rows are VGG16's; for another --m_name their columns sta
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,16 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from experiments.published import (  # noqa: E402
-    PUBLISHED,
-    PUBLISHED_MODEL,
-    Entry,
-    beside_published,
-    chosen_entries,
-    print_table,
-)
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
+from utils.common import UserError  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.run import (  # noqa: E402
@@ -44,8 +38,29 @@ from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.training import FINETUNE_FINAL, FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN  # noqa: E402
 
+PUBLISHED_MODEL = "vgg16"
+# setting -> sparsity -> test accuracy in %, mean and standard deviation (None: not given); arXiv 2511.11675
+PUBLISHED: dict[str, dict[float, tuple[float, float | None]]] = {
+    "A": {0.4: (92.09, 0.28), 0.64: (92.43, 0.12), 0.784: (92.60, 0.15), 0.8704: (92.68, 0.18), 0.9222: (92.68, 0.19),
+          0.9533: (92.49, 0.26), 0.972: (92.35, 0.02), 0.9832: (91.92, 0.09), 0.9899: (91.01, 0.05),
+          0.994: (90.31, 0.18)},
+    "B": {0.95: (92.43, 0.10), 0.96: (92.41, 0.22), 0.97: (92.27, 0.06), 0.98: (91.93, 0.17), 0.99: (91.03, 0.17),
+          0.995: (89.53, 0.10), 0.999: (81.08, 0.85)},
+    "R": {0.98: (92.33, None), 0.97: (92.41, None), 0.96: (92.57, None), 0.95: (92.73, None)},
+}
 START = 0.99  # sparsity that regrowth starts from
 AMOUNT = 0.4  # of setting A
+ENTRIES = {f"{setting}:{checkpoint.format_sparsity(sparsity)}": (setting, sparsity)  # by what `--rows` calls it
+           for setting in ("B", "A", "R") for sparsity in PUBLISHED[setting]}
+
+
+def chosen_entries(words: Sequence[str]) -> list[str]:
+    """The rows that words like ``B`` (all of a setting) or ``A:0.64`` name, in the tables' order; else UserError."""
+    for word in words:
+        if word not in (*ENTRIES, *PUBLISHED):
+            raise UserError(f"--rows {word} is no row; take {', '.join(PUBLISHED)} or one of "
+                            f"{', '.join((*ENTRIES, *PUBLISHED))}")
+    return [entry for entry, (setting, _) in ENTRIES.items() if entry in words or setting in words]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,9 +94,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
-    return stage1.prune_and_finetune(run, dense, PruneStep("magnitude", "one-shot", 1, sparsity),
-                                       weight_pruner_loader("magnitude"), recipe, resume=args.resume,
-                                       overwrite=args.overwrite)
+    step = PruneStep("magnitude", "one-shot", 1, sparsity)
+    return stage1.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, resume=args.resume,
+                                     overwrite=args.overwrite)
 
 
 def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -90,7 +105,7 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
     return stage1.prune_steps(run, dense, steps[:last.iteration], weight_pruner_loader("magnitude"), recipe,
-                                resume=args.resume, overwrite=args.overwrite)[-1]
+                              resume=args.resume, overwrite=args.overwrite)[-1]
 
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -108,16 +123,52 @@ def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float)
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
 
 
-def measure(run: Run, args: argparse.Namespace, entry: Entry) -> dict[str, Any]:
+def measure(run: Run, args: argparse.Namespace, entry: str) -> dict[str, Any]:
     """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
     recipe = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr)
     dense = stage1.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
-    outcome = SETTINGS[entry.setting](run, args, dense, entry.sparsity)
+    setting, sparsity = ENTRIES[entry]
+    outcome = SETTINGS[setting](run, args, dense, sparsity)
     stage1.read_test(run, [outcome])
     card = outcome.card
-    return {"row": entry.label, "seed": run.seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
+    return {"row": entry, "seed": run.seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
             "val_acc": card["val_acc"], "test_acc": card["test_acc"], "epochs": card["epochs"],
             "search_epochs": card.get("search_epochs", 0), "seconds": card["seconds"], "dataset": run.data_label}
+
+
+# --- beside the published figures ---------------------------------------------------------------------------------
+
+
+def beside_published(rows: Sequence[dict[str, Any]], m_name: str) -> list[dict[str, Any]]:
+    """A row per measured entry: ours (mean, standard deviation, seeds), published, difference, whether it lies within
+    the published standard deviation. Nothing unmeasured is in it."""
+    results = []
+    for entry, (setting, sparsity) in ENTRIES.items():
+        values = [row["test_acc"] for row in rows if row["row"] == entry]
+        if not values:
+            continue
+        mean, std = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else ""
+        result = {"row": entry, "sparsity": sparsity, "seeds": len(values), "mean": mean, "std": std,
+                  "published": "", "published_std": "", "difference": "", "within_published_spread": ""}
+        if m_name == PUBLISHED_MODEL:
+            published, spread = PUBLISHED[setting][sparsity]
+            result |= {"published": published, "difference": mean - published}
+            if spread is not None:
+                result |= {"published_std": spread, "within_published_spread": int(abs(mean - published) <= spread)}
+        results.append(result)
+    return results
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """A line per row: ours beside the published figure."""
+    print(f"\n{'row':<10} {'ours (test %)':>16} {'seeds':>6} {'published':>16} {'difference':>11}")
+    for row in results:
+        ours = f"{row['mean']:.2f}" + (f" ± {row['std']:.2f}" if row["std"] != "" else "")
+        published = "-" if row["published"] == "" else f"{row['published']:.2f}"
+        published += f" ± {row['published_std']:.2f}" if row["published_std"] != "" else ""
+        difference = f"{row['difference']:+.2f}" if row["difference"] != "" else "-"
+        within = {1: "  within its spread", 0: "  outside its spread", "": ""}[row["within_published_spread"]]
+        print(f"{row['row']:<10} {ours:>16} {row['seeds']:>6} {published:>16} {difference:>11}{within}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,10 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = ResumableTable(folder / "runs.csv", ("row", "seed"), config, resume=args.resume, overwrite=args.overwrite)
     for turn, seed in enumerate(args.seeds, 1):
         args.seed, args.root = seed, folder / f"seed_{seed}"
-        missing = [entry for entry in args.entries if not table.has(entry.label, seed)]
+        missing = [entry for entry in args.entries if not table.has(entry, seed)]
         run = open_run(args) if missing else None
         for number, entry in enumerate(missing, 1):
-            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {entry.label} ({number} of {len(missing)})",
+            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {entry} ({number} of {len(missing)})",
                   flush=True)
             table.add(measure(run, args, entry), run.card())
     results = beside_published(table.rows, args.m_name)
