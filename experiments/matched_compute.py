@@ -144,9 +144,9 @@ def compare(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[st
         pairs = [(by_key[arm, seed]["test_acc"], by_key[CONTROL, seed]["test_acc"]) for seed in seeds
                  if (arm, seed) in by_key and (CONTROL, seed) in by_key]
         if arm != CONTROL and pairs:
-            mine = [row for row in rows if row["arm"] == arm]
+            own = [row for row in rows if row["arm"] == arm]
             results.append({"arm": arm, **paired_difference(*zip(*pairs)),
-                            "search_epochs": sum(row["search_epochs"] for row in mine) / len(mine)})
+                            "search_epochs": sum(row["search_epochs"] for row in own) / len(own)})
     for result, adjusted in zip(results, holm([row["p"] for row in results])):
         result["p_holm"] = adjusted
     return results

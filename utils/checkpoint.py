@@ -78,8 +78,8 @@ def ensure_writable(directory: Path, option: str = "--root") -> None:
     UserError otherwise, naming the `option` that chooses the place.
     """
     try:
-        there = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
+        existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {directory} ({error.strerror}); choose another place with "
