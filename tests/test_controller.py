@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
 from utils.controller import Ladder, RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.methods import regrowth_parser
-from utils.search import search_config
+from utils.search import run_search, saved_searches, search_config
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
 
@@ -347,10 +347,45 @@ def test_an_interrupted_search_repeats_no_training():
         with pytest.raises(KeyboardInterrupt):
             stopped.run()
         resumed = RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=3)
-        resumed.load_state_dict(stopped.snapshot())
+        resumed.load_state_dict(stopped.state_dict())
         resumed.run()
         assert_same_search(straight, resumed)
         assert len(resumed.evaluate.calls) == total - stop_at
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_search_that_is_interrupted_again_while_it_catches_up_repeats_no_training():
+    straight, first, second, third = (RegrowthPolicyGradient(small_problem(), Trainer(stop_at), SMALL, seed=3)
+                                      for stop_at in (None, 7, None, None))
+    straight.run()
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        second.run(on_episode=interrupt)
+    third.load_state_dict(second.state_dict())
+    third.run()
+    assert not second.evaluate.calls and len(third.evaluate.calls) == len(straight.evaluate.calls) - 7
+    assert_same_search(straight, third)
+
+
+def test_every_episode_is_on_disk_once_it_is_over(tmp_path):
+    """So that a kill, after which nothing can be saved, loses the running one alone."""
+    search = RegrowthPolicyGradient(small_problem(), Trainer(stop_at=9), SMALL, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(search, tmp_path / "search", {}, 1, 0.9)
+    (latest, *_) = saved_searches(tmp_path / "search").values()
+    assert set(load_checkpoint(latest)["search"]["known"]) == set(search.evaluate.calls)
+    assert len(read_csv(tmp_path / "search.csv", {}, "")) == len(search.history)
+
+
+def test_one_checkpoint_in_save_freq_updates_is_kept_and_the_latest(tmp_path):
+    config = replace(SMALL, num_epochs=5)
+    run_search(RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=3), tmp_path / "search", {}, 2, 0.9)
+    assert list(saved_searches(tmp_path / "search")) == [5, 4, 2]
 
 
 def test_a_search_can_go_on_for_longer_but_not_be_another_one():

@@ -310,9 +310,9 @@ class RegrowthPolicyGradient:
         self.baseline: float | None = None
         self.history: list[Row] = []
         self._sampler = generator(seed, "controller", "actions")
-        self._known: dict[Trial, float] = {}  # trained since the last boundary
+        self._known: dict[Trial, float] = {}  # all that were trained, those of a saved search too
         self._on_episode: Callable[[Row], None] | None = None
-        self._boundary = self.state_dict()
+        self._settle()
 
     def run(self, on_episode: Callable[[Row], None] | None = None,
             on_epoch: Callable[[int], None] | None = None) -> SearchResult:
@@ -320,35 +320,37 @@ class RegrowthPolicyGradient:
 
         Args:
             on_episode: called with each new row of `history`.
-            on_epoch: called after each controller update with the number of updates; `state_dict` may be taken here.
+            on_epoch: called after each controller update with the number of updates.
+
+        `state_dict` may be taken in both, and after an interruption.
         """
         self._on_episode = on_episode
         if self.config.warm_start and not self.history:
             self._try_deterministic()
+        if self.epoch:
+            self._climb(self.ladder.promotion)
         while self.epoch < self.config.num_epochs and self._update():
-            self._set_boundary()
             if on_epoch:
                 on_epoch(self.epoch)
+            self._climb(self.ladder.promotion)
         self._climb(self.ladder.final_promotion)
         allocation, fidelity = leader = self.ladder.leader()
-        self._set_boundary()
+        self._settle()
         return SearchResult(allocation, self.ladder.reward(leader), fidelity, len(self.history), self.ladder.spent)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continues the search; tensors and plain containers. Meaningful between updates."""
+        """Everything that continues the search, from its last controller update on; tensors and plain containers.
+
+        The rows of `history` after the first `settled` ones came since: a search that loads this runs their episodes
+        again, but looks their rewards up in `known`.
+        """
         return {
             "problem": asdict(self.problem), "config": asdict(self.config), "seed": self.seed,
             "agent": copy.deepcopy(self.agent.state_dict()), "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "sampler": self._sampler.get_state(), "epoch": self.epoch, "baseline": self.baseline,
-            "history": list(self.history), "rewards": self.ladder.state_dict(), "known": {},
+            "sampler": self._settled_sampler, "epoch": self.epoch, "baseline": self.baseline,
+            "history": list(self.history), "settled": self._settled, "rewards": self.ladder.state_dict(),
+            "known": dict(self._known),
         }
-
-    def snapshot(self) -> dict[str, Any]:
-        """The state at the last update boundary, with the trials finished since, for saving at any moment (Ctrl-C).
-
-        A search that loads it repeats the interrupted update but trains none of those trials again.
-        """
-        return {**self._boundary, "known": dict(self._known)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved search. Raises UserError if it was for another problem, configuration or seed.
@@ -364,14 +366,17 @@ class RegrowthPolicyGradient:
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._sampler.set_state(state["sampler"])
-        self.epoch, self.baseline, self.history = state["epoch"], state["baseline"], list(state["history"])
-        self.ladder.load_state_dict(state["rewards"])
+        self.epoch, self.baseline = state["epoch"], state["baseline"]
+        settled = state.get("settled", len(state["history"]))  # checkpoints of earlier versions: all rows
+        self.history = state["history"][:settled]
+        for row in self.history:
+            self.ladder.record((row["allocation"], row["fidelity"]), row["reward"])
         self._known = dict(state["known"])
-        self._boundary = self.state_dict()
+        self._settle()
 
-    def _set_boundary(self) -> None:
-        self._boundary = self.state_dict()
-        self._known = {trial: reward for trial, reward in self._known.items() if self.ladder.reward(trial) is None}
+    def _settle(self) -> None:
+        """Marks where a saved search is taken up: only here do the controller and its random numbers change."""
+        self._settled, self._settled_sampler = len(self.history), self._sampler.get_state()
 
     def _try_deterministic(self) -> None:
         for name in WARM_START:
@@ -380,19 +385,18 @@ class RegrowthPolicyGradient:
                 self._episode(trial, name)
 
     def _update(self) -> bool:
-        """One batch, one step of the controller, promotions; False, and nothing changed, if the batch is too dear."""
-        before = self._sampler.get_state()
+        """One batch and one step of the controller; False, and nothing changed, if the batch is too dear."""
         rollout = self.agent(self.problem, self.config.batch_size, self._sampler)
         trials = [(allocation, self.ladder.rungs[0]) for allocation in rollout.allocations]
         if not self.ladder.affords(trials):
-            self._sampler.set_state(before)
+            self._sampler.set_state(self._settled_sampler)
             return False
         entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
         rewards = [self._episode(trial, "rl", entropy)
                    for trial, entropy in zip(trials, entropies.tolist(), strict=True)]
         self._learn(rollout, rewards)
         self.epoch += 1
-        self._climb(self.ladder.promotion)
+        self._settle()
         return True
 
     def _learn(self, rollout: Rollout, rewards: list[float]) -> None:
@@ -435,7 +439,7 @@ class RegrowthPolicyGradient:
         return reward
 
     def _reward(self, trial: Trial) -> float:
-        """From the paid trials, from those an interrupted run had finished, or by training."""
+        """Of a paid trial, of one that an interrupted run had trained, or by training."""
         if (paid := self.ladder.reward(trial)) is not None:
             return paid
         if trial not in self._known:

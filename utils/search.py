@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils import checkpoint, plots
 from utils.allocation import AllocationProblem
 from utils.common import Progress, UserError
-from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig
+from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig, SearchResult
 from utils.stage import differences
 
 
@@ -67,43 +67,47 @@ def _read_search(path: Path) -> dict[str, Any]:
     return state
 
 
-class SearchLog:
-    """Progress, CSV and checkpoints of a running search."""
+def run_search(search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
+               sparsity: float) -> SearchResult:
+    """Runs a search to its end; saves its table and its state after every episode.
 
-    def __init__(self, search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
-                 sparsity: float):
-        """stem: path that artifact names begin with; config: of the step, kept in the checkpoints."""
-        self.search, self.stem, self.config, self.save_freq, self.sparsity = search, stem, config, save_freq, sparsity
-        self.table = stem.parent / "search.csv"
-        self.progress = Progress("search", search.config.search_budget, text="episode 0",
-                                 done=search.history[-1]["epochs_spent"] if search.history else 0)
+    stem: path that artifact names begin with; config: of the step, kept in the checkpoints; save_freq: one checkpoint
+    in so many updates is kept, besides the latest; sparsity: that all episodes have in common, for the table.
+    """
+    budget = search.config.search_budget
+    progress = Progress("search", budget, text="episode 0",
+                        done=search.history[-1]["epochs_spent"] if search.history else 0)
 
-    def episode(self, row: Mapping[str, Any]) -> None:
-        """A new row of the history."""
-        self.progress.advance(row["epochs_spent"] - self.progress.done)
-        spent = f"{row['epochs_spent']}/{self.progress.total}" if self.progress.total else row["epochs_spent"]
-        self.progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
-                          f"{row['fidelity']}  best {100 * row['best']:.2f} %")
-        checkpoint.save_csv(self.rows(), self.table)
+    def save() -> None:
+        content = {"config": dict(config), "search": search.state_dict()}
+        checkpoint.save_checkpoint(content, search_path(stem, search.epoch))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The history as CSV rows: allocations as text, missing values empty, the sparsity that all have in common."""
-        rows = []
-        for row in self.search.history:
-            plain = {key: "" if value is None else value for key, value in row.items() if key != "allocation"}
-            rows.append({**plain, "sparsity": self.sparsity, "allocation": " ".join(map(str, row["allocation"]))})
-        return rows
+    def after_episode(row: Mapping[str, Any]) -> None:
+        progress.advance(row["epochs_spent"] - progress.done)
+        spent = f"{row['epochs_spent']}/{budget}" if budget else row["epochs_spent"]
+        progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
+                     f"{row['fidelity']}  best {100 * row['best']:.2f} %")
+        checkpoint.save_csv(table_rows(search.history, sparsity), stem.parent / "search.csv")
+        save()
 
-    def epoch(self, number: int) -> None:
-        """A controller update is done."""
-        if number % self.save_freq == 0:
-            self.save()
+    def after_update(number: int) -> None:
+        save()
+        if number == 1 or (number - 1) % save_freq:
+            search_path(stem, number - 1).unlink(missing_ok=True)
 
-    def save(self) -> None:
-        """Saves the state at the last update boundary, with the trials finished since."""
-        state = self.search.snapshot()
-        checkpoint.save_checkpoint({"config": dict(self.config), "search": state},
-                                   search_path(self.stem, state["epoch"]))
+    with progress:
+        result = search.run(after_episode, after_update)
+    save()
+    return result
+
+
+def table_rows(history: Sequence[Mapping[str, Any]], sparsity: float) -> list[dict[str, Any]]:
+    """The history as CSV rows: allocations as text, missing values empty, the sparsity that all have in common."""
+    rows = []
+    for row in history:
+        plain = {key: "" if value is None else value for key, value in row.items() if key != "allocation"}
+        rows.append({**plain, "sparsity": sparsity, "allocation": " ".join(map(str, row["allocation"]))})
+    return rows
 
 
 def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str, Any]) -> None:
@@ -129,26 +133,19 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
 
 def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
                       config: Mapping[str, Any], stem: Path, sparsity: float) -> Found:
-    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints.
-
-    Ctrl-C saves before it goes on upwards.
-    """
+    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints."""
     search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
     path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
     if path:
         load_search(search, path, config)
-    log = SearchLog(search, stem, config, args.save_freq, sparsity)
-    try:
-        with log.progress:
-            result = search.run(log.episode, log.epoch)
-    finally:
-        log.save()
+    result = run_search(search, stem, config, args.save_freq, sparsity)
     if args.overwrite:  # what is left of the search before this one
         for updates, old in saved_searches(stem).items():
             if updates > search.epoch:
                 old.unlink()
-    checkpoint.save_csv(log.rows(), log.table)
-    plots.plot_search(search.history, problem, result.allocation, log.table.with_suffix(".png"))
+    table = stem.parent / "search.csv"
+    checkpoint.save_csv(table_rows(search.history, sparsity), table)  # also of a finished search that is taken up
+    plots.plot_search(search.history, problem, result.allocation, table.with_suffix(".png"))
     source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
     return Found(result.allocation, result.reward, result.epochs_spent, search.epoch,
                  "controller" if source == "rl" else source)
