@@ -174,7 +174,7 @@ def _load_model(run: Run, artifact: Artifact, needs_regrown: bool, args: argpars
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
-    stage1.check_data(run, artifact.path)
+    stage1.check_data(run, artifact.path, checkpoint.read_card(artifact.path) or {})
     load_model_state(model, artifact.weights, str(artifact.path))
     if not (needs_regrown or args.starting_checkpoint):
         return Source(model, artifact.path, None, *recorded_start(artifact))

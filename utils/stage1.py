@@ -42,6 +42,11 @@ class Outcome:
     artifact: Path
     card: dict[str, Any]  # empty for a checkpoint that came without one
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the artifact, as its card has it."""
+        return self.card.get("sha256") or checkpoint.file_digest(self.artifact)
+
 
 @dataclass(frozen=True)
 class PruneStep:
@@ -206,8 +211,9 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
                "input": run.model_input(),
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
-    stage.finish(content, run.card(**describe(model, result.accuracy), epochs=result.epochs,
-                                   best_epoch=result.best_epoch, seconds=trainer.seconds))
+    facts = describe(model, result.accuracy)
+    card = run.card(**facts, epochs=result.epochs, best_epoch=result.best_epoch, seconds=trainer.seconds)
+    stage.finish(content, card)
     run.made.add(stage.artifact)
     return Outcome(model, stage.artifact, stage.card)
 
@@ -220,7 +226,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     N prunable weights survive.
     """
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-    config = _prune_config(run, step, recipe, checkpoint.file_digest(parent.artifact))
+    config = _prune_config(run, step, recipe, parent.digest)
     stage = Stage(artifact, config, resume=resume, overwrite=overwrite and artifact not in run.made)
     if stage.finished:
         return _reuse(run, stage)
@@ -240,9 +246,9 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     result = stage.fit(trainer, label)
     if mover:
         facts["mask_updates"] = write_mask_updates(mover, trainer, artifact, label)
-    stage.finish(model.state_dict(), run.card(
-        **describe(model, result.accuracy), **facts, epochs=result.epochs, best_epoch=result.best_epoch,
-        seconds=trainer.seconds))
+    facts = {**describe(model, result.accuracy), **facts}
+    card = run.card(**facts, epochs=result.epochs, best_epoch=result.best_epoch, seconds=trainer.seconds)
+    stage.finish(model.state_dict(), card)
     run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
 
@@ -315,18 +321,18 @@ def load_outcome(run: Run, artifact: Path) -> Outcome:
     """
     model = run.new_model()
     loaded = checkpoint.load_checkpoint(artifact, run.device)
-    check_data(run, artifact)
+    card = checkpoint.read_card(artifact) or {}
+    check_data(run, artifact, card)
     load_model_state(model, loaded, str(artifact))
-    return Outcome(model, artifact, checkpoint.read_card(artifact) or {})
+    return Outcome(model, artifact, card)
 
 
-def check_data(run: Run, artifact: Path) -> None:
+def check_data(run: Run, artifact: Path, card: Mapping[str, Any]) -> None:
     """UserError when an artifact's card says that it was trained on another data set, or on another split of this one.
 
     With another split its training images would be among the run's validation images, and every choice made on them
     too good. Other images of the same data set (such as a JPEG copy) are only warned of.
     """
-    card = checkpoint.read_card(artifact) or {}
     config = card.get("config", {})
     if run.timing_only or "data_fingerprint" not in config:
         return

@@ -271,7 +271,7 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
             "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
-            "start": checkpoint.file_digest(step.start.artifact), "dense": checkpoint.file_digest(dense.artifact),
+            "start": step.start.digest, "dense": dense.digest,
             "recipe": final_recipe(args).as_dict(), **{key: str(value) if isinstance(value, Path) else value
                                                        for key, value in options.items()}}
 
@@ -297,20 +297,22 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     regrown = evaluate(model, run.val, run.precision).accuracy
     reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
     save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown, reestimated)
-    print(f"{record.count} weights returned: sparsity {count_pruned_params(step.start.model).sparsity:.5g} -> "
+    sparsity_before = count_pruned_params(step.start.model).sparsity
+    print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
           f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
           f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
     trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=stage1.finetuning_seed(run),
                       precision=run.precision, passes_before=config["passes_before"])
     result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
-    stage.finish(model.state_dict(), run.card(
-        **stage1.describe(model, result.accuracy), val_acc_before=before, val_acc_after_regrowth=regrown,
-        val_acc_after_regrowth_bn=reestimated,
-        sparsity_before=count_pruned_params(step.start.model).sparsity, regrown=record.count,
-        starting_checkpoint=str(step.start.artifact),
-        start_test_acc=step.start.card.get("test_acc"), allocation=dict(zip(problem.layers, found.allocation)),
-        drift=dict(zip(problem.layers, problem.drift)), search_epochs=found.epochs_spent, epochs=result.epochs,
-        allocation_source=found.source, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
+    facts = stage1.describe(model, result.accuracy)
+    card = run.card(
+        **facts, val_acc_before=before, val_acc_after_regrowth=regrown, val_acc_after_regrowth_bn=reestimated,
+        sparsity_before=sparsity_before, regrown=record.count,
+        starting_checkpoint=str(step.start.artifact), start_test_acc=step.start.card.get("test_acc"),
+        allocation=dict(zip(problem.layers, found.allocation)), drift=dict(zip(problem.layers, problem.drift)),
+        search_epochs=found.epochs_spent, epochs=result.epochs, allocation_source=found.source,
+        best_epoch=result.best_epoch, seconds=time.perf_counter() - started)
+    stage.finish(model.state_dict(), card)
     return Outcome(model, step.artifact, stage.card)
 
 
@@ -352,7 +354,7 @@ def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, r
         "val_acc_after_regrowth": val_acc, "val_acc_after_regrowth_bn": val_acc_bn,
         "allocation": dict(zip(problem.layers, found.allocation)), **record.state_dict(),
         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(step.start.artifact),
-        "starting_digest": checkpoint.file_digest(step.start.artifact), "entries": BEST_ENTRIES}, step.folder / name)
+        "starting_digest": step.start.digest, "entries": BEST_ENTRIES}, step.folder / name)
 
 
 # --- what it came to -----------------------------------------------------------------------------------------------
