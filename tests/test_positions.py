@@ -6,10 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import selection
-from utils.selection import Positions, Ranking, map_tensors, random_indices, top_indices
+from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, set_masks
+from utils.common import map_tensors, move_all
+from utils.pruning import make_pruner
+from utils.regrowth import Evidence, WeightRegrowth, layer_capacities
+from utils.selection import Positions, Ranking, random_indices, top_indices
 
 CPU = torch.device("cpu")
 
@@ -20,7 +26,7 @@ def on_host(rankings: list[Ranking], counts: list[int]) -> list[Tensor]:
 
 def on_device(rankings: list[Ranking], counts: list[int]) -> list[Tensor]:
     """The accelerator's implementation, which runs on the CPU too."""
-    return selection._device_top([selection._aligned(ranking) for ranking in rankings], counts)
+    return selection._device_top([selection._checked(ranking) for ranking in rankings], counts)
 
 
 @pytest.fixture(params=[on_host, on_device])
@@ -107,7 +113,7 @@ def test_large_tensors_take_the_sampled_path_and_stay_exact(top, count, distinct
     scores = torch.randint(0, distinct, shape, generator=rng).float().to(memory_format=torch.channels_last)
     taken = (torch.rand(shape, generator=rng) < 0.2).float().to(memory_format=torch.channels_last)
     flat_scores, flat_taken = (selection.flat_view(tensor).numpy() for tensor in (scores, taken))
-    assert selection._sampled_bound([flat_scores], [flat_taken], 0, count) is not None
+    assert selection._sampled_bound([flat_scores], [flat_taken], count) is not None
     small = Ranking(torch.tensor([3.0, 4.0]), torch.zeros(2))
     found = top([small, Ranking(scores, taken)], [1, count])
     assert found[0].tolist() == [1]
@@ -120,7 +126,7 @@ def test_a_misleading_sample_is_noticed():
     step = 500_000 // selection.SAMPLE | 1
     runs[::step] = 1.0  # the sample sees nothing else
     count = runs[::step].numel() + 5
-    bound = selection._sampled_bound([scores.numpy()], [taken.numpy()], 0, count)
+    bound = selection._sampled_bound([scores.numpy()], [taken.numpy()], count)
     assert bound is not None and int((scores >= bound).sum()) < count
     assert on_host([Ranking(scores, taken)], [count])[0].tolist() == by_sorting(scores, taken, count)
 
@@ -153,6 +159,51 @@ def test_map_tensors_keeps_order_and_records_no_gradients():
     weight = torch.ones(2, requires_grad=True)
     doubled = map_tensors(lambda number: (number, (weight * number).requires_grad), CPU, range(20))
     assert doubled == [(number, False) for number in range(20)]
+
+
+class Transfers(TorchDispatchMode):
+    """Counts how often something is fetched from the device: a number read, or a tensor copied elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.seen.append("number")
+        if operation is torch.ops.aten._to_copy.default and "device" in (kwargs or {}):
+            self.seen.append(kwargs["device"].type)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_tensors_move_in_one_transfer_and_keep_shapes_and_values():
+    here = [torch.arange(6.0).view(2, 3), torch.ones(()), torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    with FakeTensorMode():  # as on a GPU, but without values
+        there = [torch.empty(tensor.shape, device="cuda") for tensor in here]
+        with Transfers() as transfers:
+            moved = move_all(there, CPU)
+    assert transfers.seen == ["cpu"]
+    assert [(tensor.device, tensor.shape) for tensor in moved] == [(CPU, tensor.shape) for tensor in here]
+    other = move_all(here, torch.device("cpu", 0))  # another name of the CPU: moved, with values
+    assert all(torch.equal(moved, tensor) for moved, tensor in zip(other, here, strict=True))
+    assert all(moved is tensor for moved, tensor in zip(move_all(here, CPU), here, strict=True))
+    assert move_all([], CPU) == []
+
+
+def test_counts_of_all_layers_are_read_together():
+    """Each number read by itself would make a GPU's queue run dry once a layer."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    set_masks(model, {str(number): torch.arange(9).view(3, 3) < number for number in range(5)})
+    record = WeightRegrowth(clone_model(model), "random", Evidence()).apply_regrowth({"0": 2, "3": 1})
+    pruner = make_pruner(lambda layers, keep, seed: layers.alive)
+    with Transfers() as transfers:
+        assert count_pruned_params(model) == (45, 10, 35)
+        assert list(layer_sparsity(model).values()) == [1 - number / 9 for number in range(5)]
+        assert empty_layers(model) == ["0"]
+        assert layer_capacities(model, ["1", "4"]) == {"1": 8, "4": 5}
+        record.replay(model)
+        pruner(model, 0.5)
+    assert transfers.seen == []
 
 
 # ---- at random -----------------------------------------------------------------------------------------------------

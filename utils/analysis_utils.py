@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from utils.checkpoint import has_mask_entries, model_state
-from utils.common import UserError, autocast, note
+from utils.common import UserError, autocast, note, numbers
 
 
 class PruneCounts(NamedTuple):
@@ -131,14 +131,21 @@ def _refresh(layer: nn.Module) -> None:
 
 def count_pruned_params(model: nn.Module) -> PruneCounts:
     """Total, surviving and pruned weights over all prunable layers."""
-    masks = get_masks(model).values()
-    total, surviving = sum(mask.numel() for mask in masks), sum(int(mask.count_nonzero()) for mask in masks)
+    total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
+    surviving = sum(_surviving(model).values())
     return PruneCounts(total, surviving, total - surviving)
+
+
+def _surviving(model: nn.Module) -> dict[str, int]:
+    """Layer name -> surviving weights."""
+    masks = get_masks(model)
+    return dict(zip(masks, numbers(mask.count_nonzero() for mask in masks.values()), strict=True))
 
 
 def layer_sparsity(model: nn.Module) -> dict[str, float]:
     """pruned / total of every prunable layer, in [0, 1]."""
-    return {name: 1 - int(mask.count_nonzero()) / mask.numel() for name, mask in get_masks(model).items()}
+    layers = prunable_layers(model)
+    return {name: 1 - count / layers[name].weight.numel() for name, count in _surviving(model).items()}
 
 
 def overall_sparsity(model: nn.Module) -> float:
@@ -148,7 +155,7 @@ def overall_sparsity(model: nn.Module) -> float:
 
 def empty_layers(model: nn.Module) -> list[str]:
     """Names of the prunable layers without a single surviving weight: nothing passes through them."""
-    return [name for name, mask in get_masks(model).items() if not mask.any()]
+    return [name for name, count in _surviving(model).items() if not count]
 
 
 def clone_model(model: nn.Module) -> nn.Module:

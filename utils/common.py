@@ -1,4 +1,4 @@
-"""What a script says in one line: errors instead of a traceback, and notes."""
+"""What every other file may use: errors and notes of one line, seeds, precision, progress; work on many tensors."""
 from __future__ import annotations
 
 import contextlib
@@ -6,10 +6,13 @@ import hashlib
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 LONGEST = 590  # characters of a message; with "error: " before it, it stays under 600
@@ -72,6 +75,44 @@ def set_global_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def numbers(scalars: Iterable[Tensor]) -> list[Any]:
+    """The values of tensors of one element and one device, by one transfer for all."""
+    scalars = list(scalars)
+    return torch.stack(scalars).tolist() if scalars else []
+
+
+def move_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on a device, by one transfer for all; those that are all there already come as they are."""
+    if all(tensor.device == device for tensor in tensors):
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="map_tensors")
+
+
+def map_tensors(function: Callable[..., Any], device: torch.device, *columns: Iterable[Any]) -> list[Any]:
+    """`map` without gradients over columns that do not depend on each other.
+
+    On the CPU as many threads work as PyTorch may use: NumPy and PyTorch let go of the interpreter while they compute.
+    The calling thread takes jobs from the end, so that it never waits for a helper that has not been woken yet.
+    """
+    function = torch.no_grad()(function)  # grad mode is each thread's own
+    jobs, helpers = list(zip(*columns, strict=True)), torch.get_num_threads() - 1
+    if device.type != "cpu" or helpers == 0:
+        return [function(*job) for job in jobs]
+    futures = [_helpers(helpers).submit(function, *job) for job in jobs]
+    try:
+        pairs = zip(reversed(jobs), reversed(futures), strict=True)
+        return [function(*job) if future.cancel() else future.result() for job, future in pairs][::-1]
+    finally:  # after an error, leave nothing running
+        wait([future for future in futures if not future.cancel()])
 
 
 PRECISIONS = ("auto", "fp32", "bf16")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from utils.allocation import apportion
 from utils.analysis_utils import empty_layers, get_masks, prunable_layers, set_masks
-from utils.common import UserError
+from utils.common import UserError, numbers
 from utils.evidence import Evidence
 from utils.selection import exact_k_mask, exact_k_masks
 
@@ -108,8 +108,9 @@ def _layers_of(model: nn.Module, evidence: Evidence) -> Layers:
     found = prunable_layers(model)
     weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
     magnitudes = [weight.detach().abs() for weight in weights]
-    for name, values in zip(found, magnitudes, strict=True):
-        if not values.max().isfinite():
+    largest = numbers(values.max() for values in magnitudes)
+    for name, value in zip(found, largest, strict=True):
+        if not math.isfinite(value):
             raise UserError(f"layer {name} has weights that are not finite: its training diverged")
     alive = list(get_masks(model).values())
     return Layers(
@@ -119,7 +120,7 @@ def _layers_of(model: nn.Module, evidence: Evidence) -> Layers:
         magnitudes=magnitudes,
         alive=alive,
         totals=[mask.numel() for mask in alive],
-        survivors=[int(mask.count_nonzero()) for mask in alive],
+        survivors=numbers(mask.count_nonzero() for mask in alive),
         evidence=evidence,
     )
 
@@ -155,7 +156,7 @@ def lamp(layers: Layers, keep: int, seed: int) -> list[Tensor]:
     parts = zip(layers.magnitudes, layers.survivors, layers.alive, strict=True)
     largest = [_largest(w, min(keep, count), alive) for w, count, alive in parts]
     winners = exact_k_masks([_lamp_scores(values) for values in largest], keep)
-    return _mask_layers(layers, layers.magnitudes, [int(won.count_nonzero()) for won in winners])
+    return _mask_layers(layers, layers.magnitudes, numbers(won.count_nonzero() for won in winners))
 
 
 def _largest(magnitudes: Tensor, k: int, alive: Tensor) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Regrowth: how many pruned weights return, which ones, with which values; and a record that undoes or repeats it.
 
-Three steps that do not know each other: a rule of `SELECTORS` ranks the pruned positions of a layer, an initialiser of
-`INITIALISERS` gives the chosen ones their values, and `WeightRegrowth.apply_regrowth` writes them into the model. How
-many weights each layer gets (the allocation) is the caller's choice. Indices are flat: row-major in the weight's shape.
+A rule of `SELECTORS` ranks the pruned positions of a layer, an initialiser of `INITIALISERS` gives the chosen ones
+values, and `WeightRegrowth` writes them. The allocation is the caller's. Indices are flat: row-major in the weight.
 """
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.analysis_utils import count_pruned_params, prunable_layers
-from utils.common import UserError, derive_seed, generator
+from utils.common import UserError, derive_seed, generator, map_tensors, move_all, numbers
 from utils.evidence import Evidence, SaliencyComputer, stored_weight  # noqa: F401  (the computer is published here)
-from utils.selection import Positions, Ranking, map_tensors, random_indices, top_indices
+from utils.selection import Positions, Ranking, random_indices, top_indices
 
 # What a best allocation's entries beside the record are; the first six are the published ones. Kept in the file.
 BEST_ENTRIES = {
@@ -56,7 +55,7 @@ def masked_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     return {name: known[name] for name in names}
 
 
-def write_weights(layer: nn.Module, positions: Positions, values: Tensor, active: bool) -> None:
+def write_weights(layer: nn.Module, positions: Positions, values: Tensor, active: bool = True) -> None:
     """Put values and mask of a masked layer at the positions; `weight` follows there, without being made anew."""
     positions.write(layer.weight_orig, values)
     positions.write(layer.weight_mask, float(active))
@@ -97,8 +96,9 @@ class RegrowthRecord:
     def _write(self, model: nn.Module, active: bool) -> None:
         layers = masked_layers(model, self.layers)
         positions = {name: self._positions(name, layer) for name, layer in layers.items()}
-        for name, layer in layers.items():
-            if (positions[name].read(layer.weight_mask) == active).any():
+        clashes = numbers((positions[name].read(layer.weight_mask) == active).any() for name, layer in layers.items())
+        for name, clash in zip(layers, clashes, strict=True):
+            if clash:
                 raise ValueError(f"{name}: some recorded positions are {'active' if active else 'pruned'} already")
         for name, layer in layers.items():
             values = self.layers[name].values if active else self.layers[name].previous
@@ -172,11 +172,11 @@ def target_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
 
 def layer_capacities(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Pruned weights of each named layer. Raises ValueError for an unknown name or a layer without a mask."""
-    return {name: int((layer.weight_mask == 0).sum()) for name, layer in masked_layers(model, layers).items()}
+    found = masked_layers(model, layers)
+    return dict(zip(found, numbers((layer.weight_mask == 0).sum() for layer in found.values()), strict=True))
 
 
-def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None,
-                    regrow_step: float | None = None) -> int:
+def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, regrow_step: float | None = None) -> int:
     """K, how many weights return; N is the number of prunable weights.
 
     target_sparsity: the model is to end with exactly round((1 - target) * N) surviving weights, which is what pruning
@@ -213,8 +213,7 @@ def _elementwise(ufunc: np.ufunc, operation: Callable[..., Tensor], *tensors: Te
     return torch.from_numpy(ufunc(*(tensor.numpy() for tensor in tensors)))
 
 
-def _magnitude(values: Tensor) -> Tensor:
-    return _elementwise(np.abs, torch.abs, values)
+_magnitude = partial(_elementwise, np.abs, torch.abs)
 
 
 def _by_saliency(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
@@ -366,57 +365,63 @@ class WeightRegrowth:
         for kind in selector.needs:
             self.evidence.make(kind)
         rankings = [partial(selector.rank, name, layers[name], self.evidence) for name in counts]
-        device = next(self.model.parameters()).device
-        best = top_indices(rankings, list(counts.values()), device)
-        targets = [layers[name] for name in counts]
-        chosen = map_tensors(partial(self._fill, step), device, counts, targets, counts.values(), best)
-        return dict(zip(counts, chosen, strict=True))
+        best = top_indices(rankings, list(counts.values()), next(self.model.parameters()).device)
+        ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
+        drawn = self._draw(counts, layers, ranked, step)
+        return {name: self._chosen(ranked.get(name), drawn.get(name)) for name in counts}
+
+    def _draw(self, counts: Mapping[str, int], layers: Mapping[str, nn.Module], ranked: Mapping[str, Tensor],
+              step: int) -> dict[str, Tensor]:
+        """Random pruned positions of the layers where fewer are ranked than return, as many as are missing.
+
+        Drawn on the CPU: all masks go there in one transfer, and all positions back in one.
+        """
+        def still_taken(name: str) -> Tensor:
+            taken = layers[name].weight_mask != 0
+            if name in ranked:
+                Positions(ranked[name]).write(taken, True)
+            return taken
+
+        def draw(name: str, count: int, taken: Tensor) -> Tensor:
+            try:
+                return random_indices(taken, count, generator(self.seed, "positions", name, step))
+            except ValueError as error:
+                capacity = layer_capacities(self.model, [name])[name]
+                raise ValueError(f"{name}: {counts[name]} weights cannot return, its capacity is {capacity}") from error
+
+        missing = {name: count - len(ranked.get(name, ())) for name, count in counts.items()}
+        missing = {name: count for name, count in missing.items() if count}
+        device, host = next(self.model.parameters()).device, torch.device("cpu")
+        taken = move_all(map_tensors(still_taken, device, missing), host)
+        drawn = map_tensors(draw, host, missing, missing.values(), taken)
+        return dict(zip(missing, move_all(drawn, device), strict=True))
+
+    def _chosen(self, ranked: Tensor | None, drawn: Tensor | None) -> Chosen:
+        """What the rule ranked (None: it had no opinion), and what was drawn where that is too little."""
+        own, fill = (_source_names().index(source) for source in (self.rule, FILL))
+        if ranked is None or drawn is None:
+            indices = drawn if ranked is None else ranked
+            return Chosen(indices, torch.full_like(indices, own, dtype=torch.uint8))
+        indices, order = torch.cat([ranked, drawn]).sort()
+        return Chosen(indices, torch.where(order < len(ranked), own, fill).to(torch.uint8))
 
     def write(self, chosen: Mapping[str, Chosen], step: int = 1) -> RegrowthRecord:
         """The second half of `apply_regrowth`: initial values, masks and weights of what `select` chose."""
         layers = masked_layers(self.model, chosen)
         device = next(self.model.parameters()).device
         plans = map_tensors(partial(self._plan, step), device, layers, layers.values(), chosen.values())
-        map_tensors(_carry_out, device, layers.values(), plans)
-        return RegrowthRecord({name: plan.record for name, plan in zip(layers, plans, strict=True)}, _source_names())
+        positions, records = [at for at, _ in plans], {name: plan[1] for name, plan in zip(layers, plans, strict=True)}
+        map_tensors(write_weights, device, layers.values(), positions, [record.values for record in records.values()])
+        return RegrowthRecord(records, _source_names())
 
-    def _plan(self, step: int, name: str, layer: nn.Module, chosen: Chosen) -> _Plan:
+    def _plan(self, step: int, name: str, layer: nn.Module, chosen: Chosen) -> tuple[Positions, LayerRecord]:
         """What will be written where in one layer."""
         positions = Positions(chosen.indices)
         previous = positions.read(layer.weight_orig)
         site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
         values = INITIALISERS[self.init_strategy](site)
         steps = torch.full_like(chosen.sources, step, dtype=torch.int16)
-        return _Plan(positions, LayerRecord(*chosen, steps, values, previous))
-
-    def _fill(self, step: int, name: str, layer: nn.Module, count: int, ranked: Tensor | None) -> Chosen:
-        """What the rule ranked (None: nothing), and what is drawn at random where that is too little."""
-        own, drawn = (_source_names().index(source) for source in (self.rule, self.rule if ranked is None else FILL))
-        if ranked is None:
-            ranked = torch.empty(0, dtype=torch.int64, device=layer.weight_mask.device)
-        if len(ranked) == count:
-            return Chosen(ranked, torch.full_like(ranked, own, dtype=torch.uint8))
-        taken = layer.weight_mask
-        if len(ranked):
-            taken = taken.clone()
-            Positions(ranked).write(taken, 1.0)
-        try:
-            rest = random_indices(taken, count - len(ranked), generator(self.seed, "positions", name, step))
-        except ValueError as error:
-            capacity = layer_capacities(self.model, [name])[name]
-            raise ValueError(f"{name}: {count} weights cannot return, its capacity is {capacity}") from error
-        sources = [torch.full_like(ranked, own), torch.full_like(rest, drawn)]
-        indices, order = torch.cat([ranked, rest]).sort()
-        return Chosen(indices, torch.cat(sources)[order].to(torch.uint8))
-
-
-class _Plan(NamedTuple):
-    positions: Positions
-    record: LayerRecord
-
-
-def _carry_out(layer: nn.Module, plan: _Plan) -> None:
-    write_weights(layer, plan.positions, plan.record.values, active=True)
+        return positions, LayerRecord(*chosen, steps, values, previous)
 
 
 def _source_names() -> tuple[str, ...]:
