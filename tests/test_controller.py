@@ -13,7 +13,7 @@ import torch
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
 from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
-from utils.controller import Ladder, RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
+from utils.controller import RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.methods import regrowth_parser
 from utils.search import run_search, saved_searches, search_config
 
@@ -191,69 +191,6 @@ def test_one_update_follows_the_gradient_of_the_stated_objective():
     for parameter, gradient in zip(search.agent.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-4)
     assert search.baseline == pytest.approx(0.9 * 0.5 + 0.1 * 0.4975)
-
-
-def climb(ladder: Ladder, next_trial, reward) -> list:
-    """Pays for promotions until there is none; returns the trials."""
-    trials = []
-    while (trial := next_trial()) is not None:
-        ladder.record(trial, reward(trial))
-        trials.append(trial)
-    return trials
-
-
-def test_ladder_promotes_the_best_third_of_every_rung():
-    ladder = Ladder((1, 3, 9), eta=3)
-    for i in range(8):
-        ladder.record(((i,), 1), i / 10)
-
-    def value(trial):
-        return trial[0][0] / 10
-
-    assert climb(ladder, ladder.promotion, value) == [((7,), 3), ((6,), 3)]  # 8 // 3
-    ladder.record(((8,), 1), 0.65)
-    assert climb(ladder, ladder.promotion, value) == [((8,), 3), ((8,), 9)]  # 3 at rung two: its best to the top
-    assert ladder.spent == 9 * 1 + 3 * 3 + 9
-    assert climb(ladder, ladder.final_promotion, value) == []  # 3 of 9 and 1 of 3 are up already
-    assert ladder.leader() == ((8,), 9)  # the only one at the top
-
-
-def test_the_final_ladder_takes_a_leader_to_the_top_and_spends_what_is_left():
-    ladder = Ladder((1, 3, 9), eta=3, budget=20)
-    for i in range(4):
-        ladder.record(((i,), 1), i / 10)
-    # 2 of 4 go on (a third, rounded up); on the second rung the order turns round; 1 epoch of 20 is left.
-    assert climb(ladder, ladder.final_promotion, lambda trial: 1 - trial[0][0] / 10) == [
-        ((3,), 3), ((2,), 3), ((2,), 9)]
-    assert ladder.spent == 19 and ladder.leader() == ((2,), 9)
-    ladder.budget = 1000
-    climb(ladder, ladder.final_promotion, lambda trial: 0.5)
-    assert ladder.spent == 4 * (1 + 3 + 9)
-
-
-def test_new_candidates_leave_the_way_to_the_top_open():
-    ladder = Ladder((1, 3, 9), eta=3, budget=20)
-    for i in range(4):
-        ladder.record(((i,), 1), i / 10)
-    new = [((i,), 1) for i in range(4, 8)]
-    assert ladder.affords(new)  # 4 + 4 are 8, and 12 of 20 take one of them up
-    assert ladder.affords(new + new + [((0,), 1)])  # doubles and what was paid for cost nothing
-    assert not ladder.affords([*new, ((8,), 1)])
-    assert Ladder((1, 3, 9), eta=3).affords(new * 1000)
-
-
-@pytest.mark.parametrize(("budget", "rungs"), [(None, (1, 3, 9)), (13, (1, 3, 9)), (12, (1, 3)), (3, (1,))])
-def test_rungs_that_the_budget_cannot_reach_are_left_out(budget, rungs):
-    assert Ladder((1, 3, 9), 3, budget).rungs == rungs
-
-
-def test_equal_rewards_are_ranked_by_arrival():
-    ladder = Ladder((1, 2), eta=2)
-    for i in (3, 1, 2):
-        ladder.record(((i,), 1), 0.5)
-    assert ladder.ranked(1) == [(3,), (1,), (2,)] and ladder.leader() == ((3,), 1)
-    with pytest.raises(ValueError, match="no candidate"):
-        Ladder((1,), 2).leader()
 
 
 @pytest.mark.parametrize("budget", [6, 13, 14, 40, 60, 61, 200])

@@ -9,9 +9,8 @@ rewards are comparable. A trial that was paid for is looked up, never trained ag
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -20,110 +19,7 @@ from torch import Tensor, nn
 
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, spend_ratio
 from utils.common import UserError, derive_seed, generator
-
-Allocation = tuple[int, ...]
-Trial = tuple[Allocation, int]  # what is trained, for how many epochs
-
-
-class Ladder:
-    """Rewards per candidate and rung, the epochs they cost, and who goes on to the next rung.
-
-    A candidate goes on while it is among the best 1/eta of those seen at its rung, without waiting for a rung to fill
-    (asynchronous successive halving, Li et al., MLSys 2020). A trial is trained from the start, so it costs its epochs
-    whatever the candidate had before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
-    payment: it is the cache and the whole state of the ladder.
-
-    rungs: training lengths in epochs, increasing. eta: see above. budget: epochs over all trials, None for no limit.
-    batch: candidates that arrive together. Rungs that the best of one batch could not climb to within the budget are
-    left out. Raises UserError when the budget does not even pay one batch at the first rung.
-    """
-
-    def __init__(self, rungs: Sequence[int], eta: int, budget: int | None = None, batch: int = 1):
-        """An empty ladder."""
-        limit = math.inf if budget is None else budget
-        if batch * rungs[0] > limit:
-            raise UserError(f"a search budget of {budget} epochs does not pay one batch: {batch} candidates for "
-                            f"{rungs[0]} epochs take {batch * rungs[0]}; raise the budget or lower the others")
-        self.rungs = tuple(rung for level, rung in enumerate(rungs)
-                           if batch * rungs[0] + sum(rungs[1:level + 1]) <= limit)
-        self.eta = eta
-        self.budget = budget
-        self.rewards: dict[int, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
-
-    @property
-    def spent(self) -> int:
-        """Epochs over all paid trials."""
-        return sum(epochs * len(paid) for epochs, paid in self.rewards.items())
-
-    def reward(self, trial: Trial) -> float | None:
-        """What a trial gave, None if it was not paid for."""
-        allocation, epochs = trial
-        return self.rewards.get(epochs, {}).get(allocation)
-
-    def record(self, trial: Trial, reward: float) -> None:
-        """Pays for a trial; a second time changes nothing."""
-        allocation, epochs = trial
-        self.rewards.setdefault(epochs, {}).setdefault(allocation, reward)
-
-    def affords(self, trials: Iterable[Trial], *, reserve: int | None = None) -> bool:
-        """Whether the budget pays what is new among the trials and still holds the reserve afterwards.
-
-        reserve: epochs; by default what one candidate needs from the second rung to the top, so that the search never
-        ends with a winner that was only seen for few epochs.
-        """
-        if self.budget is None:
-            return True
-        cost = sum(trial[1] for trial in set(trials) if self.reward(trial) is None)
-        kept = sum(self.rungs[1:]) if reserve is None else reserve
-        return self.spent + cost + kept <= self.budget
-
-    def ranked(self, epochs: int) -> list[Allocation]:
-        """The candidates seen at a rung, best reward first, equals in the order they came."""
-        seen = self.rewards.get(epochs, {})
-        return sorted(seen, key=seen.__getitem__, reverse=True)
-
-    def promotion(self) -> Trial | None:
-        """The next trial while the search goes on, highest rung first; None when nobody has earned one."""
-        for level in reversed(range(len(self.rungs) - 1)):
-            seen = self.ranked(self.rungs[level])
-            for trial in self._unpaid(seen[:len(seen) // self.eta], level + 1):
-                return trial if self.affords([trial]) else None
-        return None
-
-    def final_promotion(self) -> Trial | None:
-        """The next trial once no new candidates come, lowest rung first; None when the ladder is done.
-
-        At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
-        rung to the top takes. What is then left of a budget goes to the leaders too: the share of a rung that goes on
-        grows from 1/eta to 2/eta and so on, until the budget is spent or everybody has been at the top.
-        """
-        for part in range(1, self.eta + 1 if self.budget is not None else 2):
-            for level in range(len(self.rungs) - 1):
-                seen = self.ranked(self.rungs[level])
-                for trial in self._unpaid(seen[:-(-len(seen) * part // self.eta)], level + 1):
-                    if self.affords([trial], reserve=sum(self.rungs[level + 2:])):
-                        return trial
-        return None
-
-    def leader(self) -> Trial:
-        """The best candidate: highest rung reached, then reward, then first come. Raises ValueError if none is seen."""
-        if self.spent == 0:
-            raise ValueError("no candidate has been evaluated")
-        epochs = max(epochs for epochs, paid in self.rewards.items() if paid)
-        return self.ranked(epochs)[0], epochs
-
-    def state_dict(self) -> dict[int, dict[Allocation, float]]:
-        """A copy of `rewards`."""
-        return {epochs: dict(paid) for epochs, paid in self.rewards.items()}
-
-    def load_state_dict(self, rewards: dict[int, dict[Allocation, float]]) -> None:
-        """Takes up rewards of an earlier search; those of rungs that are not climbed here count as spent."""
-        self.rewards = {epochs: dict(rewards.get(epochs, {})) for epochs in {**dict.fromkeys(self.rungs), **rewards}}
-
-    def _unpaid(self, allocations: Iterable[Allocation], level: int) -> Iterable[Trial]:
-        trials = ((allocation, self.rungs[level]) for allocation in allocations)
-        return (trial for trial in trials if self.reward(trial) is None)
-
+from utils.ladder import Allocation, Ladder, Trial
 
 ADVANTAGE_LIMIT = 100.0
 WARM_START = tuple(name for name in ALLOCATORS if name != "random")

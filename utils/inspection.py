@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.checkpoint import find_state, has_mask_entries, is_maskable, load_checkpoint, model_state, read_card
 from utils.common import UserError, one_line
-from utils.controller import Ladder
+from utils.ladder import Ladder
 from utils.model_loader import model_loader
 from utils.models import MODELS
 from utils.regrowth import BEST_ENTRIES, LayerRecord

@@ -12,7 +12,8 @@ from typing import Any
 
 from utils.allocation import ALLOCATORS
 from utils.common import UserError
-from utils.controller import Ladder, SearchConfig
+from utils.controller import SearchConfig
+from utils.ladder import Ladder
 from utils.regrowth import INITIALISERS, SELECTORS
 from utils.run import (
     ArgumentParser,
