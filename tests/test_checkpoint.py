@@ -168,15 +168,6 @@ def test_a_card_counts_only_for_the_very_bytes_it_describes(tmp_path):
     assert checkpoint.read_card(artifact) is None
 
 
-def test_model_state_is_found_in_every_layout():
-    state = {"w": torch.ones(1)}
-    for loaded in (state, {"net": state, "acc": 1.0}, {"state_dict": state}, {"model": "resnet20", "state_dict": state},
-                   {"model": state, "epoch": 3}, {"model_state_dict": state, "optimizer_state_dict": {}}):
-        assert checkpoint.find_state(loaded) is state and checkpoint.model_state(loaded, "x") == state
-    with pytest.raises(UserError, match="no model weights"):
-        checkpoint.model_state({"allocation": [1, 2]}, "x.pth")
-
-
 def test_csv_and_json(tmp_path):
     checkpoint.save_csv([{"a": 1, "b": 0.123456789}, {"a": 2, "b": ""}], tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == "a,b\n1,0.123457\n2,\n"

@@ -18,14 +18,13 @@ from utils.analysis_utils import (
     get_masks,
     has_masks,
     hold_pruned_weights,
-    load_model_state,
     prunable_layers,
     remove_masks,
     set_masks,
 )
 from utils.common import UserError
 from utils.inspection import describe, guess_model, load_artifact
-from utils.model_loader import model_loader
+from utils.model_loader import find_state, load_model_state, model_loader, model_state
 
 
 def resnet(sparsity: float | None = None) -> nn.Module:
@@ -89,6 +88,15 @@ def test_every_reader_takes_every_form(form, run, tmp_path):
                    finetuning.load_source(run, artifact, inspect_checkpoint.phases(args), args).model):
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_model_state_is_found_in_every_layout():
+    state = {"w": torch.ones(1)}
+    for loaded in (state, {"net": state, "acc": 1.0}, {"state_dict": state}, {"model": "resnet20", "state_dict": state},
+                   {"model": state, "epoch": 3}, {"model_state_dict": state, "optimizer_state_dict": {}}):
+        assert find_state(loaded) is state and model_state(loaded, "x") == state
+    with pytest.raises(UserError, match="no model weights"):
+        model_state({"allocation": [1, 2]}, "x.pth")
 
 
 def test_exact_zeros_without_masks_stay_zero(run, tmp_path, capsys):

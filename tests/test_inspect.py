@@ -18,13 +18,13 @@ import inspect_checkpoint
 from tests.conftest import REPOSITORY, assert_user_error
 from utils import checkpoint, datasets, finetuning, inspection
 from utils.allocation import AllocationProblem
-from utils.analysis_utils import clone_model, get_masks, load_model_state, prunable_layers, set_masks
+from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig
 from utils.data_loader import BatchLoader
 from utils.finetuning import Phase, Source
 from utils.inspection import describe, load_artifact, render
-from utils.model_loader import model_loader
+from utils.model_loader import load_model_state, model_loader
 from utils.regrowth import BEST_ENTRIES, ReferenceBasedRegrowth
 from utils.run import script
 from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate

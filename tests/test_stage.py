@@ -47,14 +47,14 @@ class Killed(BaseException):
 
 def die_at_write(monkeypatch, number: int) -> None:
     """Lets the process 'die' in the middle of its `number`-th file: after the temporary file, before the rename."""
-    real, writes = checkpoint.os.replace, []
+    real, writes = os.replace, []
 
     def replace_or_die(source, target):
         writes.append(target)
         if len(writes) == number:
             raise Killed
         real(source, target)
-    monkeypatch.setattr(checkpoint.os, "replace", replace_or_die)
+    monkeypatch.setattr(os, "replace", replace_or_die)
 
 
 @pytest.mark.parametrize("write", range(1, 11))

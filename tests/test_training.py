@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import REPOSITORY
-from utils.analysis_utils import clone_model, get_masks, load_model_state, set_masks
+from utils.analysis_utils import clone_model, get_masks, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import PRECISIONS, RunFailed, autocast, has_native_bf16, resolve_precision
 from utils.data_loader import BatchLoader
-from utils.model_loader import model_loader
+from utils.model_loader import load_model_state, model_loader
 from utils.training import (
     OPTIMIZERS,
     PRETRAIN,

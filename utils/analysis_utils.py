@@ -1,4 +1,4 @@
-"""Masks of a pruned model: put on, set, read, validate, count, clone, load, and hold while an optimizer runs.
+"""Masks of a pruned model: put on, set, read, count, clone, and hold while an optimizer runs; how far layers drift.
 
 A pruned layer uses the reparametrization of `torch.nn.utils.prune`: parameter `weight_orig`, buffer `weight_mask`
 (1 active, 0 pruned) and `weight = weight_orig * weight_mask`, made anew before every forward pass.
@@ -19,8 +19,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from utils.checkpoint import has_mask_entries, model_state
-from utils.common import UserError, autocast, note, numbers
+from utils.common import autocast, numbers
 
 
 class PruneCounts(NamedTuple):
@@ -83,13 +82,16 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     layers = prunable_layers(model)
     for name, mask in masks.items():
-        problem = _mask_problem(mask, layers[name]) if name in layers else "the model has no such prunable layer"
-        if problem:
-            raise ValueError(f"mask of {name}: {problem}")
+        if name not in layers:
+            raise ValueError(f"mask of {name}: the model has no such prunable layer")
+        if mask.shape != layers[name].weight.shape:
+            raise ValueError(f"mask of {name}: shape {tuple(mask.shape)} instead of {tuple(layers[name].weight.shape)}")
+        if not is_binary(mask):
+            raise ValueError(f"mask of {name}: values other than 0 and 1")
     add_masks(model)
     for name, mask in masks.items():
         layers[name].weight_mask.copy_(mask)
-        _refresh(layers[name])
+        refresh_weight(layers[name])
 
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -100,32 +102,14 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def validate_masks(model: nn.Module) -> None:
-    """Raise UserError unless every prunable layer has a mask of its weight's shape that holds only 0 and 1."""
-    for name, layer in prunable_layers(model).items():
-        problem = _mask_problem(layer.weight_mask, layer) if _is_masked(layer) else "there is none"
-        if problem:
-            raise UserError(f"mask of {name}: {problem}; every Conv2d and Linear needs a 0/1 mask of its own shape")
-
-
-def _mask_problem(mask: Tensor, layer: nn.Module) -> str | None:
-    shape = _weight(layer).shape
-    if mask.shape != shape:
-        return f"shape {tuple(mask.shape)} instead of {tuple(shape)}"
-    return None if _is_binary(mask) else "values other than 0 and 1"
-
-
-def _is_binary(mask: Tensor) -> bool:
+def is_binary(mask: Tensor) -> bool:
+    """Whether it holds nothing but 0 and 1."""
     return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
 
 
-def _weight(layer: nn.Module) -> nn.Parameter:
-    return layer.weight_orig if _is_masked(layer) else layer.weight
-
-
 @torch.no_grad()
-def _refresh(layer: nn.Module) -> None:
-    """Make `weight` anew, as the next forward pass will; without a graph, so that it holds no memory."""
+def refresh_weight(layer: nn.Module) -> None:
+    """Make the masked `weight` anew, as the next forward pass will; without a graph, so that it holds no memory."""
     layer.weight = layer.weight_orig * layer.weight_mask
 
 
@@ -148,11 +132,6 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
     return {name: 1 - count / layers[name].weight.numel() for name, count in _surviving(model).items()}
 
 
-def overall_sparsity(model: nn.Module) -> float:
-    """pruned / total over all prunable layers, in [0, 1]."""
-    return count_pruned_params(model).sparsity
-
-
 def empty_layers(model: nn.Module) -> list[str]:
     """Names of the prunable layers without a single surviving weight: nothing passes through them."""
     return [name for name, count in _surviving(model).items() if not count]
@@ -167,77 +146,6 @@ def clone_model(model: nn.Module) -> nn.Module:
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-
-
-def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "checkpoint") -> None:
-    """Load a masked or a dense state dict, strictly; the model's masks are put on or removed to match.
-
-    state_dict: also a checkpoint that holds one; `utils.checkpoint.model_state` brings it into this project's form, and
-    what it changed is said on stderr. Raises UserError, with the model unchanged, if an entry is missing, unexpected,
-    of another shape or not finite, or a mask is not 0/1: it names `source` (a file, say) and the first few entries.
-    """
-    layers = prunable_layers(model)
-    state = model_state(state_dict, source, layers, lambda text: note(f"{source}: {text}"))
-    masked = has_mask_entries(state)
-    expected = _expected_shapes(model, masked)
-    if problems := _differences(expected, state):
-        _check_classes(list(layers)[-1], expected, state, source)
-        guess = ", it looks like another model's" if _is_other_model(expected, state) else ""
-        raise UserError(f"{source} does not fit this model{guess}: {'; '.join(problems)}")
-    if bad := [key for key, value in state.items() if key.endswith("weight_mask") and not _is_binary(value)]:
-        raise UserError(f"{source} holds masks with values other than 0 and 1: {_first_few(bad)}")
-    if bad := [key for key, value in state.items() if not bool(value.isfinite().all())]:
-        raise UserError(f"{source} holds values that are not finite (NaN or infinite), nothing can come of it: "
-                        f"{_first_few(bad)}")
-    (add_masks if masked else remove_masks)(model)
-    model.load_state_dict(state)
-    for layer in layers.values() if masked else ():
-        _refresh(layer)
-
-
-def _check_classes(last: str, expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], source: str) -> None:
-    """UserError when all that differs is how many classes the `last` layer tells apart."""
-    sizes = {(found[key].shape[0], shape[0]) for key, shape in expected.items()
-             if key in found and key.startswith(f"{last}.") and found[key].shape[1:] == shape[1:]}
-    same = all(key in found and (found[key].shape == shape or key.startswith(f"{last}."))
-               for key, shape in expected.items())
-    if same and len(found) == len(expected) and len(sizes) == 1:
-        theirs, mine = sizes.pop()
-        raise UserError(f"{source} was trained on another data set: it tells {theirs} classes apart, and this data set "
-                        f"has {mine}. Name its own with --dataset and --data_dir")
-
-
-def _is_other_model(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> bool:
-    """Whether more than one layer, and a fifth of the model's, is there on one side only."""
-    mine, theirs = ({key.rpartition(".")[0] for key, shape in shapes.items()
-                     if key.rpartition(".")[2] in ("weight", "weight_orig") and len(shape) in (2, 4)}
-                    for shapes in (expected, {key: value.shape for key, value in found.items()}))
-    return len(mine ^ theirs) > max(1, len(mine) // 5)
-
-
-def _expected_shapes(model: nn.Module, masked: bool) -> dict[str, torch.Size]:
-    """Names and shapes of the model's state dict if it were masked, or dense; what can be pruned comes first."""
-    weights, others = {}, {key: value.shape for key, value in model.state_dict().items()}
-    for name, layer in prunable_layers(model).items():
-        weight = f"{name}.weight" if name else "weight"
-        for key in (weight, f"{weight}_orig", f"{weight}_mask"):
-            others.pop(key, None)
-        weights |= dict.fromkeys([f"{weight}_orig", f"{weight}_mask"] if masked else [weight], _weight(layer).shape)
-    return weights | others
-
-
-def _differences(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> list[str]:
-    wrong = [key for key in expected if key in found and found[key].shape != expected[key]]
-    problems = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "wrong shape": [f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key])}" for key in wrong],
-    }
-    return [f"{problem} {_first_few(entries)}" for problem, entries in problems.items() if entries]
-
-
-def _first_few(entries: list[str]) -> str:
-    return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
 def hold_weights(optimizer: Optimizer, params_and_keep: Iterable[tuple[nn.Parameter, Tensor]]) -> RemovableHandle:

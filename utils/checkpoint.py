@@ -2,20 +2,17 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.common import UserError, one_line
+from utils.common import UserError, write_atomic
 
 # --- paths ---------------------------------------------------------------------------------------------------------
 
@@ -84,27 +81,6 @@ def ensure_writable(directory: Path, option: str = "--root") -> None:
     except OSError as error:
         raise UserError(f"cannot write to {directory} ({error.strerror}); choose another place with "
                         f"{option}") from error
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: temporary file, flush to disk, rename.
-
-    Raises UserError when the disk is full or the folder is not writable; what stood at `path` is then untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
-        raise UserError(f"cannot write {path}: {reason}; what stood there before is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _canonical(value: Any) -> Any:
@@ -253,113 +229,3 @@ def read_card(artifact: Path) -> dict[str, Any] | None:
     if not isinstance(card, dict) or not artifact.is_file() or card.get("sha256") != file_digest(artifact):
         return None
     return card
-
-
-# --- state dicts ---------------------------------------------------------------------------------------------------
-
-STATE_KEYS = ("net", "model_state_dict", "state_dict", "model")  # under which a training checkpoint has its weights
-WRAPPERS = {"module", "model", "net"}  # what data-parallel training and trainers put before every name
-PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
-                          torch.int8, torch.int16, torch.int32, torch.int64})
-LARGEST = 2**30  # elements; a tensor of more can only be a mistake, or a view that would fill the memory
-SPARSE_FROM = 1e-3  # share of weights that are exactly 0; by chance it is below 1e-6
-
-
-def find_state(loaded: Any) -> Mapping[str, Tensor] | None:
-    """The state dict in a loaded checkpoint: the value itself, or the entry of it that `STATE_KEYS` name; else None."""
-    entries = [loaded[key] for key in STATE_KEYS if key in loaded] if isinstance(loaded, Mapping) else []
-    return next((value for value in (loaded, *entries) if isinstance(value, Mapping) and value and all(
-        isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())), None)
-
-
-def model_state(loaded: Any, source: str | Path, layers: Collection[str] | None = None,
-                say: Callable[[str], Any] = lambda text: None) -> dict[str, Tensor]:
-    """The state dict inside a loaded checkpoint in this project's own form, whoever wrote it.
-
-    Without wrappers' prefixes; sparse tensors dense; counters of batch normalisation, which old files lack, filled in;
-    masks for all of the `layers` or none. Masks that other parameters have are multiplied out. Where weights without a
-    mask are exactly 0, more than by chance, masks are made from them. layers: names of the layers that masks are for
-    (None: those whose `weight` has 2 or 4 dimensions); say: is told what a user should know. Raises UserError, naming
-    `source`, for what is no state dict or holds tensors of a kind that no model has.
-    """
-    found = find_state(loaded)
-    if found is None:
-        raise UserError(f"{source} holds no model weights: expected a state dict (names to tensors), or a dict that "
-                        f"has one as {', '.join(map(repr, STATE_KEYS))}")
-    state = {key: _plain_tensor(value, key, source) for key, value in _without_prefixes(found, layers or ()).items()}
-    state = _multiply_out(state, layers, say)
-    for key in [key for key in state if _last(key) == "running_var"]:
-        state.setdefault(key.removesuffix("running_var") + "num_batches_tracked", torch.tensor(0))
-    return _complete_masks(state, layers, say)
-
-
-def has_mask_entries(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has a mask for any weight."""
-    return any(_last(key) == "weight_mask" for key in state)
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def is_maskable(key: str, value: Tensor, layers: Collection[str] | None = None) -> bool:
-    """Whether an entry is the weight, masked or not, of a layer that masks are for."""
-    layer, _, name = key.rpartition(".")
-    return name in ("weight", "weight_orig") and (value.dim() in (2, 4) if layers is None else layer in layers)
-
-
-def _without_prefixes(state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """Names as the model itself has them: the module that all names start with is none of the model's.
-
-    Where the model's layers are unknown, only `WRAPPERS` are dropped.
-    """
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}  # of torch.compile, at any depth
-    own = {name.partition(".")[0] for name in layers}
-    while all("." in key for key in state) and len(heads := {key.partition(".")[0] for key in state}) == 1:
-        if heads <= own or not (layers or heads <= WRAPPERS):
-            break
-        state = {key.partition(".")[2]: value for key, value in state.items()}
-    return state
-
-
-def _plain_tensor(value: Tensor, key: str, source: str | Path) -> Tensor:
-    problem = ("is a meta tensor, without values" if value.is_meta else
-               "is a nested tensor" if value.is_nested else
-               f"is of type {str(value.dtype).removeprefix('torch.')}" if value.dtype not in PLAIN_DTYPES else
-               f"has {value.numel():,} elements" if value.numel() > LARGEST else None)
-    if problem:
-        raise UserError(f"{source}: {key} {problem}; only ordinary tensors of floats, whole numbers or bools serve")
-    value = value.detach()
-    return value if value.layout == torch.strided else value.to_dense()
-
-
-def _multiply_out(state: dict[str, Tensor], layers: Collection[str] | None, say: Callable[[str], Any]
-                  ) -> dict[str, Tensor]:
-    """Biases and other parameters that have masks as plain parameters."""
-    stems = [key.removesuffix("_orig") for key, value in state.items() if key.endswith("_orig")
-             and not is_maskable(key, value, layers) and key.removesuffix("_orig") + "_mask" in state
-             and state[key.removesuffix("_orig") + "_mask"].shape == value.shape]
-    if stems:
-        say(one_line("only weights of Conv2d and Linear keep masks; these are multiplied out, and what they prune is 0 "
-                     f"but trains on: {', '.join(stems)}"))
-    masks = {f"{stem}_orig": state.pop(f"{stem}_mask") for stem in stems}
-    return {key.removesuffix("_orig") if key in masks else key: value * masks[key] if key in masks else value
-            for key, value in state.items()}
-
-
-def _complete_masks(state: dict[str, Tensor], layers: Collection[str] | None, say: Callable[[str], Any]
-                    ) -> dict[str, Tensor]:
-    """Masks for layers without one: from exact zeros where there are many, else, if others have masks, all ones."""
-    bare = {key: value for key, value in state.items() if _last(key) == "weight" and is_maskable(key, value, layers)}
-    total = sum(value.numel() for value in bare.values())
-    zeros = total - sum(int(value.count_nonzero()) for value in bare.values())
-    sparse = zeros > SPARSE_FROM * total
-    if not (sparse or has_mask_entries(state)):
-        return state
-    if sparse:
-        say(f"{zeros:,} of {total:,} weights without a mask are exactly 0; they count as pruned and stay 0")
-    complete: dict[str, Tensor] = {}
-    for key, value in state.items():
-        mask = (value != 0).to(value.dtype) if sparse else torch.ones_like(value)
-        complete |= {f"{key}_orig": value, f"{key}_mask": mask} if key in bare else {key: value}
-    return complete

@@ -1,14 +1,17 @@
-"""What every other file may use: errors and notes of one line, seeds, precision, progress; work on many tensors."""
+"""What every other file may use: errors and notes, whole files, seeds, work on many tensors, precision, progress."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +93,27 @@ def move_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: temporary file, flush to disk, rename.
+
+    Raises UserError when the disk is full or the folder is not writable; what stood at `path` is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = "no space left on the device" if error.errno == errno.ENOSPC else error.strerror
+        raise UserError(f"cannot write {path}: {reason}; what stood there before is unchanged") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @cache

@@ -23,8 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.checkpoint import write_atomic
-from utils.common import UserError, note
+from utils.common import UserError, note, write_atomic
 
 SIDE = 32  # pixels, the side of an image unless asked otherwise
 SPLITS = ("train", "test")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.analysis_utils import overall_sparsity, prunable_layers
+from utils.analysis_utils import count_pruned_params, prunable_layers
 from utils.common import autocast
 
 
@@ -83,7 +83,7 @@ class SaliencyComputer:
         effective weight, at every position, pruned ones included, and theta is `weight_orig`. Raises ValueError if the
         model is not of this kind, or for max_batches < 1.
         """
-        found = "pruned" if overall_sparsity(model) > 0 else "dense"
+        found = "pruned" if count_pruned_params(model).pruned else "dense"
         if source != found:
             raise ValueError(f"source is {source!r}, but the model given is {found}")
         if max_batches is not None and max_batches < 1:

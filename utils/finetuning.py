@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils import checkpoint, stage1
-from utils.analysis_utils import get_masks, has_masks, hold_weights, load_model_state, prunable_layers
+from utils.analysis_utils import get_masks, has_masks, hold_weights, prunable_layers
 from utils.common import UserError, derive_seed
 from utils.inspection import Artifact
+from utils.model_loader import load_model_state
 from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run
 from utils.selection import Positions

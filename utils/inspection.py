@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import find_state, has_mask_entries, is_maskable, load_checkpoint, model_state, read_card
+from utils.checkpoint import load_checkpoint, read_card
 from utils.common import UserError, one_line
 from utils.ladder import Ladder
-from utils.model_loader import model_loader
+from utils.model_loader import find_state, has_mask_entries, is_maskable, model_loader, model_state
 from utils.models import MODELS
 from utils.regrowth import BEST_ENTRIES, LayerRecord
 
