@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""What is in a checkpoint; with --finetune, training goes on from it, on single weights where the options say so.
+"""What is in a checkpoint; with --finetune, training goes on from it, on single weights where the options say so;
+with --export its model is written to a file for use elsewhere.
 
 Recognises models (dense, pruned, regrown), best allocations, controller checkpoints and interrupted stages, those of
 this project and the published formats. A best allocation is applied to its starting checkpoint before finetuning.
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from utils import finetuning, inspection
+from utils import export, finetuning, inspection
 from utils.checkpoint import read_card
 from utils.common import UserError
 from utils.datasets import DATASETS
@@ -44,12 +45,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="insist on a best allocation, or on a checkpoint of any other kind")
     parser.add_argument("--json", action="store_true", help="print the description as one JSON object")
     parser.add_argument("--finetune", action="store_true", help="train from the artifact; the options below say how")
+    export.add_options(parser)
     optional = _add_finetuning(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
     # None: not given, so that the run card of the artifact decides first
     parser.set_defaults(defaults={name: parser.get_default(name) for name in DATA}, **dict.fromkeys(DATA))
     args = parser.parse_args(argv)
+    export.check_options(args)
     check_options(args, [*optional, "resume", "overwrite"])
     return args
 
@@ -84,7 +87,7 @@ def _add_finetuning(parser: argparse.ArgumentParser) -> list[str]:
 
 def check_options(args: argparse.Namespace, finetuning_only: Sequence[str]) -> None:
     """UserError for options that would have no effect or contradict each other."""
-    given = {name for name in finetuning_only if getattr(args, name)}
+    given = {name for name in finetuning_only if getattr(args, name)} - ({"overwrite"} if args.export else set())
     if given and not args.finetune:
         raise UserError(f"--{min(given)} has no effect without --finetune")
     if args.finetune and args.json:
@@ -164,9 +167,12 @@ def print_report(outcome: Outcome) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Describes the file, or finetunes from it."""
+    """Describes the file, exports it, or finetunes from it."""
     args = parse_args(argv)
     artifact = load_artifact(args.file, args.type)
+    if args.export:
+        print(export.export(artifact, args.export, args.out, args.dtype or "float32", args.overwrite))
+        return
     if not args.finetune:
         description = inspection.describe(artifact)
         print(json.dumps(description, indent=2) if args.json else inspection.render(description))

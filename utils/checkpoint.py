@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import sparse_file
 from utils.common import UserError, write_atomic
 
 # --- paths ---------------------------------------------------------------------------------------------------------
@@ -52,8 +53,8 @@ def pruned_path(root: Path, m_name: str, sparsity: float) -> Path:
 
 
 def card_path(artifact: Path) -> Path:
-    """The run card beside an artifact."""
-    return artifact.with_suffix(".json")
+    """The run card beside an artifact: ``a.json`` of ``a.pth``, ``a.onnx.json`` of ``a.onnx``."""
+    return artifact.with_suffix(".json" if artifact.suffix in (".pth", "") else f"{artifact.suffix}.json")
 
 
 def progress_path(artifact: Path) -> Path:
@@ -100,11 +101,16 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def save_checkpoint(value: Any, path: Path) -> None:
-    """Saves nested dicts, lists, tensors and plain values atomically; equal content gives equal bytes."""
+def checkpoint_bytes(value: Any) -> bytes:
+    """A checkpoint file of nested dicts, lists, tensors and plain values; equal content gives equal bytes."""
     buffer = io.BytesIO()
     torch.save(_canonical(value), buffer)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_checkpoint(value: Any, path: Path) -> None:
+    """Saves `checkpoint_bytes` atomically."""
+    write_atomic(path, checkpoint_bytes(value))
 
 
 def save_json(value: Any, path: Path) -> None:
@@ -146,18 +152,22 @@ def _in_module(function: Callable[..., Any], module: str) -> Callable[..., Any]:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Loads a checkpoint without executing anything in it (``weights_only=True``).
+    """Loads a checkpoint without executing anything in it (``weights_only=True``), or the state dict of a compact file.
 
     Raises UserError in one line that names the reason when the file is missing, may not be read, is no checkpoint, is
     truncated, or holds anything but tensors, numpy values and plain containers.
     """
     path = Path(path)
     try:
-        path.open("rb").close()
+        with path.open("rb") as file:
+            if file.peek(len(sparse_file.MAGIC)).startswith(sparse_file.MAGIC):
+                return {key: value.to(device) for key, value in sparse_file.decode(file.read()).items()}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, MemoryError, RuntimeError) as error:  # the last two: memory for what the index rightly asks for
+        raise UserError(f"{path} is not a readable compact file (truncated or damaged): {error}") from error
     _allow_numpy()
     try:
         with warnings.catch_warnings():

@@ -238,6 +238,13 @@ KINDS = {
     "other": Kind("checkpoint of another project or version", lambda content: {"entries": entry_rows(content)}),
 }
 
+def model_input(artifact: Artifact) -> Mapping[str, Any]:
+    """What a model needs to know of its input (`Run.model_input`), by its run card or what is in it; {} if unknown."""
+    inside = artifact.content.get("input") if artifact.kind.is_model else None
+    known = (read_card(artifact.path) or {}).get("input") or inside
+    return known if isinstance(known, Mapping) else {}
+
+
 # --- the description -----------------------------------------------------------------------------------------------
 
 
@@ -255,7 +262,7 @@ def describe(artifact: Artifact) -> Sections:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
     card = read_card(artifact.path)
-    if known := (card or {}).get("input") or (artifact.content.get("input") if artifact.kind.is_model else None):
+    if known := model_input(artifact):
         sections["input"] = known
     if card:
         facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}

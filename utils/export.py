@@ -1,0 +1,228 @@
+"""Models for use outside of this repository: dense state dicts, compact files (`utils.sparse_file`), ONNX."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils import sparse_file
+from utils.analysis_utils import remove_masks
+from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
+from utils.common import RunFailed, UserError, generator, note, write_atomic
+from utils.datasets import SIDE
+from utils.inspection import Artifact, guess_model, layer_rows, model_input
+from utils.model_loader import has_mask_entries, load_model_state, model_loader, model_state
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX_TOLERANCE = 1e-4  # of logits, and of the largest of them where that is above 1
+ONNX_BATCHES = (1, 2, 5)  # images, on which PyTorch and onnxruntime are compared
+
+
+class Export(NamedTuple):
+    """What becomes a file, and what there is to say about it."""
+
+    content: bytes
+    remark: str
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of exports, None unless given."""
+    group = parser.add_argument_group("export")
+    group.add_argument("--export", choices=list(FORMATS), help="dense: a state dict for plain PyTorch; sparse: a "
+                       "compact file, which every script reads; onnx: for other programs")
+    group.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
+    group.add_argument("--dtype", choices=list(sparse_file.FLOATS), help="of the weights in a compact file, default: "
+                       "float32, which keeps every bit")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for options without an export, an export without a file, and a --dtype that the form does not have."""
+    given = [name for name in ("out", "dtype") if getattr(args, name)]
+    if given and not args.export:
+        raise UserError(f"--{given[0]} has no effect without --export")
+    if args.export and not args.out:
+        raise UserError(f"--export {args.export} needs a file to write: --out FILE")
+    if args.export and (args.finetune or args.json):
+        raise UserError(f"--export writes what --file holds; leave out --{'finetune' if args.finetune else 'json'}")
+    if args.dtype and args.export != "sparse":
+        raise UserError(f"--dtype is for --export sparse; --export {args.export} has none")
+
+
+# --- the flow ------------------------------------------------------------------------------------------------------
+
+
+def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", overwrite: bool = False) -> str:
+    """Writes the model of an artifact to `out` in a form of `FORMATS`, with its run card, if it has one, beside it.
+
+    dtype: of a compact file's weights, 'float32' or 'float16'. Returns lines that say what was written. Raises
+    UserError for an artifact without a sound model, for files that are there already unless `overwrite`, and where
+    packages are missing; RunFailed when the model cannot be exported. Files are written last, whole or not at all.
+    """
+    _check_place(out, artifact.path, overwrite)
+    made = FORMATS[form](artifact, sound_state(artifact.weights, artifact.path), dtype)
+    write_atomic(out, made.content)
+    card = read_card(artifact.path)
+    if card:
+        origin = {"format": form, "dtype": dtype, "from": card["sha256"]}
+        save_json({**card, "sha256": hashlib.sha256(made.content).hexdigest(), "exported": origin}, card_path(out))
+    return f"{out}: {len(made.content):,} bytes; {made.remark}"
+
+
+def _check_place(out: Path, source: Path, overwrite: bool) -> None:
+    ensure_writable(out.parent, "--out")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UserError(f"--out {out} is the file that is exported; give another name")
+    there = [path for path in (out, card_path(out)) if path.exists()]
+    if there and not overwrite:
+        raise UserError(f"{there[0]} exists; give --out another name, or --overwrite")
+
+
+def sound_state(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """`model_state` of weights; UserError for values that are not finite and for masks of other values than 0 and 1."""
+    state = model_state(weights, source, say=lambda text: note(f"{source}: {text}"))
+    for key, value in state.items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{source}: {key} has values that are not finite (NaN or infinite); no use can be made of "
+                            "the model")
+        if key.endswith("weight_mask") and bool(((value != 0) & (value != 1)).any()):
+            raise UserError(f"{source}: {key} has values other than 0 and 1")
+    return state
+
+
+# --- dense and compact ---------------------------------------------------------------------------------------------
+
+
+def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without masks, contiguous: pruned weights are 0."""
+    dense = {}
+    for key, value in state.items():
+        mask = state.get(f"{key.removesuffix('_orig')}_mask") if key.endswith("weight_orig") else None
+        if mask is not None:
+            dense[key.removesuffix("_orig")] = torch.where(mask != 0, value, 0).contiguous()
+        elif not key.endswith("weight_mask"):
+            dense[key] = value.contiguous()
+    return dense
+
+
+def _dense(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+    return Export(checkpoint_bytes(dense_state(state)), f"{_counts(state)}; plain PyTorch reads it: "
+                  "model.load_state_dict(torch.load(FILE, weights_only=True))")
+
+
+def _sparse(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+    try:
+        content = sparse_file.encode(state, dtype)
+    except ValueError as error:
+        raise UserError(f"{artifact.path}: {error}; leave out --dtype {dtype}") from error
+    dense = sum(value.numel() * value.element_size() for value in dense_state(state).values())
+    lost = "; the values that pruned weights had are not in it" if has_mask_entries(state) else ""
+    return Export(content, f"{_counts(state)}, {dense / len(content):.1f} times smaller than their {dense:,} bytes"
+                  f"{lost}; every script reads it like a checkpoint")
+
+
+def _counts(state: Mapping[str, Tensor]) -> str:
+    rows = layer_rows(state)
+    return f"{sum(row['active'] for row in rows):,} of {sum(row['weights'] for row in rows):,} weights"
+
+
+# --- ONNX ----------------------------------------------------------------------------------------------------------
+
+
+def _onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+    check_onnx_packages()
+    guess = guess_model(state)
+    if guess is None:
+        raise UserError(f"{artifact.path} fits none of this project's models, and ONNX needs the network itself; add "
+                        "it to MODELS in utils/models/__init__.py")
+    model = model_loader(guess[0], num_classes=guess[1], seed=0)
+    load_model_state(model, state, str(artifact.path))
+    remove_masks(model)
+    known = model_input(artifact)
+    content, difference = onnx_bytes(model, known.get("image_size", SIDE), known)
+    return Export(content, f"{_counts(state)}; images (batch, 3, side, side) -> logits (batch, {guess[1]}); "
+                  f"onnxruntime's logits are PyTorch's within {difference:.1g}")
+
+
+def check_onnx_packages() -> None:
+    """UserError that says what to install where ONNX files cannot be made or checked."""
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install -r requirements-export.txt")
+
+
+def onnx_bytes(model: nn.Module, image_size: int, known: Mapping[str, Any] | None = None) -> tuple[bytes, float]:
+    """An ONNX file of a model without masks, by PyTorch's exporter, and how far onnxruntime's logits are from
+    PyTorch's.
+
+    It maps `images` (batch, 3, image_size, image_size), any batch, to `logits` (batch, classes). known: what a model
+    needs to know of its input, into the file's metadata as JSON. The difference is the largest of random images, in
+    units of the largest logit where that is above 1. Raises RunFailed when the exporter fails, or the difference is
+    above `ONNX_TOLERANCE`.
+    """
+    import onnx  # an optional extra
+
+    model = model.to("cpu", memory_format=torch.contiguous_format).eval()
+    image = torch.zeros(2, 3, image_size, image_size)
+    try:
+        proto = _quietly(lambda: torch.onnx.export(
+            model, (image,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["images"],
+            output_names=["logits"], verbose=False).model_proto)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RunFailed(f"PyTorch's ONNX exporter failed: {type(error).__name__}: {reason[:200]}") from error
+    for node in proto.graph.node:  # the exporter's own stack traces, with the paths of this machine
+        del node.metadata_props[:]
+    onnx.helper.set_model_props(proto, {"input": json.dumps(known)} if known else {})
+    content = proto.SerializeToString(deterministic=True)
+    difference = _onnx_difference(content, model, image_size)
+    if not difference <= ONNX_TOLERANCE:
+        raise RunFailed(f"onnxruntime's logits differ from PyTorch's by {difference:.2g}, more than {ONNX_TOLERANCE:g}")
+    return content, difference
+
+
+def _quietly(make: Callable[[], Any]) -> Any:
+    """What `make` returns, without what the exporter prints, logs and warns of."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return make()
+    finally:
+        logging.disable(disabled)
+
+
+def _onnx_difference(content: bytes, model: nn.Module, image_size: int) -> float:
+    import onnxruntime  # an optional extra
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    dice, largest = generator(0, "onnx"), 0.0
+    for batch in ONNX_BATCHES:
+        images = torch.randn(batch, 3, image_size, image_size, generator=dice)
+        with torch.no_grad():
+            mine = model(images)
+        other = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        scale = max(1.0, float(mine.abs().max()))
+        largest = max(largest, float((mine - other).abs().max()) / scale)
+    return largest
+
+
+FORMATS: dict[str, Callable[[Artifact, dict[str, Tensor], str], Export]] = {
+    "dense": _dense,
+    "sparse": _sparse,
+    "onnx": _onnx,
+}
