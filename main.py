@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from utils import stage1
+from utils import size_budget, stage1
 from utils.common import UserError
 from utils.pruning import PRUNERS, weight_pruner_loader
 from utils.run import (
@@ -41,6 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="none stops after pretraining")
     parser.add_argument("--sparsity", type=fraction, nargs="+",
                         help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
+    parser.add_argument("--size_budget", type=size_budget.size, metavar="SIZE", help="the sparsity at which the compact "
+                        "file of the model just fits into so much (64KB, KiB, MB, MiB), instead of --sparsity")
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser, PRETRAIN, FINETUNE_ONE_SHOT, f"{FINETUNE_ONE_SHOT.epochs} one-shot, "
                        f"{FINETUNE_ITERATIVE.epochs} for each iteration")
@@ -57,6 +59,9 @@ def check_schedule(args: argparse.Namespace) -> None:
     check_iterations(args)
     if args.sparsity and args.amount:
         raise UserError("--sparsity and --amount exclude each other: give the target or the rate of an iteration")
+    if args.size_budget and (args.sparsity or args.amount or args.pruner == "none"):
+        other = "--sparsity" if args.sparsity else "--amount" if args.amount else "--pruner none"
+        raise UserError(f"--size_budget finds out how much to prune; leave out {other}")
     default = args.amount if args.amount and args.iter_end == 1 else 0.99
     args.sparsity = sorted(set(args.sparsity or [default]))
     if len(args.sparsity) > 1 and args.iter_end > 1:
@@ -90,11 +95,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args)
     pruner = weight_pruner_loader(args.pruner) if steps else None
     keep = {"resume": args.resume, "overwrite": args.overwrite}
+    if args.size_budget:
+        args.sparsity = [size_budget.safe_sparsity(run.new_model(), pruner, args.size_budget)]
+        steps = plan(args, finetune_recipe)
+    tried_out = args.size_budget and args.iter_end == 1 and args.mask_schedule == "fixed"
     stage1.check_steps(run, steps, pruner, "--amount" if args.amount else "--sparsity")
-    stage1.check_stages(run, stage1.dense_stage(run, pretrain_recipe, **keep), steps, finetune_recipe, **keep)
+    stage1.check_stages(run, stage1.dense_stage(run, pretrain_recipe, **keep), [] if tried_out else steps,
+                        finetune_recipe, **keep)
     outcomes = [stage1.pretrain(run, pretrain_recipe, **keep)]
+    if tried_out:
+        steps = [size_budget.fit(run, outcomes[0], steps[0], pruner, args.size_budget)]
     outcomes += stage1.prune_steps(run, outcomes[0], steps, pruner, finetune_recipe, **keep)
     stage1.print_summary(run, stage1.report(run, outcomes))
+    if args.size_budget:
+        print(f"compact file: {size_budget.write(outcomes[-1], args.size_budget)}")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     if stage.finished:
         return _reuse(run, stage)
     model = clone_model(parent.model)
-    seed = derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
+    seed = pruning_seed(run, step)
     label, facts, mover = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}", {}, None
     if step.mask:
         mover = mask_mover(run, model, step, seed)
@@ -245,6 +245,11 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
     stage.finish(model.state_dict(), card)
     run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
+
+
+def pruning_seed(run: Run, step: PruneStep) -> int:
+    """Of what a pruning rule or a mask schedule draws at random."""
+    return derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
 
 
 def finetuning_seed(run: Run, iteration: int = 1) -> int:
