@@ -41,8 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="none stops after pretraining")
     parser.add_argument("--sparsity", type=fraction, nargs="+",
                         help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
-    parser.add_argument("--size_budget", type=size_budget.size, metavar="SIZE", help="the sparsity at which the compact "
-                        "file of the model just fits into so much (64KB, KiB, MB, MiB), instead of --sparsity")
+    parser.add_argument("--size_budget", type=size_budget.size, metavar="SIZE", help="instead of --sparsity: the "
+                        "one at which the compact file of the model just fits into so much (64KB, KiB, MB, MiB)")
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser, PRETRAIN, FINETUNE_ONE_SHOT, f"{FINETUNE_ONE_SHOT.epochs} one-shot, "
                        f"{FINETUNE_ITERATIVE.epochs} for each iteration")

@@ -109,8 +109,8 @@ def write(outcome: Outcome, budget: int) -> str:
     RunFailed when it does not fit, as when another model was there already and taken as it is.
     """
     path = outcome.artifact.with_suffix(".sparse")
-    text = export.export(load_artifact(outcome.artifact), "sparse", path, overwrite=True)
+    facts = export.export(load_artifact(outcome.artifact), "sparse", path, overwrite=True).partition(";")[0]
     if path.stat().st_size > budget:
-        raise RunFailed(f"{text.partition(';')[0]}, more than the budget of {budget:,}; {outcome.artifact} was made with "
-                        "other arguments: use --overwrite to redo it, or --root for another place")
-    return f"{text.partition(';')[0]} of {budget:,}"
+        raise RunFailed(f"{facts}, more than the budget of {budget:,}; {outcome.artifact} was made with other "
+                        "arguments: use --overwrite to redo it, or --root for another place")
+    return f"{facts} of {budget:,}"

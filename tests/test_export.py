@@ -1,0 +1,278 @@
+"""`inspect_checkpoint.py --export`: every model in every form and back, what is refused, and what survives a kill."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import inspect_checkpoint
+import main as main_script
+from tests.conftest import assert_user_error
+from utils import checkpoint, export, finetuning, sparse_file, stage1, stage2
+from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
+from utils.common import RunFailed, UserError
+from utils.inspection import describe, load_artifact
+from utils.model_loader import load_model_state, model_loader
+from utils.models import MODELS
+
+ONNX_MISSING = [name for name in export.ONNX_PACKAGES if export.find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(bool(ONNX_MISSING), reason=f"not installed (requirements-export.txt): {ONNX_MISSING}")
+
+
+def pruned(name: str, sparsity: float = 0.9) -> nn.Module:
+    """A model with a random mask on every layer."""
+    model = model_loader(name, seed=0)
+    dice = torch.Generator().manual_seed(0)
+    set_masks(model, {layer: torch.rand(module.weight.shape, generator=dice) >= sparsity
+                      for layer, module in prunable_layers(model).items()})
+    return model
+
+
+def effective(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state without the values that pruned weights had."""
+    return {key: value * state[key[:-4] + "mask"] if key.endswith("weight_orig") else value
+            for key, value in state.items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def export_file(path: Path, form: str, out: Path, *words: str) -> Path:
+    inspect_checkpoint.main(["--file", str(path), "--export", form, "--out", str(out), *words])
+    return out
+
+
+@pytest.fixture
+def start(tmp_path) -> Path:
+    """A pruned resnet20 with a run card."""
+    path = tmp_path / "start" / "pruned.pth"
+    checkpoint.save_checkpoint(pruned("resnet20").state_dict(), path)
+    known = {"image_size": 32, "classes": list("abcdefghij"), "mean": [0.5] * 3, "std": [0.2] * 3}
+    card = {"sha256": checkpoint.file_digest(path), "config": {"stage": "prune"}, "input": known, "val_acc": 50.0}
+    checkpoint.save_json(card, checkpoint.card_path(path))
+    return path
+
+
+# --- round trips ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_out_dense_and_compact_and_comes_back(name, tmp_path):
+    model = pruned(name)
+    expected = effective(model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "pruned.pth")
+    compact = export_file(tmp_path / "pruned.pth", "sparse", tmp_path / "a.sparse")
+    assert_equal(checkpoint.load_checkpoint(compact), expected)
+    assert describe(load_artifact(compact))["model"] == name
+    dense = torch.load(export_file(compact, "dense", tmp_path / "dense.pth"), weights_only=True)
+    assert all(value.is_contiguous() for value in dense.values())
+    bare = MODELS[name](10)
+    bare.load_state_dict(dense)
+    back = model_loader(name, seed=1)
+    load_model_state(back, dense)
+    assert_equal(effective(back.state_dict()), expected)
+    weights = {layer: module.weight for layer, module in prunable_layers(bare).items()}
+    assert all(torch.equal(weights[layer] != 0, mask) for layer, mask in get_masks(model).items())
+
+
+def with_lively_statistics(model: nn.Module) -> nn.Module:
+    """Batch norm as after a training, so that logits depend on the image."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    return model.eval()
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_out_as_onnx(name, tmp_path, capsys):
+    import onnxruntime
+
+    model = with_lively_statistics(pruned(name, 0.5))
+    torch.save(model.state_dict(), tmp_path / "pruned.pth")
+    out = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "a.onnx")
+    assert "onnxruntime's logits are PyTorch's within" in capsys.readouterr().out
+    assert str(Path.cwd()).encode() not in out.read_bytes()
+    session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.no_grad():
+            logits = model(images).numpy()
+        assert np.ptp(logits) > 1e-3
+        scale = max(1.0, np.abs(logits).max())
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], logits, atol=1e-4 * scale, rtol=0)
+
+
+@needs_onnx
+def test_an_onnx_file_says_what_its_input_is_and_a_wrong_one_is_not_written(start, tmp_path, monkeypatch):
+    import onnx
+
+    out = export_file(start, "onnx", tmp_path / "a.onnx")
+    (known,) = [entry.value for entry in onnx.load(out).metadata_props if entry.key == "input"]
+    assert json.loads(known) == checkpoint.read_card(start)["input"] == checkpoint.read_card(out)["input"]
+    monkeypatch.setattr(export, "_onnx_difference", lambda *_: 2e-4)
+    with pytest.raises(RunFailed, match="differ from PyTorch's by 0.0002"):
+        export_file(start, "onnx", tmp_path / "b.onnx")
+    monkeypatch.setattr(export.torch.onnx, "export", lambda *_, **__: 1 / 0)
+    with pytest.raises(RunFailed, match="exporter failed: ZeroDivisionError"):
+        export_file(start, "onnx", tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists() and not checkpoint.card_path(tmp_path / "b.onnx").exists()
+
+
+def test_without_the_extra_one_line_says_what_to_install(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match=r"^ONNX needs onnxscript: pip install -r requirements-export.txt$"):
+        export_file(start, "onnx", tmp_path / "a.onnx")
+
+
+def test_a_model_that_is_none_of_ours_goes_out_without_its_network(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    set_masks(model, {"0": torch.eye(4)[:, :3]})
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}},
+               tmp_path / "foreign.pth")
+    out = export_file(tmp_path / "foreign.pth", "sparse", tmp_path / "a.sparse")
+    assert_equal(checkpoint.load_checkpoint(out), effective(model.state_dict()))
+    monkeypatch.setattr(export, "check_onnx_packages", lambda: None)
+    with pytest.raises(UserError, match="fits none of this project's models"):
+        export_file(out, "onnx", tmp_path / "a.onnx")
+
+
+# --- who reads a compact file --------------------------------------------------------------------------------------
+
+
+def test_every_reader_takes_a_compact_file(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage1, "check_data", lambda *_: None)
+    run = SimpleNamespace(root=tmp_path, m_name="resnet20", device=torch.device("cpu"),
+                          new_model=lambda: model_loader("resnet20", seed=0))
+    path = export_file(start, "sparse", tmp_path / "a.sparse")
+    expected = effective(checkpoint.load_checkpoint(start))
+    args = inspect_checkpoint.parse_args(["--file", "x", "--finetune"])
+    begin = SimpleNamespace(starting_checkpoint=str(path), start_sparsity=0.9)
+    for model in (stage1.load_outcome(run, path).model, stage2.load_start(run, begin).model,
+                  finetuning.load_source(run, load_artifact(path), inspect_checkpoint.phases(args), args).model):
+        assert_equal(dict(model.state_dict()), expected)
+    card = checkpoint.read_card(path)
+    assert card["config"] == {"stage": "prune"} and card["exported"] == {
+        "format": "sparse", "dtype": "float32", "from": checkpoint.file_digest(start)}
+
+
+def take_the_place_of(file: Path, folder: Path) -> None:
+    """Puts a compact file, with its card, where the checkpoint was that it was made from."""
+    compact = export_file(file, "sparse", folder / f"{file.stem}.sparse")
+    checkpoint.card_path(compact).replace(checkpoint.card_path(file))
+    compact.replace(file)
+    assert file.read_bytes().startswith(sparse_file.MAGIC)
+
+
+def test_main_resumes_from_compact_files(image_folder, tmp_path, capsys):
+    words = ["--m_name", "resnet20", "--max_epochs", "1", "--finetune_epochs", "0", "--batch_size", "32", "--device",
+             "cpu", "--precision", "fp32", "--data_dir", str(image_folder), "--root", str(tmp_path)]
+    main_script.main([*words, "--sparsity", "0.9"])
+    dense, sparse = checkpoint.dense_path(tmp_path, "resnet20"), checkpoint.pruned_path(tmp_path, "resnet20", 0.9)
+    expected = checkpoint.load_checkpoint(sparse)
+    take_the_place_of(sparse, tmp_path)
+    capsys.readouterr()
+    main_script.main([*words, "--resume", "--sparsity", "0.9", "0.95"])
+    assert capsys.readouterr().out.count("reusing ") == 2
+    for path in sparse.parent.iterdir():
+        path.unlink()
+    take_the_place_of(dense, tmp_path)
+    main_script.main([*words, "--resume", "--sparsity", "0.9"])
+    assert_equal(checkpoint.load_checkpoint(sparse), expected)
+
+
+def test_float16_halves_the_weights_and_says_so_in_the_card(start, tmp_path):
+    whole, half = (export_file(start, "sparse", tmp_path / f"{kind}.sparse", "--dtype", kind)
+                   for kind in sparse_file.FLOATS)
+    survivors = count_pruned_params(pruned("resnet20")).surviving
+    assert whole.stat().st_size - half.stat().st_size == pytest.approx(2 * survivors, abs=30)
+    assert checkpoint.read_card(half)["exported"]["dtype"] == "float16"
+    for (key, one), other in zip(checkpoint.load_checkpoint(whole).items(), checkpoint.load_checkpoint(half).values()):
+        assert torch.equal(one.half().float() if key.endswith("_orig") else one, other), key
+
+
+# --- what is refused, and what is kept -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--out", "a"], "--out has no effect without --export"),
+    (["--dtype", "float16"], "--dtype has no effect without --export"),
+    (["--export", "dense"], "--out FILE"),
+    (["--export", "dense", "--out", "a", "--dtype", "float16"], "--dtype is for --export sparse"),
+    (["--export", "dense", "--out", "a", "--finetune"], "leave out --finetune"),
+    (["--export", "dense", "--out", "a", "--json"], "leave out --json"),
+    (["--export", "dense", "--out", "a", "--resume"], "--resume has no effect without --finetune"),
+    (["--export", "tflite", "--out", "a"], "--export"),
+])
+def test_options_in_conflict_are_errors(words, said, capsys):
+    with pytest.raises((SystemExit, UserError)) as caught:
+        inspect_checkpoint.main(["--file", "missing.pth", *words])
+    message = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
+    assert said in message and len(message.strip().splitlines()) == 1
+
+
+def test_nothing_is_replaced_unless_asked_and_the_source_never(start, tmp_path):
+    before = start.read_bytes(), checkpoint.card_path(start).read_bytes()
+    for words in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="is the file that is exported"):
+            export_file(start, "sparse", start, *words)
+    with pytest.raises(UserError, match=r"pruned.json exists"):
+        (start.parent / "other.pth").write_bytes(start.read_bytes())
+        export_file(start.parent / "other.pth", "dense", start.parent / "pruned")
+    assert (start.read_bytes(), checkpoint.card_path(start).read_bytes()) == before
+    out = export_file(start, "sparse", tmp_path / "a.sparse")
+    first = out.read_bytes()
+    with pytest.raises(UserError, match="exists; give --out another name, or --overwrite"):
+        export_file(start, "dense", out)
+    assert out.read_bytes() == first
+    export_file(start, "sparse", out, "--overwrite")
+    assert out.read_bytes() == first, "equal content, equal bytes"
+
+
+def test_a_full_disk_leaves_what_was_there(start, tmp_path, monkeypatch):
+    out = export_file(start, "sparse", tmp_path / "a.sparse")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.fsync", full)
+    for form in ("sparse", "dense"):
+        with pytest.raises(UserError, match="no space left"):
+            export_file(start, form, out, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == kept
+
+
+def test_a_model_of_no_use_is_not_exported(tmp_path):
+    model = pruned("resnet20")
+    for number, (key, value, said) in enumerate([("linear.bias", float("nan"), "not finite"),
+                                                 ("conv1.weight_mask", 0.5, "other than 0 and 1"),
+                                                 ("conv1.weight_orig", 1e6, "leave out --dtype float16")]):
+        state = clone_model(model).state_dict()
+        state[key][(0,) * state[key].dim()] = value
+        torch.save(state, tmp_path / f"{number}.pth")
+        words = ["--dtype", "float16"] if value == 1e6 else []
+        with pytest.raises(UserError, match=said):
+            export_file(tmp_path / f"{number}.pth", "sparse", tmp_path / "a.sparse", *words)
+    torch.save({"agent": {"lstm": torch.zeros(2)}, "epoch": 7}, tmp_path / "agent.pth")
+    with pytest.raises(UserError, match="holds no finished model"):
+        export_file(tmp_path / "agent.pth", "sparse", tmp_path / "a.sparse")
+    assert not (tmp_path / "a.sparse").exists()
+
+
+def test_from_the_command_line(start, run_script, tmp_path):
+    words = ["inspect_checkpoint.py", "--file", start, "--export", "sparse", "--out", tmp_path / "new" / "a.sparse"]
+    process = run_script(*words)
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    size = (tmp_path / "new" / "a.sparse").stat().st_size
+    assert f"a.sparse: {size:,} bytes; " in process.stdout and "of 270,896 weights" in process.stdout
+    assert_user_error(run_script(*words), "exists", "--overwrite")
