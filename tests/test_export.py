@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,15 +51,19 @@ def export_file(path: Path, form: str, out: Path, *words: str) -> Path:
     return out
 
 
-@pytest.fixture
-def start(tmp_path) -> Path:
-    """A pruned resnet20 with a run card."""
-    path = tmp_path / "start" / "pruned.pth"
-    checkpoint.save_checkpoint(pruned("resnet20").state_dict(), path)
+def with_card(name: str, path: Path) -> Path:
+    """A pruned model and its run card."""
+    checkpoint.save_checkpoint(pruned(name).state_dict(), path)
     known = {"image_size": 32, "classes": list("abcdefghij"), "mean": [0.5] * 3, "std": [0.2] * 3}
     card = {"sha256": checkpoint.file_digest(path), "config": {"stage": "prune"}, "input": known, "val_acc": 50.0}
     checkpoint.save_json(card, checkpoint.card_path(path))
     return path
+
+
+@pytest.fixture
+def start(tmp_path) -> Path:
+    """A pruned resnet20 with a run card."""
+    return with_card("resnet20", tmp_path / "start" / "pruned.pth")
 
 
 # --- round trips ---------------------------------------------------------------------------------------------------
@@ -114,9 +119,10 @@ def test_every_model_goes_out_as_onnx(name, tmp_path, capsys):
 
 
 @needs_onnx
-def test_an_onnx_file_says_what_its_input_is_and_a_wrong_one_is_not_written(start, tmp_path, monkeypatch):
+def test_an_onnx_file_says_what_its_input_is_and_a_wrong_one_is_not_written(tmp_path, monkeypatch):
     import onnx
 
+    start = with_card("alexnet", tmp_path / "start.pth")
     out = export_file(start, "onnx", tmp_path / "a.onnx")
     (known,) = [entry.value for entry in onnx.load(out).metadata_props if entry.key == "input"]
     assert json.loads(known) == checkpoint.read_card(start)["input"] == checkpoint.read_card(out)["input"]
@@ -250,6 +256,28 @@ def test_a_full_disk_leaves_what_was_there(start, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no space left"):
             export_file(start, form, out, "--overwrite")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_kill_leaves_whole_files_and_no_card_of_other_bytes(killed_at, start, tmp_path, monkeypatch):
+    out = export_file(start, "sparse", tmp_path / "a.sparse")
+    first, calls, replace = out.read_bytes(), [], os.replace
+
+    def killed(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == killed_at:  # before the model, and between it and its card
+            raise KeyboardInterrupt
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_file(start, "sparse", out, "--overwrite", "--dtype", "float16")
+    assert (out.read_bytes() == first) == (killed_at == 1)
+    card = checkpoint.read_card(out)
+    assert card is None if killed_at == 2 else card["exported"]["dtype"] == "float32"
+    checkpoint.load_checkpoint(out)
+    monkeypatch.setattr(os, "replace", replace)
+    export_file(start, "sparse", out, "--overwrite", "--dtype", "float16")
+    assert checkpoint.read_card(out)["exported"]["dtype"] == "float16"
 
 
 def test_a_model_of_no_use_is_not_exported(tmp_path):

@@ -193,6 +193,15 @@ def test_hostile_files_are_refused_before_anything_large_is_made(name, tmp_path,
     assert all(np.prod(shape) <= 100 for shape in made)
 
 
+def test_want_of_memory_is_not_called_damage(tmp_path, monkeypatch):
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    (tmp_path / "a.sparse").write_bytes(forged([MASKED], ONE + b"\2"))
+    monkeypatch.setattr(sparse_file.torch, "zeros", no_memory)
+    with pytest.raises(UserError, match="not enough memory"):
+        load_checkpoint(tmp_path / "a.sparse")
+
+
 def test_the_forger_can_write_a_right_file():
     assert_same(decode(forged([MASKED], ONE + b"\2")), {
         "a.weight_orig": torch.eye(16)[1].view(4, 4), "a.weight_mask": torch.eye(16)[1].view(4, 4)})

@@ -160,14 +160,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
     path = Path(path)
     try:
         with path.open("rb") as file:
-            if file.peek(len(sparse_file.MAGIC)).startswith(sparse_file.MAGIC):
-                return {key: value.to(device) for key, value in sparse_file.decode(file.read()).items()}
+            compact = file.read() if file.peek().startswith(sparse_file.MAGIC) else b""
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, MemoryError, RuntimeError) as error:  # the last two: memory for what the index rightly asks for
-        raise UserError(f"{path} is not a readable compact file (truncated or damaged): {error}") from error
+    if compact:
+        return _compact_state(compact, path, device)
     _allow_numpy()
     try:
         with warnings.catch_warnings():
@@ -175,6 +174,16 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise UserError(f"{path} {_load_problem(error)}") from error
+
+
+def _compact_state(content: bytes, path: Path, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        state = sparse_file.decode(content)
+    except ValueError as error:
+        raise UserError(f"{path} is not a readable compact file (truncated or damaged): {error}") from error
+    except (MemoryError, RuntimeError) as error:  # what PyTorch raises
+        raise UserError(f"{path} holds tensors for which there is not enough memory") from error
+    return {key: value.to(device) for key, value in state.items()}
 
 
 def _load_problem(error: Exception) -> str:
