@@ -153,6 +153,14 @@ def test_a_model_that_is_none_of_ours_goes_out_without_its_network(tmp_path, mon
         export_file(out, "onnx", tmp_path / "a.onnx")
 
 
+@pytest.mark.parametrize("side", ["32", 0, -1, 10**9, 31.5, True, None, [32]])
+def test_a_checkpoint_that_lies_about_its_images_is_refused(side, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "check_onnx_packages", lambda: None)
+    torch.save({"net": model_loader("alexnet", seed=0).state_dict(), "input": {"image_size": side}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="by its own account"):
+        export_file(tmp_path / "a.pth", "onnx", tmp_path / "a.onnx")
+
+
 # --- who reads a compact file --------------------------------------------------------------------------------------
 
 

@@ -21,11 +21,12 @@ from utils.analysis_utils import remove_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
 from utils.common import RunFailed, UserError, generator, note, write_atomic
 from utils.datasets import SIDE
-from utils.inspection import Artifact, guess_model, layer_rows, model_input
+from utils.inspection import Artifact, guess_model, layer_rows, model_input, plain
 from utils.model_loader import has_mask_entries, load_model_state, model_loader, model_state
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4  # of logits, and of the largest of them where that is above 1
+LARGEST_SIDE = 1024  # pixels of an image; what asks for more can only be damaged
 ONNX_BATCHES = (1, 2, 5)  # images, on which PyTorch and onnxruntime are compared
 
 
@@ -151,8 +152,12 @@ def _onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
     model = model_loader(guess[0], num_classes=guess[1], seed=0)
     load_model_state(model, state, str(artifact.path))
     remove_masks(model)
-    known = model_input(artifact)
-    content, difference = onnx_bytes(model, known.get("image_size", SIDE), known)
+    known = plain(model_input(artifact))
+    side = known.get("image_size", SIDE)
+    if type(side) is not int or not 0 < side <= LARGEST_SIDE:
+        raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number of "
+                        f"pixels from 1 to {LARGEST_SIDE} would be right")
+    content, difference = onnx_bytes(model, side, known)
     return Export(content, f"{_counts(state)}; images (batch, 3, side, side) -> logits (batch, {guess[1]}); "
                   f"onnxruntime's logits are PyTorch's within {difference:.1g}")
 
