@@ -155,8 +155,8 @@ def _onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
     known = plain(model_input(artifact))
     side = known.get("image_size", SIDE)
     if type(side) is not int or not 0 < side <= LARGEST_SIDE:
-        raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number of "
-                        f"pixels from 1 to {LARGEST_SIDE} would be right")
+        raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number "
+                        f"of pixels from 1 to {LARGEST_SIDE} would be right")
     content, difference = onnx_bytes(model, side, known)
     return Export(content, f"{_counts(state)}; images (batch, 3, side, side) -> logits (batch, {guess[1]}); "
                   f"onnxruntime's logits are PyTorch's within {difference:.1g}")
