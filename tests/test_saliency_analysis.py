@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import REPOSITORY
-from utils import saliency_analysis, saliency_figures
+from utils import plots, saliency_analysis
 from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
 from utils.checkpoint import dense_path, save_checkpoint
 from utils.common import UserError
@@ -295,9 +295,9 @@ def test_figures_of_difficult_rows(tmp_path):
         numbers = numbers if layer != 3 else np.full(5, np.nan)
         rows.append({"layer": f"layer{layer}", "class": name, "weights": 5, "mean": numbers.mean(),
                      **dict(zip(("q05", "q25", "median", "q75", "q95"), numbers))})
-    saliency_figures.plot_distributions(rows, tmp_path / "d.png", "title", "nats")
-    saliency_figures.plot_layer_means(rows, tmp_path / "l.png", "title", "nats")
-    saliency_figures.plot_heat_map(rows, tmp_path / "h.png", "title")
+    plots.plot_distributions(rows, tmp_path / "d.png", "title", "nats")
+    plots.plot_layer_means(rows, tmp_path / "l.png", "title", "nats")
+    plots.plot_heat_map(rows, tmp_path / "h.png", "title")
     for name in "dlh":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from utils import checkpoint, saliency_figures, stage1
+from utils import checkpoint, plots, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, remove_masks
 from utils.common import Progress, UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
@@ -327,9 +327,9 @@ def report(run: Run, args: argparse.Namespace, saliency: ClassSaliency, masks: M
     checkpoint.save_csv(by_class, folder / f"{measure}_by_class.csv")
     checkpoint.save_csv(by_layer, folder / f"{measure}_few_classes.csv")
     label, title = MEASURES[measure], f"{run.m_name} on {run.data_label}: {measure} saliency"
-    saliency_figures.plot_distributions(by_class, folder / f"{measure}_distributions.png", title, label)
-    saliency_figures.plot_layer_means(by_class, folder / f"{measure}_layers.png", title, label)
-    saliency_figures.plot_heat_map(by_class, folder / f"{measure}_heatmap.png", title)
+    plots.plot_distributions(by_class, folder / f"{measure}_distributions.png", title, label)
+    plots.plot_layer_means(by_class, folder / f"{measure}_layers.png", title, label)
+    plots.plot_heat_map(by_class, folder / f"{measure}_heatmap.png", title)
     words = verdict(by_layer, classes, args.threshold_percentile, args.few_classes)
     print_table(measure, by_class, by_layer, args.few_classes)
     print(f"{measure}: {words}.")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -21,23 +20,18 @@ def correlate(x: Sequence[float], y: Sequence[float], seed: int = 0) -> dict[str
     """
     from scipy import stats  # takes a while, and no --help needs it
 
+    def covariance(shuffled: np.ndarray, axis: int) -> np.ndarray:
+        return np.abs((shuffled * centred).sum(axis))  # ordered as |r| is under permutation
+
     result = {"n": len(x), "pearson": np.nan, "pearson_p": 1.0, "spearman": np.nan, "spearman_p": 1.0}
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return result
     for name, first, second in (("pearson", x, y), ("spearman", stats.rankdata(x), stats.rankdata(y))):
-        result |= {name: float(stats.pearsonr(first, second).statistic),
-                   f"{name}_p": _permutation_p(first - np.mean(first), second, seed)}
+        centred = first - np.mean(first)
+        test = stats.permutation_test((second,), covariance, permutation_type="pairings", alternative="greater",
+                                      n_resamples=RESAMPLES, random_state=np.random.RandomState(seed))
+        result |= {name: float(stats.pearsonr(first, second).statistic), f"{name}_p": float(test.pvalue)}
     return result
-
-
-def _permutation_p(centred: np.ndarray, values: Sequence[float], seed: int) -> float:
-    """p of the absolute covariance, whose order under permutation is that of |r|."""
-    from scipy import stats
-
-    def covariance(shuffled: np.ndarray, axis: int) -> np.ndarray:
-        return np.abs((shuffled * centred).sum(axis))
-    return float(stats.permutation_test((values,), covariance, permutation_type="pairings", alternative="greater",
-                                        n_resamples=PERMUTATIONS, random_state=np.random.RandomState(seed)).pvalue)
 
 
 def verdict(result: dict[str, Any], cause: str, effect: str) -> str:
@@ -61,35 +55,33 @@ def paired_difference(arm: Sequence[float], control: Sequence[float], seed: int 
     Returns mean, standard deviation, the 95 % intervals of the paired t test and of the percentile bootstrap (Efron,
     1979; 10,000 seeded resamples, too narrow for a handful of pairs), the two-sided p of the t test, the verdict
     ('better', 'worse' or 'indistinguishable', by the t interval), and the smallest true effect that this many pairs of
-    this spread would have shown with a power of 80 %. With a single pair nothing can be said: the intervals are
-    infinite. Raises ValueError for unequal lengths or none.
+    this spread would have shown with a power of 80 %. With a single pair, or differences without any spread, nothing
+    can be said: the intervals are infinite. Raises ValueError for unequal lengths or none.
     """
     if len(arm) != len(control) or not len(arm):
         raise ValueError(f"need pairs, got {len(arm)} and {len(control)} values")
     from scipy import stats  # takes a while, and no --help needs it
 
-    differences = np.asarray(arm, float) - np.asarray(control, float)
+    differences = np.subtract(arm, control)
     n, mean = len(differences), float(differences.mean())
-    if n == 1:
-        return {"pairs": 1, "mean": mean, "std": np.nan, "t_low": -np.inf, "t_high": np.inf, "bootstrap_low": -np.inf,
-                "bootstrap_high": np.inf, "p": 1.0, "detectable": np.inf, "verdict": "indistinguishable"}
-    std = float(differences.std(ddof=1))
-    error, quantile = std / np.sqrt(n), stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)
-    low, high = float(mean - quantile * error), float(mean + quantile * error)
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    bootstrap = stats.bootstrap((differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
-                                method="percentile", random_state=np.random.RandomState(seed)).confidence_interval
-    return {"pairs": n, "mean": mean, "std": std, "t_low": low, "t_high": high, "bootstrap_low": float(bootstrap.low),
-            "bootstrap_high": float(bootstrap.high), "p": p,
-            "detectable": float((quantile + stats.t.ppf(POWER, n - 1)) * error),
+    std = float(differences.std(ddof=1)) if n > 1 else np.nan
+    low, high, bootstrap, p, detectable = -np.inf, np.inf, (-np.inf, np.inf), 1.0, np.inf
+    if np.ptp(differences) > 1e-9:  # more than rounding
+        test = stats.ttest_rel(arm, control)
+        (low, high), p = test.confidence_interval(CONFIDENCE), test.pvalue
+        bootstrap = stats.bootstrap((differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
+                                    method="percentile", random_state=np.random.RandomState(seed)).confidence_interval
+        detectable = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], n - 1).sum() * std / np.sqrt(n)
+    numbers = {"t_low": low, "t_high": high, "bootstrap_low": bootstrap[0], "bootstrap_high": bootstrap[1], "p": p,
+               "detectable": detectable}
+    return {"pairs": n, "mean": mean, "std": std, **{name: float(value) for name, value in numbers.items()},
             "verdict": "better" if low > 0 else "worse" if high < 0 else "indistinguishable"}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for testing several arms at once (Holm, 1979), in the order given."""
     order = np.argsort(p_values, kind="stable")
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    scaled = np.arange(len(order), 0, -1) * np.asarray(p_values, float)[order]
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted.tolist()
