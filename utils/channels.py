@@ -1,0 +1,286 @@
+"""Channels of a network: which of them each layer reads, found by following their numbers through the network.
+
+The model is traced (`torch.fx`) and run once on an image-shaped tensor of numbers instead of values. Every operation
+that computes (a convolution, an activation, a sum) starts new channels; operations that only move channels (slices,
+concatenations, shuffles, flattening) are run on the numbers themselves, and so need no rule of their own. What is left
+is a list of `Layer`s that read each other's channels, whatever the architecture.
+"""
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from utils.analysis_utils import clone_model, get_masks, prunable_layers, remove_masks
+from utils.common import UserError
+
+SIDE = 32  # pixels; the image size that a network is traced with unless another is given
+PLACE = 1 << 24  # numbers of one channel: position in its map, row * ROW + column
+ROW = 1 << 12
+
+# What only moves channels, run on numbers; dropout does nothing in evaluation.
+MOVES = {
+    nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ChannelShuffle, F.dropout, F.dropout2d, F.channel_shuffle,
+    torch.cat, torch.concat, torch.stack, torch.chunk, torch.split, torch.narrow, torch.flatten, torch.reshape,
+    torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, operator.getitem, getattr,
+    "chunk", "split", "narrow", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze",
+    "contiguous", "size", "clone",
+}
+# What computes each channel from the same channel of its operands: by name, first the function that does it.
+POINTWISE = {
+    "relu": (F.relu, torch.relu, nn.ReLU, "relu", "relu_"),
+    "relu6": (F.relu6, nn.ReLU6),
+    "silu": (F.silu, nn.SiLU),
+    "sigmoid": (torch.sigmoid, F.sigmoid, nn.Sigmoid, "sigmoid"),
+    "tanh": (torch.tanh, F.tanh, nn.Tanh, "tanh"),
+    "hardswish": (F.hardswish, nn.Hardswish),
+    "hardsigmoid": (F.hardsigmoid, nn.Hardsigmoid),
+    "add": (torch.add, operator.add, operator.iadd, "add", "add_"),
+    "mul": (torch.mul, operator.mul, operator.imul, "mul", "mul_"),
+}
+# The same for what has options, with their names in the order of the function's arguments.
+POOLS = {
+    "max_pool": ((F.max_pool2d, torch.max_pool2d, nn.MaxPool2d),
+                 ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    "avg_pool": ((F.avg_pool2d, nn.AvgPool2d),
+                 ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")),
+    "adaptive_avg_pool": ((F.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d), ("output_size",)),
+    "mean": ((torch.mean, "mean"), ("dim", "keepdim")),
+}
+WEIGHTED = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batch_norm", nn.BatchNorm1d: "batch_norm_1d"}
+KINDS = {target: kind for kind, targets in POINTWISE.items() for target in targets}
+KINDS |= {target: kind for kind, (targets, _) in POOLS.items() for target in targets}
+KINDS |= WEIGHTED
+
+
+@dataclass
+class Layer:
+    """One tensor that the network computes, (B, channels, ...), and the channels that it is computed from.
+
+    Channels are numbered through the whole network: this layer's are first ... first + channels - 1. reads: for each
+    operand, the numbers of its channels in order. module: of what has weights, and path, its name in the model.
+    """
+
+    name: str
+    kind: str  # 'input', 'output', 'flatten' (maps to features), or a value of `KINDS`
+    first: int
+    channels: int
+    spatial: tuple[int, ...]
+    reads: list[Tensor] = field(default_factory=list)
+    module: nn.Module | None = None
+    path: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def span(self) -> slice:
+        """Its channels' numbers."""
+        return slice(self.first, self.first + self.channels)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced model: its layers in the order in which they run, and how many channels they have together."""
+
+    layers: list[Layer]
+    channels: int
+
+
+class _Numbering(fx.Interpreter):
+    """Runs a traced model on channel numbers and collects its layers."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.extra_traceback = False  # would be put into the messages of errors
+        self.layers: list[Layer] = []
+        self.owners: list[Layer] = []  # of each channel
+
+    def run_node(self, node: fx.Node) -> Any:
+        inputs = [self.env[source] for source in node.all_input_nodes]
+        target = type(self.module.get_submodule(node.target)) if node.op == "call_module" else node.target
+        if node.op == "placeholder":
+            return self._start(node, "input", [])
+        if node.op == "output":
+            return self._start(node, "output", [self._channels(value, node) for value in inputs])
+        if target in MOVES or not any(isinstance(value, (Tensor, tuple, list)) for value in inputs):
+            return self._move(node, inputs)
+        if target not in KINDS or not all(isinstance(value, Tensor) for value in inputs):
+            raise _unknown(node, "is no operation that can be followed")
+        return self._compute(node, KINDS[target], inputs)
+
+    def _move(self, node: fx.Node, inputs: list[Any]) -> Any:
+        """The operation on the numbers; where it turns maps into features, the features are new channels."""
+        result = super().run_node(node)
+        source = inputs[0] if inputs else None
+        if isinstance(result, Tensor) and isinstance(source, Tensor) and (result.dim(), source.dim()) == (2, 4):
+            if not torch.equal(result, source.flatten(1)):
+                raise _unknown(node, "makes features of maps in another order than theirs")
+            return self._start(node, "flatten", [self._channels(source, node)])
+        return result
+
+    def _compute(self, node: fx.Node, kind: str, inputs: list[Tensor]) -> Tensor:
+        reads = [self._channels(value, node) for value in inputs]
+        if len(reads) == 1 and node.args[1:] == node.args[:1]:
+            reads *= 2  # x + x
+        ranks, widths = {value.dim() for value in inputs}, {value.shape[1] for value in inputs} - {1}
+        if len(ranks) > 1 or len(widths) > 1 or kind == "linear" and ranks != {2}:
+            raise _unknown(node, "takes operands of other shapes than (B, channels, ...)")
+        if node.op == "call_module":
+            module = self.module.get_submodule(node.target)
+            options = {name: getattr(module, name) for name in _option_names(kind)}
+            return self._start(node, kind, reads, options, module if type(module) in WEIGHTED else None)
+        given = node.args[len(inputs):] if len(reads) == len(inputs) else ()
+        options = {**dict(zip(_option_names(kind), given)), **node.kwargs}
+        options.pop("inplace", None)
+        if len(given) > len(_option_names(kind)) or set(options) - set(_option_names(kind)):
+            raise _unknown(node, "has arguments that cannot be followed")
+        if kind == "mean" and options.get("dim") not in ([2, 3], (2, 3), [-2, -1], (-2, -1)):
+            raise _unknown(node, "is a mean over other dimensions than height and width")
+        return self._start(node, kind, reads, options)
+
+    def _start(self, node: fx.Node, kind: str, reads: list[Tensor], options: Mapping[str, Any] | None = None,
+               module: nn.Module | None = None) -> Tensor:
+        """A new layer; returns the numbers of its elements, of the shape that it has for one image."""
+        shape = node.meta["tensor_meta"].shape
+        layer = Layer(node.name, kind, len(self.owners), shape[1], tuple(shape[2:]), reads, module,
+                      str(node.target) if module is not None else "", dict(options or {}))
+        self.layers.append(layer)
+        self.owners += [layer] * layer.channels
+        channels = torch.arange(layer.first, layer.first + layer.channels).mul(PLACE)
+        return (channels.view(1, -1, *[1] * len(layer.spatial)) + _places(layer.spatial)).clone()
+
+    def _channels(self, numbers: Tensor, node: fx.Node) -> Tensor:
+        """The channels along dimension 1. UserError unless each is one whole channel, its map as it was computed."""
+        spatial = tuple(numbers.shape[2:])
+        if numbers.dim() in (2, 4):
+            channels = numbers[(0, slice(None), *[0] * len(spatial))].div(PLACE, rounding_mode="floor")
+            whole = channels.view(1, -1, *[1] * len(spatial)) * PLACE + _places(spatial)
+            if torch.equal(numbers, whole) and all(self.owners[i].spatial == spatial for i in channels.tolist()):
+                return channels
+        raise _unknown(node, "reads something else than whole channels, along dimension 1")
+
+
+def _option_names(kind: str) -> tuple[str, ...]:
+    return POOLS[kind][1] if kind in POOLS else ()
+
+
+def _unknown(node: fx.Node, problem: str) -> UserError:
+    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return UserError(f"{node.name} ({called}) {problem}; channels are followed through what moves them, and through "
+                     f"{', '.join(sorted(set(KINDS.values())))}")
+
+
+def _places(spatial: tuple[int, ...]) -> Tensor:
+    """The position of each element in a map (or of a single feature), for broadcasting over (1, C, *spatial)."""
+    if len(spatial) != 2:
+        return torch.zeros([1] * (2 + len(spatial)), dtype=torch.int64)
+    return torch.arange(spatial[0])[:, None] * ROW + torch.arange(spatial[1])
+
+
+def trace(model: nn.Module, side: int = SIDE) -> Network:
+    """The layers of a model for images (B, 3, side, side), and the channels that each reads.
+
+    The model is not changed; the layers' modules are those of a clone in float64, with masks multiplied out. UserError,
+    with the operation's name, where the model cannot be traced (its forward pass depends on the values of tensors, say)
+    or does what `KINDS` and `MOVES` lack.
+    """
+    dense = clone_model(model).eval().to("cpu", torch.float64)
+    remove_masks(dense)
+    try:
+        traced = fx.symbolic_trace(dense)
+        ShapeProp(traced).propagate(torch.zeros(1, 3, side, side, dtype=torch.float64))
+    except (fx.proxy.TraceError, RuntimeError, TypeError, NameError) as error:
+        raise UserError(f"the model cannot be traced for images of {side}x{side}: {error}") from error
+    numbering = _Numbering(traced)
+    numbering.run(torch.zeros(1), enable_io_processing=False)
+    return Network(numbering.layers, len(numbering.owners))
+
+
+# --- which channels depend on which ---------------------------------------------------------------------------------
+
+
+def positions(layer: Layer) -> Tensor:
+    """For what has weights between channels, (outputs, inputs per group): the place in its operand that each reads."""
+    outputs, inputs = layer.module.weight.shape[:2]
+    groups = getattr(layer.module, "groups", 1)
+    group = torch.arange(outputs).div(outputs // groups, rounding_mode="floor")
+    return group[:, None] * inputs + torch.arange(inputs)
+
+
+def links(weight: Tensor) -> Tensor:
+    """bool (outputs, inputs per group): whether any weight other than 0 joins the two, of a weight or a mask."""
+    return (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+
+
+def sources(layer: Layer, operand: Tensor) -> Tensor:
+    """The operand's channel that each channel of a layer without weights between channels is computed from."""
+    if layer.kind == "flatten":
+        return operand.repeat_interleave(layer.channels // len(operand))
+    return operand.expand(layer.channels)
+
+
+def reached_from_input(network: Network, joined: Mapping[str, Tensor]) -> Tensor:
+    """bool, by channel: whether any path of joined channels leads to it from the image. joined: `links` by layer."""
+    reached = torch.zeros(network.channels, dtype=torch.bool)
+    for layer in network.layers:
+        if layer.kind == "input":
+            reached[layer.span] = True
+        elif layer.path in joined:
+            reached[layer.span] = (reached[layer.reads[0]][positions(layer)] & joined[layer.path]).any(1)
+        else:
+            for operand in layer.reads:
+                reached[layer.span] |= reached[sources(layer, operand)]
+    return reached
+
+
+def leading_to_output(network: Network, joined: Mapping[str, Tensor]) -> Tensor:
+    """bool, by channel: whether any path of joined channels leads from it to the model's output."""
+    leading = torch.zeros(network.channels, dtype=torch.bool)
+    for layer in reversed(network.layers):
+        if layer.kind == "output":
+            leading[layer.span] = True
+        below = leading[layer.span]
+        if layer.path in joined:
+            leading[layer.reads[0][positions(layer)[joined[layer.path] & below[:, None]]]] = True
+            continue
+        for operand in layer.reads:
+            leading[sources(layer, operand)[below]] = True
+    return leading
+
+
+# --- effective sparsity ---------------------------------------------------------------------------------------------
+
+
+def live_positions(model: nn.Module, side: int = SIDE) -> dict[str, Tensor]:
+    """By prunable layer, a bool tensor of the weight's shape: True where a weight, if it were active, would lie on a
+    path of active weights from the image to the output. Layers that never run have none.
+
+    UserError as `trace`.
+    """
+    network, masks = trace(model, side), {name: mask.cpu() for name, mask in get_masks(model).items()}
+    joined = {name: links(mask) for name, mask in masks.items()}
+    above, below = reached_from_input(network, joined), leading_to_output(network, joined)
+    live = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for layer in network.layers:
+        if layer.path in live:
+            both = above[layer.reads[0]][positions(layer)] & below[layer.span][:, None]
+            live[layer.path] |= both.view(*both.shape, *[1] * (live[layer.path].dim() - 2))
+    return live
+
+
+def effective_sparsity(model: nn.Module, side: int = SIDE) -> float:
+    """1 - (active weights on a path of active weights from the image to the output) / weights, in [0, 1].
+
+    Vysogorets and Kempe, "Connectivity matters: neural network pruning through the lens of effective sparsity" (JMLR
+    2023): it is at least the sparsity, since a weight whose input or output is cut off does nothing. Masks decide, not
+    values: a weight that was just regrown at zero counts as active. UserError as `trace`.
+    """
+    live, masks = live_positions(model, side), get_masks(model)
+    active = sum(int((live[name] & masks[name].cpu()).sum()) for name in live)
+    total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
+    return 1 - active / total if total else 0.0
