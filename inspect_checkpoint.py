@@ -171,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     artifact = load_artifact(args.file, args.type)
     if args.export:
-        print(export.export(artifact, args.export, args.out, args.dtype or "float32", args.overwrite))
+        print(export.export(artifact, args.export, args.out, args.dtype or "float32", args.overwrite,
+                            args.compact))
         return
     if not args.finetune:
         description = inspection.describe(artifact)

@@ -17,6 +17,8 @@ from tests.conftest import assert_user_error
 from utils import checkpoint, export, finetuning, sparse_file, stage1, stage2
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
+from utils.compact import largest_difference
+from utils.compact_network import load_network
 from utils.inspection import describe, load_artifact
 from utils.model_loader import load_model_state, model_loader
 from utils.models import MODELS
@@ -116,6 +118,39 @@ def test_every_model_goes_out_as_onnx(name, tmp_path, capsys):
         assert np.ptp(logits) > 1e-3
         scale = max(1.0, np.abs(logits).max())
         np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], logits, atol=1e-4 * scale, rtol=0)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["resnet20", "alexnet", "shufflenetv2"])
+def test_compact_networks_go_out_as_onnx(name, tmp_path, capsys):
+    torch.save(with_lively_statistics(pruned(name, 0.98)).state_dict(), tmp_path / "pruned.pth")
+    whole = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "whole.onnx")
+    out = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "a.onnx", "--compact")
+    assert "onnxruntime's logits are PyTorch's within" in capsys.readouterr().out
+    assert len(out.read_bytes()) < len(whole.read_bytes())
+
+
+def test_a_compact_network_goes_out_and_is_built_and_described(tmp_path, capsys):
+    start = with_card("resnet20", tmp_path / "pruned.pth")
+    out = export_file(start, "dense", tmp_path / "compact.pth", "--compact")
+    assert "now a dense network of" in capsys.readouterr().out
+    model, images = model_loader("resnet20"), torch.randn(2, 3, 32, 32)
+    load_model_state(model, checkpoint.load_checkpoint(start))
+    assert largest_difference(model, load_network(out), images) < 1e-5
+    described = describe(load_artifact(out))
+    assert described["kind"].startswith("compact network") and described["weights"] < 270_896
+    assert checkpoint.read_card(out)["exported"]["format"] == "compact dense" and described["input"]["mean"] == [0.5] * 3
+    for words in (["--export", "dense", "--out", "b.pth"], ["--finetune"]):
+        with pytest.raises(UserError, match="is a compact network"):
+            inspect_checkpoint.main(["--file", str(out), *words])
+    with pytest.raises(UserError, match="is no compact network"):
+        load_network(start)
+
+
+def test_where_nothing_is_dead_that_is_said(tmp_path, capsys):
+    torch.save(model_loader("resnet20", seed=0).state_dict(), tmp_path / "dense.pth")
+    export_file(tmp_path / "dense.pth", "dense", tmp_path / "compact.pth", "--compact")
+    assert "270,896: no filter is dead, nothing was removed" in capsys.readouterr().out
 
 
 @needs_onnx
@@ -221,6 +256,8 @@ def test_float16_halves_the_weights_and_says_so_in_the_card(start, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["--out", "a"], "--out has no effect without --export"),
     (["--dtype", "float16"], "--dtype has no effect without --export"),
+    (["--compact"], "--compact has no effect without --export"),
+    (["--export", "sparse", "--out", "a", "--compact"], "--compact is for --export dense and onnx"),
     (["--export", "dense"], "--out FILE"),
     (["--export", "dense", "--out", "a", "--dtype", "float16"], "--dtype is for --export sparse"),
     (["--export", "dense", "--out", "a", "--finetune"], "leave out --finetune"),

@@ -19,6 +19,7 @@ from tests.conftest import REPOSITORY, assert_user_error
 from utils import checkpoint, datasets, finetuning, inspection
 from utils.allocation import AllocationProblem
 from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
+from utils.channels import effective_sparsity
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig
 from utils.data_loader import BatchLoader
@@ -106,6 +107,7 @@ def test_models_are_named_and_counted_by_layer(files):
             {layer: int(mask.sum()) for layer, mask in masks.items()}
         active = sum(int(mask.sum()) for mask in masks.values())
         assert description["active"] == active and description["sparsity"] == pytest.approx(1 - active / 270_896)
+        assert description["sparsity"] < description["effective_sparsity"] == effective_sparsity(resnet(0.9))
     dense = describe(load_artifact(files["dense checkpoint"]))
     assert (dense["sparsity"], dense["weights"]) == (0.0, 270_896)
     assert dense["training"] == {"acc": 91.25, "epoch": 17}

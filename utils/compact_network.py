@@ -13,12 +13,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from utils.channels import POINTWISE, POOLS, WEIGHTED
+from utils.checkpoint import load_checkpoint
 from utils.common import UserError
 
 Step = dict[str, Any]
@@ -111,6 +113,17 @@ def content(steps: Sequence[Step], state: Mapping[str, Tensor], **facts: Any) ->
 def is_compact(loaded: Any) -> bool:
     """Whether a loaded checkpoint is a compact network, of this version or another."""
     return isinstance(loaded, Mapping) and str(loaded.get("format", "")).startswith(FORMAT.rpartition(" ")[0])
+
+
+def load_network(path: Path) -> fx.GraphModule:
+    """The network in a file that `inspect_checkpoint.py --compact --export dense` wrote, in evaluation mode.
+
+    UserError for any other file; nothing in it is executed.
+    """
+    loaded = load_checkpoint(path)
+    if not is_compact(loaded):
+        raise UserError(f"{path} is no compact network; inspect_checkpoint.py --compact --export dense makes one")
+    return network_of(loaded)
 
 
 def network_of(loaded: Mapping[str, Any]) -> fx.GraphModule:

@@ -1,4 +1,5 @@
-"""Models for use outside of this repository: dense state dicts, compact files (`utils.sparse_file`), ONNX."""
+"""Models for use outside of this repository: dense state dicts, compact files (`utils.sparse_file`), ONNX; of the model
+as it is, or of the smaller network that does the same (`utils.compact`)."""
 from __future__ import annotations
 
 import argparse
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import sparse_file
+from utils import compact_network, sparse_file
 from utils.analysis_utils import remove_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
 from utils.common import RunFailed, UserError, generator, note, write_atomic
+from utils.compact import Compact, compact, largest_difference
 from utils.datasets import SIDE
 from utils.inspection import Artifact, guess_model, layer_rows, model_input, plain
 from utils.model_loader import has_mask_entries, load_model_state, model_loader, model_state
@@ -46,19 +48,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--export", choices=list(FORMATS), help="dense: a state dict for plain PyTorch; sparse: a "
                        "compact file, which every script reads; onnx: for other programs")
     group.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
+    group.add_argument("--compact", action="store_true", help="with dense or onnx: the smaller network that is left "
+                       "when all is removed that the masks have killed; dense is then a description and a state dict")
     group.add_argument("--dtype", choices=list(sparse_file.FLOATS), help="of the weights in a compact file, default: "
                        "float32, which keeps every bit")
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options without an export, an export without a file, and a --dtype that the form does not have."""
-    given = [name for name in ("out", "dtype") if getattr(args, name)]
+    given = [name for name in ("out", "compact", "dtype") if getattr(args, name)]
     if given and not args.export:
         raise UserError(f"--{given[0]} has no effect without --export")
     if args.export and not args.out:
         raise UserError(f"--export {args.export} needs a file to write: --out FILE")
     if args.export and (args.finetune or args.json):
         raise UserError(f"--export writes what --file holds; leave out --{'finetune' if args.finetune else 'json'}")
+    if args.compact and args.export not in COMPACT:
+        raise UserError(f"--compact is for --export {' and '.join(COMPACT)}: what is left is dense")
     if args.dtype and args.export != "sparse":
         raise UserError(f"--dtype is for --export sparse; --export {args.export} has none")
 
@@ -66,19 +72,21 @@ def check_options(args: argparse.Namespace) -> None:
 # --- the flow ------------------------------------------------------------------------------------------------------
 
 
-def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", overwrite: bool = False) -> str:
+def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", overwrite: bool = False,
+           smaller: bool = False) -> str:
     """Writes the model of an artifact to `out` in a form of `FORMATS`, with its run card, if it has one, beside it.
 
-    dtype: of a compact file's weights, 'float32' or 'float16'. Returns lines that say what was written. Raises
+    dtype: of a compact file's weights, 'float32' or 'float16'; smaller: write the compact network in its place, in a
+    form of `COMPACT`. Returns lines that say what was written. Raises
     UserError for an artifact without a sound model, for files that are there already unless `overwrite`, and where
     packages are missing; RunFailed when the model cannot be exported. Files are written last, whole or not at all.
     """
     _check_place(out, artifact.path, overwrite)
-    made = FORMATS[form](artifact, sound_state(artifact.weights, artifact.path), dtype)
+    made = (COMPACT if smaller else FORMATS)[form](artifact, sound_state(artifact.weights, artifact.path), dtype)
     write_atomic(out, made.content)
     card = read_card(artifact.path)
     if card:
-        origin = {"format": form, "dtype": dtype, "from": card["sha256"]}
+        origin = {"format": f"compact {form}" if smaller else form, "dtype": dtype, "from": card["sha256"]}
         save_json({**card, "sha256": hashlib.sha256(made.content).hexdigest(), "exported": origin}, card_path(out))
     return f"{out}: {len(made.content):,} bytes; {made.remark}"
 
@@ -145,21 +153,35 @@ def _counts(state: Mapping[str, Tensor]) -> str:
 
 def _onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
     check_onnx_packages()
+    model = _model(artifact, state)
+    remove_masks(model)
+    return _onnx_export(artifact, model, _counts(state))
+
+
+def _onnx_export(artifact: Artifact, model: nn.Module, counts: str) -> Export:
+    content, difference = onnx_bytes(model, _side(artifact), plain(model_input(artifact)))
+    return Export(content, f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); "
+                  f"onnxruntime's logits are PyTorch's within {difference:.1g}")
+
+
+def _model(artifact: Artifact, state: dict[str, Tensor]) -> nn.Module:
+    """The network of a state dict, with masks where that has them. UserError if it is none of this project's."""
     guess = guess_model(state)
     if guess is None:
-        raise UserError(f"{artifact.path} fits none of this project's models, and ONNX needs the network itself; add "
+        raise UserError(f"{artifact.path} fits none of this project's models, and this needs the network itself; add "
                         "it to MODELS in utils/models/__init__.py")
     model = model_loader(guess[0], num_classes=guess[1], seed=0)
     load_model_state(model, state, str(artifact.path))
-    remove_masks(model)
-    known = plain(model_input(artifact))
-    side = known.get("image_size", SIDE)
+    return model
+
+
+def _side(artifact: Artifact) -> int:
+    """Pixels of the images that the model was trained on. UserError for what cannot be a size."""
+    side = plain(model_input(artifact)).get("image_size", SIDE)
     if type(side) is not int or not 0 < side <= LARGEST_SIDE:
         raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number "
                         f"of pixels from 1 to {LARGEST_SIDE} would be right")
-    content, difference = onnx_bytes(model, side, known)
-    return Export(content, f"{_counts(state)}; images (batch, 3, side, side) -> logits (batch, {guess[1]}); "
-                  f"onnxruntime's logits are PyTorch's within {difference:.1g}")
+    return side
 
 
 def check_onnx_packages() -> None:
@@ -226,8 +248,37 @@ def _onnx_difference(content: bytes, model: nn.Module, image_size: int) -> float
     return largest
 
 
+# --- the compact network -------------------------------------------------------------------------------------------
+
+
+def _compact_dense(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+    made, counts = _compact(artifact, state)
+    content = compact_network.content(made.steps, made.network.state_dict(), input=plain(model_input(artifact)))
+    return Export(checkpoint_bytes(content), f"{counts}; utils.compact_network.load_network(FILE) builds it")
+
+
+def _compact_onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+    check_onnx_packages()
+    made, counts = _compact(artifact, state)
+    return _onnx_export(artifact, made.network, counts)
+
+
+def _compact(artifact: Artifact, state: dict[str, Tensor]) -> tuple[Compact, str]:
+    """The compact network, and what it has of the model's weights, in words."""
+    model, side = _model(artifact, state), _side(artifact)
+    made = compact(model, side)
+    images = torch.randn(8, 3, side, side, generator=generator(0, "compact"))
+    difference = largest_difference(model, made.network, images)
+    left, total = (sum(row[key] for row in made.layers) for key in ("weights_left", "weights"))
+    filters, outputs = (sum(row[key] for row in made.layers) for key in ("outputs_left", "outputs"))
+    gone = "no filter is dead, nothing was removed" if left == total else f"{filters:,} of {outputs:,} filters are left"
+    return made, (f"{_counts(state)}, now a dense network of {left:,}: {gone}; its logits are the model's within "
+                  f"{difference:.1g}")
+
+
 FORMATS: dict[str, Callable[[Artifact, dict[str, Tensor], str], Export]] = {
     "dense": _dense,
     "sparse": _sparse,
     "onnx": _onnx,
 }
+COMPACT = {"dense": _compact_dense, "onnx": _compact_onnx}

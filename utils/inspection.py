@@ -12,17 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.channels import effective_sparsity
 from utils.checkpoint import load_checkpoint, read_card
 from utils.common import UserError, one_line
+from utils.compact_network import is_compact, network_of
 from utils.ladder import Ladder
-from utils.model_loader import find_state, has_mask_entries, is_maskable, model_loader, model_state
+from utils.model_loader import (
+    find_state,
+    has_mask_entries,
+    is_maskable,
+    load_model_state,
+    model_loader,
+    model_state,
+)
 from utils.models import MODELS
 from utils.regrowth import BEST_ENTRIES, LayerRecord
 
 Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
-              "val_acc_after_pruning", "sparsity", "sparsity_before", "regrown", "starting_checkpoint", "epochs",
-              "best_epoch", "seconds", "finished", "command")
+              "val_acc_after_pruning", "sparsity", "effective_sparsity", "sparsity_before", "regrown",
+              "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished", "command")
 RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
 LISTED = 12  # longer lists are summarised
 
@@ -75,6 +84,8 @@ def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
 
 
 def _recognise(content: Any) -> Kind | None:
+    if is_compact(content):
+        return KINDS["compact"]
     if _holds(content, "allocation", "regrow_indices"):
         return KINDS["best"]
     if _holds(content, "config", "search") and _holds(content["search"], "problem", "config", "history", "rewards"):
@@ -156,8 +167,21 @@ def describe_weights(state: Mapping[str, Tensor]) -> Sections:
     if empty := [row["layer"] for row in rows if not row["active"]]:
         warnings.append(one_line(f"nothing is left in {', '.join(empty)}"))
     return {"model": guess[0], "classes": guess[1], "masks": masks,
-            "sparsity": 1 - active / weights if weights else 0.0, "weights": weights, "active": active,
+            "sparsity": 1 - active / weights if weights else 0.0,
+            "effective_sparsity": _effective_sparsity(state, *guess), "weights": weights, "active": active,
             "layers": rows, "warnings": warnings}
+
+
+def _effective_sparsity(state: Mapping[str, Tensor], name: str | None, classes: int | None) -> float | None:
+    """See `utils.channels`; None for an unknown model, or one whose values make no sense."""
+    if name is None:
+        return None
+    model = model_loader(name, num_classes=classes, seed=0)
+    try:
+        load_model_state(model, state)
+        return effective_sparsity(model)
+    except UserError:
+        return None
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------
@@ -220,6 +244,15 @@ def _sources(content: Mapping[str, Any]) -> dict[str, int]:
             if (count := sum(int((layer == number).sum()) for layer in codes))}
 
 
+def _describe_compact(content: Mapping[str, Any]) -> Sections:
+    state = network_of(content).state_dict()
+    rows = [{"layer": step["name"], "kind": step["kind"], "weights": state[f"{step['name']}.weight"].numel(),
+             "shape": tuple(state[f"{step['name']}.weight"].shape)}
+            for step in content["steps"] if step["kind"] in ("conv", "linear")]
+    return {"weights": sum(row["weights"] for row in rows), "parameters": sum(map(Tensor.numel, state.values())),
+            "steps": len(content["steps"]), "input": content.get("input"), "layers": rows}
+
+
 def _model_by_layers(layers: Iterable[str]) -> Sections:
     models = models_with_layers(layers)
     return {"model": models[0]} if len(models) == 1 else {"model": None, "could be": models}
@@ -232,6 +265,7 @@ MODEL_KINDS = {  # whether it has masks, whether it is the state dict itself
     (False, False): Kind("dense checkpoint", _describe_training_checkpoint, is_model=True),
 }
 KINDS = {
+    "compact": Kind("compact network (for inference)", _describe_compact),
     "best": Kind("best allocation", _describe_best, is_best=True),
     "search": Kind("controller checkpoint", _describe_search),
     "progress": Kind("stage in progress", _describe_progress),
@@ -324,7 +358,7 @@ def render(description: Mapping[str, Any]) -> str:
         elif name == "warnings":
             lines += [f"warning: {item}" for item in value]
         else:
-            lines.append(f"{name:<16} {_text(value)}")
+            lines.append(f"{name:<18} {_text(value)}")
     return "\n".join(lines + blocks)
 
 
