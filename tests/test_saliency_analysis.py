@@ -27,7 +27,7 @@ from utils.saliency_analysis import (
     WeightFunction,
     analyse,
     class_sample,
-    count_few_class,
+    find_few_class,
     gradient_saliency,
     same_scale,
     verdict,
@@ -189,30 +189,29 @@ def test_chunk_size_follows_the_memory():
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def test_few_class_counts_by_hand():
+def test_few_class_weights_by_hand():
     values = np.array([[9, 0, 0, 8, 1],
                        [9, 7, 0, 8, 1],
                        [9, 7, 0, 0, 1]])
-    counts = count_few_class(values, percentile=55, few_classes=2)
+    threshold, important, few = find_few_class(values, percentile=55, few_classes=2)
     # sorted: five 0, three 1, two 7, two 8, three 9; the 55th percentile lies at rank 7.7 of 0..14
-    assert counts.threshold == pytest.approx(1 + 0.7 * 6)
-    # above it: weight 0 for all three classes, 1 for classes 1 and 2, 3 for classes 0 and 1
-    assert counts.important.tolist() == [2, 3, 2] and counts.important_any == 3
-    assert counts.few.tolist() == [1, 2, 1] and counts.few_any == 2
-    assert count_few_class(values, 55, few_classes=1).few_any == 0
-    empty = count_few_class(np.zeros((3, 0)), 90, 2)
-    assert np.isnan(empty.threshold) and empty.few.tolist() == [0, 0, 0] and empty.important_any == 0
+    assert threshold == pytest.approx(1 + 0.7 * 6)
+    assert important.astype(int).tolist() == [[1, 0, 0, 1, 0], [1, 1, 0, 1, 0], [1, 1, 0, 0, 0]]
+    assert few.astype(int).tolist() == [[0, 0, 0, 1, 0], [0, 1, 0, 1, 0], [0, 1, 0, 0, 0]]  # not the first: for three
+    assert not find_few_class(values, 55, few_classes=1)[2].any()
+    threshold, *empty = find_few_class(np.zeros((3, 0)), 90, 2)
+    assert np.isnan(threshold) and all(chosen.shape == (3, 0) for chosen in empty)
 
 
-def test_few_class_counts_against_a_loop():
+def test_few_class_weights_against_a_loop():
     for seed in range(5):
         values = np.random.RandomState(seed).rand(6, 50) ** 3
-        counts = count_few_class(values, 80, 2)
-        above = [[label for label in range(6) if values[label, weight] > counts.threshold] for weight in range(50)]
-        assert sum(len(labels) for labels in above) == 60  # 20 % of 300 values
-        few = [labels for labels in above if 1 <= len(labels) <= 2]
-        assert counts.few_any == len(few) and counts.important_any == sum(bool(labels) for labels in above)
-        assert counts.few.tolist() == [sum(label in labels for labels in few) for label in range(6)]
+        threshold, important, few = find_few_class(values, 80, 2)
+        above = [[label for label in range(6) if values[label, weight] > threshold] for weight in range(50)]
+        assert sum(len(labels) for labels in above) == 60 == important.sum()  # 20 % of 300 values
+        for weight, labels in enumerate(above):
+            assert np.flatnonzero(important[:, weight]).tolist() == labels
+            assert np.flatnonzero(few[:, weight]).tolist() == (labels if len(labels) <= 2 else [])
 
 
 def test_same_scale_ignores_the_size_of_a_class():
@@ -248,22 +247,16 @@ def test_statistics_by_hand():
     assert by_layer[2]["important"] == 0
 
 
-def layer_row(important: int, few: int, scaled: tuple[int, int], **per_class: int) -> dict[str, int]:
-    return {"important": important, "few_class": few, "important_scaled": scaled[0], "few_class_scaled": scaled[1],
-            **{f"few_class_{name}": number for name, number in per_class.items()}}
+def layer_row(important: int, few: int, scaled: tuple[int, int]) -> dict[str, int]:
+    return {"important": important, "few_class": few, "important_scaled": scaled[0], "few_class_scaled": scaled[1]}
 
 
 def test_the_verdict_follows_the_numbers():
     classes = ["cat", "dog", *"cdefghij"]
-    counts = dict.fromkeys(classes, 5) | {"cat": 40, "dog": 1}
-    rows = [layer_row(60, 30, (50, 1), **counts), layer_row(40, 20, (50, 2), **counts)]
-    text = verdict(rows, classes, 90, 3)
-    assert "100 weights" in text and "50 of them (50.0%)" in text and "it is 3.0%" in text
-    assert "serve most classes" in text and "'cat' (80)" in text and "'dog' (2)" in text
+    text = verdict([layer_row(60, 30, (50, 1)), layer_row(40, 20, (50, 2))], classes, 90, 3)
+    assert "100 weights" in text and "50.0% of them" in text and "in a layer 3.0%" in text
     assert "98.0%" in text  # (P(1) + P(2) + P(3)) / (1 - P(0)) of a binomial with 10 draws at 0.1
-    assert "share part" in verdict([layer_row(9, 9, (10, 5), **counts)], classes, 90, 3)
-    assert "serve few classes" in verdict([layer_row(9, 9, (10, 10), **counts)], classes, 90, 3)
-    assert verdict([layer_row(0, 0, (0, 0), **counts)], classes, 90, 3) == "no weight stands out for any class"
+    assert verdict([layer_row(0, 0, (0, 0))], classes, 90, 3) == "no weight stands out for any class"
 
 
 def test_few_classes_fit_the_number_of_classes():

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from utils import checkpoint, plots, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, remove_masks
-from utils.common import Progress, UserError, derive_seed
+from utils.common import Progress, UserError, derive_seed, move_all
 from utils.data_loader import BatchLoader, balanced_indices
 from utils.run import (
     ArgumentParser,
@@ -65,8 +65,8 @@ class ClassSaliency(NamedTuple):
 class WeightFunction:
     """A model in evaluation mode as a function of its prunable weights; masks are folded in, the model is not touched.
 
-    weights: layer name -> effective weight; `losses` takes such a dict. All in float32: under `vmap`, batch
-    normalisation refuses bfloat16 inputs, and squares of small gradients need the digits.
+    weights: layer name -> effective weight. All in float32: under `vmap`, batch normalisation refuses bfloat16 inputs,
+    and squares of small gradients need the digits.
     """
 
     def __init__(self, model: nn.Module):
@@ -75,17 +75,12 @@ class WeightFunction:
         remove_masks(self.model)
         self.model.eval().requires_grad_(False)
         self.weights: Weights = {name: layer.weight.detach() for name, layer in prunable_layers(self.model).items()}
-        self.device = next(self.model.parameters()).device
-
-    def losses(self, weights: Weights, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of every image (B,), in nats."""
-        replaced = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items()}
-        return F.cross_entropy(functional_call(self.model, replaced, (inputs,)), targets, reduction="none")
 
     def per_image_gradients(self, inputs: Tensor, targets: Tensor) -> Weights:
-        """Gradients of each image's own loss, layer -> (B, *weight shape)."""
+        """Gradients of each image's own cross-entropy (nats), layer -> (B, *weight shape)."""
         def loss_of_one(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
-            return self.losses(weights, image[None], target[None])[0]
+            replaced = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items()}
+            return F.cross_entropy(functional_call(self.model, replaced, (image[None],)), target[None])
         return vmap(grad(loss_of_one), in_dims=(None, 0, 0))(self.weights, inputs, targets)
 
     def chunk_size(self, image: Tensor, memory: int = CHUNK_MEMORY) -> int:
@@ -129,17 +124,17 @@ def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
     network = WeightFunction(model)
     sums = {measure: {name: weight.new_zeros(num_classes, weight.numel()) for name, weight in network.weights.items()}
             for measure in measures}
-    images = torch.zeros(num_classes, dtype=torch.int64, device=network.device)
+    seen = []
     with Progress("images, gradients", getattr(loader, "num_images", None), show=show) as progress:
         for inputs, targets in loader:
             chunk = chunk or network.chunk_size(inputs[:1])
             for part, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-                gradients = network.per_image_gradients(part, labels)
-                _add_rows(sums, gradients, labels)
-                images += labels.bincount(minlength=num_classes)
+                _add_rows(sums, network.per_image_gradients(part, labels), labels)
+                seen.append(labels)
                 progress.advance(len(labels))
-    if not images.any():
+    if not seen:
         raise ValueError("the loader gave no image")
+    images = torch.cat(seen).bincount(minlength=num_classes)
     for measure, matrices in sums.items():
         for name, matrix in matrices.items():
             matrix /= images.clamp_min(1)[:, None]
@@ -159,31 +154,16 @@ def _add_rows(sums: Mapping[str, Weights], gradients: Weights, labels: Tensor) -
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-class FewClassCounts(NamedTuple):
-    """Weights of one layer above `threshold`: for each class, of these for few classes only; and for any class."""
+def find_few_class(values: np.ndarray, percentile: float, few_classes: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """Which weights of a layer are important, and which of these for at least one and at most `few_classes` classes.
 
-    threshold: float
-    important: np.ndarray  # int (classes,): weights above the threshold for the class
-    few: np.ndarray  # int (classes,): of these, weights above it for at most `few_classes` classes
-    important_any: int  # weights above it for at least one class
-    few_any: int  # of these, for at most `few_classes` classes
-
-
-def count_few_class(values: np.ndarray, percentile: float, few_classes: int) -> FewClassCounts:
-    """Counts the weights that are important for at least one and at most `few_classes` classes.
-
-    values: (classes, weights) of one layer. Important means above the percentile of all values of the layer, one
-    threshold for all classes, so that a class whose saliency is small throughout has few important weights.
+    values: (classes, weights). Important means above the percentile of all values of the layer, one threshold for all
+    classes, so that a class whose saliency is small throughout has few important weights. Returns the threshold (NaN
+    for a layer without active weights) and two bool arrays (classes, weights).
     """
-    if not values.size:  # a layer without active weights
-        none = np.zeros(len(values), dtype=int)
-        return FewClassCounts(float("nan"), none, none, 0, 0)
-    threshold = float(np.percentile(values, percentile))
-    above = values > threshold
-    classes = above.sum(axis=0)
-    few = (classes >= 1) & (classes <= few_classes)
-    return FewClassCounts(threshold, above.sum(axis=1), (above & few).sum(axis=1), int((classes >= 1).sum()),
-                          int(few.sum()))
+    threshold = float(np.percentile(values, percentile)) if values.size else float("nan")
+    important = values > threshold
+    return threshold, important, important & (important.sum(axis=0) <= few_classes)
 
 
 def same_scale(values: np.ndarray) -> np.ndarray:
@@ -199,47 +179,44 @@ def analyse(saliency: ClassSaliency, masks: Mapping[str, torch.Tensor], classes:
     masks: layer -> bool, True where active; statistics are over the active weights, the pruned ones are counted apart.
     `share` is the layer's part of the class's total; `*_scaled` counts weights after `same_scale`.
     """
+    cpu = torch.device("cpu")
+    matrices = move_all(list(saliency.matrices.values()), cpu)
+    active = move_all([masks[name].flatten() for name in saliency.matrices], cpu)
+    layers = [matrix[:, kept].numpy() for matrix, kept in zip(matrices, active)]
+    totals = np.sum([values.sum(axis=1, dtype=np.float64) for values in layers], axis=0)
     by_class, by_layer = [], []
-    for name, matrix in saliency.matrices.items():
-        active = masks[name].flatten()
-        values = matrix[:, active.to(matrix.device)].cpu().numpy()
-        counts, scaled = (count_few_class(numbers, percentile, few_classes)
-                          for numbers in (values, same_scale(values)))
-        size = {"layer": name, "weights": values.shape[1], "pruned": active.numel() - values.shape[1]}
-        by_layer.append({**size, "threshold": counts.threshold, "important": counts.important_any,
-                         "few_class": counts.few_any, "important_scaled": scaled.important_any,
-                         "few_class_scaled": scaled.few_any,
-                         **{f"few_class_{label}": int(few) for label, few in zip(classes, counts.few)}})
-        spread = _spread(values)
-        for number, label in enumerate(classes):
-            by_class.append({**size, "class": label, "images": saliency.images[number],
-                             **{key: float(column[number]) for key, column in spread.items()},
-                             "important": int(counts.important[number]), "few_class": int(counts.few[number])})
-    return _with_shares(by_class), by_layer
+    for name, kept, values in zip(saliency.matrices, active, layers):
+        threshold, important, few = find_few_class(values, percentile, few_classes)
+        _, important_scaled, few_scaled = find_few_class(same_scale(values), percentile, few_classes)
+        size = {"layer": name, "weights": values.shape[1], "pruned": len(kept) - values.shape[1]}
+        counts = {"important": important, "few_class": few, "important_scaled": important_scaled,
+                  "few_class_scaled": few_scaled}
+        by_layer.append({**size, "threshold": threshold,
+                         **{key: int(chosen.any(axis=0).sum()) for key, chosen in counts.items()},
+                         **{f"few_class_{label}": int(chosen.sum()) for label, chosen in zip(classes, few)}})
+        sums = values.sum(axis=1, dtype=np.float64)
+        columns = {"share": np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0), **_spread(values),
+                   "important": important.sum(axis=1), "few_class": few.sum(axis=1)}
+        by_class += [{**size, "class": label, "images": saliency.images[number],
+                      **{key: column[number].item() for key, column in columns.items()}}
+                     for number, label in enumerate(classes)]
+    return by_class, by_layer
 
 
 def _spread(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Sum, mean, standard deviation, quantiles and largest value of every row; NaN where there are no weights."""
+    """Mean, standard deviation, quantiles and largest value of every row; NaN where there are no weights."""
     if not values.shape[1]:
         values = np.full((len(values), 1), np.nan)
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=1)
-    return {"share": np.nan_to_num(values.sum(axis=1, dtype=np.float64)), "mean": values.mean(axis=1, dtype=np.float64),
-            "std": values.std(axis=1, dtype=np.float64), **dict(zip(QUANTILES, quantiles)), "max": values.max(axis=1)}
-
-
-def _with_shares(rows: list[Row]) -> list[Row]:
-    """Rows whose `share`, so far the layer's sum, is divided by the class's sum over all layers."""
-    totals: dict[str, float] = {}
-    for row in rows:
-        totals[row["class"]] = totals.get(row["class"], 0.0) + row["share"]
-    return [{**row, "share": row["share"] / totals[row["class"]] if totals[row["class"]] else 0.0} for row in rows]
+    return {"mean": values.mean(axis=1, dtype=np.float64), "std": values.std(axis=1, dtype=np.float64),
+            **dict(zip(QUANTILES, quantiles)), "max": values.max(axis=1)}
 
 
 def verdict(by_layer: Sequence[Row], classes: Sequence[str], percentile: float, few_classes: int) -> str:
-    """What the few-class counts say, in words that follow the numbers.
+    """How many weights are important, and for how few classes.
 
-    Whether classes need the same weights is judged on one scale for all (`same_scale`): the share of few-class weights
-    lies between 0 (all agree) and what a binomial gives when each class draws its important weights at random.
+    Whether classes need the same weights shows on one scale for all (`same_scale`): the share of few-class weights lies
+    between 0 (all agree) and what a binomial gives when each class draws its important weights at random.
     """
     important, few, important_scaled, few_scaled = (
         sum(row[key] for row in by_layer) for key in ("important", "few_class", "important_scaled", "few_class_scaled"))
@@ -249,19 +226,10 @@ def verdict(by_layer: Sequence[Row], classes: Sequence[str], percentile: float, 
 
     chance = binom(len(classes), 1 - percentile / 100)
     independent = (chance.cdf(few_classes) - chance.pmf(0)) / chance.sf(0)
-    share = few_scaled / important_scaled
-    words = ("most important weights serve most classes", "classes share part of their important weights",
-             "most important weights serve few classes")[min(2, int(3 * share / independent))]
-    text = (f"{important:,} weights are important (above the {percentile:g}th percentile of their layer) for a class, "
-            f"{few:,} of them ({few / important:.1%}) for at most {few_classes} of {len(classes)} classes. With every "
-            f"class brought to the same mean saliency in a layer it is {share:.1%} (0 % if all classes agreed, "
-            f"{independent:.1%} if each had drawn its own): {words}")
-    if not few:
-        return text
-    per_class = {label: sum(row[f"few_class_{label}"] for row in by_layer) for label in classes}
-    most, fewest = max(per_class, key=per_class.get), min(per_class, key=per_class.get)
-    return (f"{text}. Most few-class weights serve '{most}' ({per_class[most]:,}), fewest '{fewest}' "
-            f"({per_class[fewest]:,}): a score averaged over classes follows '{most}' rather than '{fewest}'")
+    return (f"{important:,} weights are important (above the {percentile:g}th percentile of their layer) for a class, "
+            f"{few / important:.1%} of them for at most {few_classes} of {len(classes)} classes; with every class "
+            f"brought to the same mean saliency in a layer {few_scaled / important_scaled:.1%} (0 % if all classes "
+            f"agreed, {independent:.1%} if each had drawn its own)")
 
 
 # --- the script ----------------------------------------------------------------------------------------------------
