@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,47 +54,31 @@ def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[s
     return seconds, last
 
 
-def compare_with_plain(run: Run, args: argparse.Namespace, episodes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Ours against the straightforward versions: regrowth by both methods, loader, training epoch, LAMP."""
-    repeats = min(args.num_runs, 5)
-    rows = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
-    ours, plain = benchmark.loaders_to_compare(run)
-    rows += [benchmark.loader_row(ours, plain, repeats), benchmark.training_row(run, ours, plain, repeats),
-             benchmark.lamp_row(run.device, repeats)]
-    return rows
+def timings(card: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of every stage and comparison of a run, and what it was run with."""
+    medians = {f"{row['method']} / {row['stage']}": row["median_s"] for row in card["stages"]}
+    medians |= {row["measurement"]: row["ours_median_s"] for row in card["comparisons"]}
+    return medians, {**card["setting"], "device": card["environment"]["device"]}
 
 
-def load_earlier(path: Path) -> dict[str, Any]:
-    """The card (benchmark.json) of an earlier run. UserError in one line when it is none."""
+def load_timings(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """`timings` of an earlier run, of its benchmark.json. UserError in one line when it is none."""
     try:
-        earlier = json.loads(path.read_text())
-        _medians(earlier), _setting(earlier)  # raise on what is no card
+        return timings(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"--compare {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--compare {path} is not the JSON of a benchmark run (benchmark.json)") from error
-    return earlier
 
 
-def _medians(card: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of every stage and comparison of a run."""
-    return {**{f"{row['method']} / {row['stage']}": row["median_s"] for row in card["stages"]},
-            **{row["measurement"]: row["ours_median_s"] for row in card["comparisons"]}}
-
-
-def _setting(card: dict[str, Any]) -> dict[str, Any]:
-    return {**card["setting"], "device": card["environment"]["device"]}
-
-
-def print_changes(earlier: dict[str, Any], card: dict[str, Any]) -> None:
+def print_changes(before: dict[str, float], setting: dict[str, Any], card: dict[str, Any]) -> None:
     """Earlier seconds over today's, so that above 1 is faster now; says what makes the two runs incomparable."""
     print("\nagainst the earlier run (its time / this one's; above 1: faster now)")
-    before, setting = _medians(earlier), _setting(earlier)
-    unlike = [f"{key} was {setting.get(key)}, is {value}" for key, value in _setting(card).items()
-              if setting.get(key) != value]
+    medians, today = timings(card)
+    unlike = [f"{key} was {setting.get(key)}, is {value}" for key, value in today.items() if setting.get(key) != value]
     if unlike:
         print(f"  note: the runs differ: {'; '.join(unlike)}")
-    for name, now in _medians(card).items():
+    for name, now in medians.items():
         if name in before:
             print(f"  {name:<36} {before[name] / now:6.2f}x   ({1e3 * before[name]:,.1f} -> {1e3 * now:,.1f} ms)")
 
@@ -103,14 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Times, compares, writes, says which bars are met."""
     args = parse_args(argv)
     benchmark.stage2_arguments(args)  # raises on sparsities that do not go together
-    earlier = load_earlier(args.compare) if args.compare else None
+    earlier = load_timings(args.compare) if args.compare else None
     folder = args.save_dir or args.root / "benchmark" / args.m_name
     checkpoint.ensure_writable(folder, "--save_dir")
     partial = folder / "episodes.partial.csv"
     with tempfile.TemporaryDirectory() as temporary:
         run = benchmark.open_benchmark(args, Path(temporary))
         seconds, episodes = time_episodes(run, args, partial)
-        comparisons = compare_with_plain(run, args, episodes)
+        repeats = min(args.num_runs, 5)
+        comparisons = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
+        comparisons += [*benchmark.loader_rows(run, repeats), benchmark.lamp_row(run.device, repeats)]
     stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons)
     weights = sum(next(iter(episodes.values())).allocation.values())
     setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,
@@ -131,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark.print_comparisons(comparisons)
     benchmark.print_bars(bars)
     if earlier:
-        print_changes(earlier, card)
+        print_changes(*earlier, card)
     print(f"\ntables, figure and benchmark.json: {folder}")
 
 
