@@ -139,7 +139,8 @@ def test_a_compact_network_goes_out_and_is_built_and_described(tmp_path, capsys)
     assert largest_difference(model, load_network(out), images) < 1e-5
     described = describe(load_artifact(out))
     assert described["kind"].startswith("compact network") and described["weights"] < 270_896
-    assert checkpoint.read_card(out)["exported"]["format"] == "compact dense" and described["input"]["mean"] == [0.5] * 3
+    assert checkpoint.read_card(out)["exported"]["format"] == "compact dense"
+    assert described["input"]["mean"] == [0.5] * 3
     for words in (["--export", "dense", "--out", "b.pth"], ["--finetune"]):
         with pytest.raises(UserError, match="is a compact network"):
             inspect_checkpoint.main(["--file", str(out), *words])

@@ -56,6 +56,8 @@ def test_one_shot_sweep_leaves_checkpoints_cards_table_and_figure(run_script, ti
         card = json.loads((folder / "ckpt_after_prune" / f"pruned_finetuned_mask_{sparsity}.json").read_text())
         assert card["config"]["pruner"] == "magnitude" and card["config"]["schedule"] == "one-shot"
         assert 0 <= card["test_acc"] <= 100 and card["surviving"] == kept and "torch" in card["environment"]
+        assert card["sparsity"] <= card["effective_sparsity"] <= 1
+    assert rows_of(tmp_path / "run")[2]["effective_sparsity"] == f"{card['effective_sparsity']:.6g}"
     assert [row["pruner"] for row in rows_of(tmp_path / "run")] == ["none", "magnitude", "magnitude"]
     assert (folder / "pruning_results.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "checkpoint" / "ckpt_training.csv").read_text().count("\n") == 3

@@ -91,6 +91,7 @@ def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, optio
         assert card[name] == best[name] and float(row[name]) == pytest.approx(card[name], abs=1e-3)
     assert process.stdout.count(f"{card['val_acc_after_regrowth_bn']:.2f} % with batch-norm statistics") == 2
     assert card["start_test_acc"] == 11.0 and 0 <= card["test_acc"] <= 100 and card["regrown"] == BACK
+    assert 0 < card["regrown_live"] <= BACK and card["sparsity"] <= card["effective_sparsity"] < 1
 
 
 @pytest.mark.parametrize("allocation", ["proportional", "uniform", "greedy", "erk", "random"])

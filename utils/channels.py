@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from utils.analysis_utils import clone_model, get_masks, prunable_layers, remove_masks
+from utils.analysis_utils import clone_model, get_masks, remove_masks
 from utils.common import UserError
 
 SIDE = 32  # pixels; the image size that a network is traced with unless another is given
@@ -273,14 +273,25 @@ def live_positions(model: nn.Module, side: int = SIDE) -> dict[str, Tensor]:
     return live
 
 
-def effective_sparsity(model: nn.Module, side: int = SIDE) -> float:
+def count_live(model: nn.Module, weights: Mapping[str, Tensor], side: int = SIDE) -> int | None:
+    """How many of these weights lie on a path of active weights from the image to the output.
+
+    weights: by prunable layer, bool of the weight's shape. None for a model that cannot be followed (`trace`).
+    """
+    try:
+        live = live_positions(model, side)
+    except UserError:
+        return None
+    return sum(int((live[name] & chosen.cpu()).sum()) for name, chosen in weights.items())
+
+
+def effective_sparsity(model: nn.Module, side: int = SIDE) -> float | None:
     """1 - (active weights on a path of active weights from the image to the output) / weights, in [0, 1].
 
     Vysogorets and Kempe, "Connectivity matters: neural network pruning through the lens of effective sparsity" (JMLR
     2023): it is at least the sparsity, since a weight whose input or output is cut off does nothing. Masks decide, not
-    values: a weight that was just regrown at zero counts as active. UserError as `trace`.
+    values: a weight that was just regrown at zero counts as active. None for a model that cannot be followed (`trace`).
     """
-    live, masks = live_positions(model, side), get_masks(model)
-    active = sum(int((live[name] & masks[name].cpu()).sum()) for name in live)
-    total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
-    return 1 - active / total if total else 0.0
+    masks = get_masks(model)
+    live = count_live(model, masks, side)
+    return None if live is None else 1 - live / sum(mask.numel() for mask in masks.values())

@@ -31,7 +31,7 @@ from utils.regrowth import BEST_ENTRIES, LayerRecord
 Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
               "val_acc_after_pruning", "sparsity", "effective_sparsity", "sparsity_before", "regrown",
-              "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished", "command")
+              "regrown_live", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished", "command")
 RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
 LISTED = 12  # longer lists are summarised
 
@@ -179,9 +179,9 @@ def _effective_sparsity(state: Mapping[str, Tensor], name: str | None, classes: 
     model = model_loader(name, num_classes=classes, seed=0)
     try:
         load_model_state(model, state)
-        return effective_sparsity(model)
     except UserError:
         return None
+    return effective_sparsity(model)
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------

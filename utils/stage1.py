@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from utils import checkpoint, plots
 from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, prunable_layers
+from utils.channels import effective_sparsity
 from utils.common import UserError, derive_seed, note, one_line
 from utils.evidence import Evidence, SaliencyComputer
 from utils.mask_schedule import MaskMover, MaskPlan
@@ -372,7 +373,8 @@ def _reuse(run: Run, stage: Stage) -> Outcome:
 def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
     """Entries of a run card that every model has: validation accuracy (%), weights and sparsity per layer."""
     counts = count_pruned_params(model)
-    return {"val_acc": val_acc, "sparsity": counts.sparsity, "surviving": counts.surviving, "total": counts.total,
+    return {"val_acc": val_acc, "sparsity": counts.sparsity,
+            "effective_sparsity": effective_sparsity(model), "surviving": counts.surviving, "total": counts.total,
             "layer_sparsity": layer_sparsity(model), "empty_layers": empty_layers(model)}
 
 
@@ -451,8 +453,10 @@ def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     config = card["config"]
     pruner = config.get("pruner", "unknown" if card["sparsity"] else "none")
     return {"pruner": pruner, "schedule": config.get("schedule", ""),
-            "iteration": config.get("iteration", 0), "sparsity": card["sparsity"], "surviving": card["surviving"],
-            "total": card["total"], "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
+            "iteration": config.get("iteration", 0), "sparsity": card["sparsity"],
+            "effective_sparsity": "" if card.get("effective_sparsity") is None else card["effective_sparsity"],
+            "surviving": card["surviving"], "total": card["total"],
+            "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
             "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],
             "epochs": card["epochs"], "seed": config["seed"], "dataset": config["dataset"],
             "precision": config["precision"], "seconds": card["seconds"], "checkpoint": path.name}
@@ -461,11 +465,13 @@ def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
 def print_summary(run: Run, rows: list[dict[str, Any]]) -> None:
     """A short table of accuracies by sparsity, and where the files are."""
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
-    print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
+    print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'effective':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
     for row in rows:
         test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
+        effective = row["effective_sparsity"]
+        effective = "-" if effective == "" else checkpoint.format_sparsity(effective)
         print(f"{row['pruner']:>10} {row['schedule']:>9} {checkpoint.format_sparsity(row['sparsity']):>9} "
-              f"{row['surviving']:10,} {row['val_acc']:7.2f} {test}")
+              f"{effective:>9} {row['surviving']:10,} {row['val_acc']:7.2f} {test}")
     folder = run.root / run.m_name
     print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
           f"table and figure: {folder / 'pruning_results.csv'}, {folder / 'pruning_results.png'}")

@@ -26,6 +26,7 @@ from utils.analysis_utils import (
     has_masks,
     prunable_layers,
 )
+from utils.channels import count_live
 from utils.common import UserError, derive_seed, generator
 from utils.data_loader import BatchLoader
 from utils.regrowth import (
@@ -307,7 +308,7 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     facts = stage1.describe(model, result.accuracy)
     card = run.card(
         **facts, val_acc_before=before, val_acc_after_regrowth=regrown, val_acc_after_regrowth_bn=reestimated,
-        sparsity_before=sparsity_before, regrown=record.count,
+        sparsity_before=sparsity_before, regrown=record.count, regrown_live=count_live(model, record.masks(model)),
         starting_checkpoint=str(step.start.artifact), start_test_acc=step.start.card.get("test_acc"),
         allocation=dict(zip(problem.layers, found.allocation)), drift=dict(zip(problem.layers, problem.drift)),
         search_epochs=found.epochs_spent, epochs=result.epochs, allocation_source=found.source,
@@ -383,8 +384,10 @@ def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
     config = card["config"]
     return {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
             "found_by": card.get("allocation_source", ""),
-            "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"], "regrown": card["regrown"],
-            "surviving": card["surviving"], "val_acc_before": card["val_acc_before"],
+            "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"],
+            "effective_sparsity": _or_empty(card.get("effective_sparsity")), "regrown": card["regrown"],
+            "regrown_live": _or_empty(card.get("regrown_live")), "surviving": card["surviving"],
+            "val_acc_before": card["val_acc_before"],
             "val_acc_after_regrowth": card["val_acc_after_regrowth"],
             "val_acc_after_regrowth_bn": _or_empty(card.get("val_acc_after_regrowth_bn")), "val_acc": card["val_acc"],
             "start_test_acc": _or_empty(card.get("start_test_acc")), "test_acc": card["test_acc"],
@@ -410,10 +413,11 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
         test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
         bn = row["val_acc_after_regrowth_bn"]
         again = "" if bn == "" else f", {bn:.2f} % with batch-norm statistics re-estimated"
+        live = "" if row["regrown_live"] == "" else f" of which {row['regrown_live']:,} on a live path"
         print(f"before           sparsity {row['sparsity_before']:.5g}  validation {row['val_acc_before']:.2f} %"
               f"{test}\n"
               f"after regrowth   sparsity {row['sparsity']:.5g}  validation {row['val_acc_after_regrowth']:.2f} %"
-              f"{again}  ({row['regrown']:,} weights, {row['method']}, {plots.allocation_name(row)})\n"
+              f"{again}  ({row['regrown']:,} weights{live}, {row['method']}, {plots.allocation_name(row)})\n"
               f"after finetuning sparsity {row['sparsity']:.5g}  validation {row['val_acc']:.2f} %, "
               f"test {row['test_acc']:.2f} %  ({row['epochs']} epochs)")
         if row["one_shot_test_acc"] != "":
