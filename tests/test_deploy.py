@@ -1,0 +1,70 @@
+"""What deployed forms cost: counts by hand, and the benchmark from the command line."""
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import deploy as script
+from utils import deploy
+from utils.analysis_utils import set_masks
+from utils.common import UserError
+from utils.compact import largest_difference
+from utils.model_loader import model_loader
+from utils.pruning import weight_pruner_loader
+
+
+def small_net() -> nn.Module:
+    """3 -> 4 maps of 16x16 -> 2 logits, with 3 + 2 active weights."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 2))
+    conv, linear = torch.zeros(4, 3, 3, 3), torch.zeros(2, 4)
+    conv[[0, 1, 1], [0, 1, 2], 1, 1] = 1
+    linear[[0, 1], [0, 1]] = 1
+    set_masks(model, {"0": conv, "4": linear})
+    return model.eval()
+
+
+def test_counts_by_hand():
+    model = small_net()
+    assert deploy.multiplications(model) == 4 * 27 * 16 * 16 + 8
+    assert sum(map(torch.Tensor.numel, deploy.stored(deploy.without_masks(model)))) == 108 + 4 + 8 + 2
+    sparse = deploy.sparse_products(model)
+    assert deploy.multiplications(sparse) == 3 * 16 * 16 + 2
+    assert sum(map(torch.Tensor.numel, deploy.stored(sparse))) == (3 + 3 + 5) + 4 + (2 + 2 + 3) + 2
+
+
+@pytest.mark.parametrize("name", ["resnet20", "effnet"])  # the second with depthwise layers, which CSR leaves alone
+def test_sparse_products_give_the_same_logits(name):
+    model = model_loader(name, seed=0).eval()
+    weight_pruner_loader("unif")(model, 0.9)
+    assert largest_difference(model, deploy.sparse_products(model), torch.randn(3, 3, 32, 32)) < 1e-5
+
+
+def test_the_benchmark_writes_table_and_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deploy, "MEASURED_S", 0.001)
+    threads = torch.get_num_threads()
+    script.main(["--models", "alexnet:lamp:0.99", "--batch_sizes", "2", "--threads", "1", "--num_runs", "1",
+                 "--save_dir", str(tmp_path)])
+    torch.set_num_threads(threads)
+    with open(tmp_path / "deploy.csv") as file:
+        rows = {row["form"]: row for row in csv.DictReader(file) if row["engine"] == deploy.EAGER}
+    assert list(rows) == ["dense", "masked", "compact", "CSR"]
+    assert float(rows["dense"]["speedup"]) == 1 and all(float(row["difference"]) < 1e-5 for row in rows.values())
+    assert int(rows["dense"]["bytes"]) < int(rows["masked"]["bytes"]) and int(rows["CSR"]["bytes"]) < 500_000
+    assert (tmp_path / "deploy.png").read_bytes().startswith(b"\x89PNG")
+    assert "effective 0.99" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word, said", [("alexnet:lamp:much", "'much' is no sparsity"),
+                                        ("nothing.pth", "no checkpoint at nothing.pth")])
+def test_models_that_are_none_are_refused(word, said):
+    with pytest.raises(UserError, match=said):
+        script.pruned_model(word)
+
+
+def test_the_shipped_model_is_named_by_its_sparsity():
+    label, model = script.pruned_model(script.MEASURED[0])
+    assert label == "resnet20 0.99" and deploy.multiplications(model) == 40_813_184
