@@ -11,20 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from utils import size_budget, stage1
-from utils.common import UserError
-from utils.pruning import PRUNERS, weight_pruner_loader
+from utils.common import UserError, fraction
+from utils.mask_schedule import add_mask_options, mask_options
+from utils.pruning import PRUNERS
 from utils.run import (
     ArgumentParser,
     add_iteration_options,
-    add_mask_options,
     add_model_option,
     add_overwrite_options,
     add_recipe_options,
     add_run_options,
     check_iterations,
     finetune_changes,
-    fraction,
-    mask_options,
     open_run,
     pretrain_changes,
     script,
@@ -76,7 +74,7 @@ def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
 
 def plan(args: argparse.Namespace, finetune: Recipe) -> list[PruneStep]:
     """The prunings of the command line, in order; finetune: the recipe after each."""
-    mask = mask_options(args, finetune.epochs)
+    mask = mask_options(args, finetune.epochs, args.pruner)
     if args.pruner == "none":
         if mask:
             raise UserError("--pruner none prunes nothing; leave --mask_schedule out, or choose a pruner")
@@ -93,20 +91,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrain_recipe, finetune_recipe = recipes(args)
     steps = plan(args, finetune_recipe)
     run = open_run(args)
-    pruner = weight_pruner_loader(args.pruner) if steps else None
     keep = {"resume": args.resume, "overwrite": args.overwrite}
     if args.size_budget:
-        args.sparsity = [size_budget.safe_sparsity(run.new_model(), pruner, args.size_budget)]
+        args.sparsity = [size_budget.safe_sparsity(run.new_model(), args.pruner, args.size_budget)]
         steps = plan(args, finetune_recipe)
     tried_out = args.size_budget and args.iter_end == 1 and args.mask_schedule == "fixed"
-    stage1.check_steps(run, steps, pruner, "--amount" if args.amount else "--sparsity")
+    stage1.check_steps(run, steps, "--amount" if args.amount else "--sparsity")
     stage1.check_stages(run, stage1.dense_stage(run, pretrain_recipe, **keep), [] if tried_out else steps,
                         finetune_recipe, **keep)
     outcomes = [stage1.pretrain(run, pretrain_recipe, **keep)]
     if tried_out:
-        steps = [size_budget.fit(run, outcomes[0], steps[0], pruner, args.size_budget)]
-    outcomes += stage1.prune_steps(run, outcomes[0], steps, pruner, finetune_recipe, **keep)
-    stage1.print_summary(run, stage1.report(run, outcomes))
+        steps = [size_budget.fit(run, outcomes[0], steps[0], args.size_budget)]
+    outcomes += stage1.prune_steps(run, outcomes[0], steps, finetune_recipe, **keep)
+    stage1.report(run, outcomes)
     if args.size_budget:
         print(f"compact file: {size_budget.write(outcomes[-1], args.size_budget)}")
 

@@ -23,7 +23,6 @@ from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
-from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
@@ -103,7 +102,7 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     recipe = replace(FINETUNE_FINAL, epochs=epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
                      patience=None)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
-    return stage1.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, **keep)
+    return stage1.prune_and_finetune(run, dense, step, recipe, **keep)
 
 
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, epochs_before: int) -> Outcome:

@@ -21,7 +21,6 @@ from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
-from utils.pruning import weight_pruner_loader  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
@@ -95,8 +94,7 @@ def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
-    return stage1.prune_and_finetune(run, dense, step, weight_pruner_loader("magnitude"), recipe, resume=args.resume,
-                                     overwrite=args.overwrite)
+    return stage1.prune_and_finetune(run, dense, step, recipe, resume=args.resume, overwrite=args.overwrite)
 
 
 def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -104,8 +102,8 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
     steps = stage1.iterative_steps("magnitude", AMOUNT, 1, len(PUBLISHED["A"]))
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
-    return stage1.prune_steps(run, dense, steps[:last.iteration], weight_pruner_loader("magnitude"), recipe,
-                              resume=args.resume, overwrite=args.overwrite)[-1]
+    return stage1.prune_steps(run, dense, steps[:last.iteration], recipe, resume=args.resume,
+                              overwrite=args.overwrite)[-1]
 
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:

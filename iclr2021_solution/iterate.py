@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
 from utils import checkpoint, stage1  # noqa: E402
-from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
+from utils.mask_schedule import add_mask_options, mask_options  # noqa: E402
+from utils.pruning import PRUNERS  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
     add_iteration_options,
-    add_mask_options,
     add_model_option,
     add_overwrite_options,
     add_recipe_options,
@@ -30,7 +30,6 @@ from utils.run import (  # noqa: E402
     check_iterations,
     count,
     finetune_changes,
-    mask_options,
     open_run,
     pretrain_changes,
     script,
@@ -83,18 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pretrains if need be, then prunes and finetunes iteration by iteration, and reports."""
     args = parse_args(argv)
     amount, opt_pre, opt_post = settings(args)
-    mask = mask_options(args, opt_post.epochs)
+    mask = mask_options(args, opt_post.epochs, args.pruner)
     steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end, mask)
     run = open_run(args)
-    pruner = weight_pruner_loader(args.pruner)
     opt_pre, resume_dense = dense_settings(run, args, opt_pre)
     keep_dense = {"resume": resume_dense, "overwrite": args.overwrite}
     keep = {"resume": args.resume, "overwrite": args.overwrite}
-    stage1.check_steps(run, steps, pruner, "--amount")
+    stage1.check_steps(run, steps, "--amount")
     stage1.check_stages(run, stage1.dense_stage(run, opt_pre, **keep_dense), steps, opt_post, **keep)
     dense = stage1.pretrain(run, opt_pre, **keep_dense)
-    outcomes = stage1.prune_steps(run, dense, steps, pruner, opt_post, **keep)
-    stage1.print_summary(run, stage1.report(run, [dense, *outcomes]))
+    outcomes = stage1.prune_steps(run, dense, steps, opt_post, **keep)
+    stage1.report(run, [dense, *outcomes])
 
 
 if __name__ == "__main__":

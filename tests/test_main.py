@@ -23,6 +23,7 @@ from utils.common import UserError
 from utils.datasets import load_dataset
 from utils.model_loader import model_loader
 from utils.models import MODELS
+from utils.pruning import weights_left
 from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
 
 N = 270_896  # prunable weights of resnet20
@@ -370,5 +371,5 @@ def test_images_of_ones_own(flowers, image_folder, tmp_path, capsys):
 def test_the_highest_sparsity_of_the_message_leaves_a_weight():
     """1 - 1/30 is 0.96667, cut to one digit more than the number of weights has."""
     with pytest.raises(UserError, match=r"would leave 0 of 30 weights; the highest .* is 0\.966$"):
-        stage1.weights_left(30, 30, 0.99, "--sparsity 0.99")
-    assert stage1.weights_left(30, 30, 0.966, "") == 1
+        weights_left(30, 30, 0.99, "--sparsity 0.99")
+    assert weights_left(30, 30, 0.966, "") == 1

@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from utils import checkpoint
-from utils.common import UserError
-from utils.run import ArgumentParser, fraction, positive_int, script, unit_interval
+from utils.common import UserError, fraction, positive_int, unit_interval
+from utils.run import ArgumentParser, script
 
 SCRIPTS = ["main", "iclr2021_solution.iterate", "rl_regrowth_nas", "rl_saliency_regrowth", "inspect_checkpoint",
            "single_layer_regrowth_analysis", "benchmark_regrowth_methods", "quick_benchmark", "utils.saliency_analysis",

@@ -13,7 +13,7 @@ from utils import checkpoint, size_budget, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
 from utils.model_loader import model_loader
-from utils.pruning import PRUNERS, weight_pruner_loader
+from utils.pruning import PRUNERS, prune_to
 from utils.sparse_file import encode
 
 N = 270_896  # prunable weights of resnet20
@@ -60,20 +60,20 @@ def test_no_mask_takes_more_than_the_worst(name, spread):
 
 @pytest.mark.parametrize("pruner", ["magnitude", "unifplus", "lamp"])
 def test_impossible_budgets_are_refused_with_the_smallest_that_works(pruner):
-    model, prune = model_loader("resnet20", seed=0), weight_pruner_loader(pruner)
+    model = model_loader("resnet20", seed=0)
     with pytest.raises(UserError, match="smallest budget that works is") as caught:
-        size_budget.safe_sparsity(model, prune, 5_000)
+        size_budget.safe_sparsity(model, pruner, 5_000)
     smallest = size_budget.size(str(caught.value).split("works is ")[1].split(",")[0])
-    keep = round((1 - size_budget.safe_sparsity(model, prune, smallest)) * N)
+    keep = round((1 - size_budget.safe_sparsity(model, pruner, smallest)) * N)
     least = 432 + 128 if pruner == "unifplus" else 1  # all of the first layer, a fifth of the last
     assert least <= keep <= least + 25
     with pytest.raises(UserError, match="smallest budget"):
-        size_budget.safe_sparsity(model, prune, smallest - 101)
+        size_budget.safe_sparsity(model, pruner, smallest - 101)
 
 
 def test_a_budget_that_holds_everything_is_refused():
     with pytest.raises(UserError, match="hold all 270,896 weights; there is nothing to prune"):
-        size_budget.safe_sparsity(model_loader("resnet20", seed=0), weight_pruner_loader("magnitude"), 2_000_000)
+        size_budget.safe_sparsity(model_loader("resnet20", seed=0), "magnitude", 2_000_000)
 
 
 # --- from the command line -----------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_one_weight_more_would_not_fit(pruner, words, tmp_path, capsys):
     if pruner == "magnitude":  # what else decides is made by the run
         model = model_loader("resnet20", seed=0)
         model.load_state_dict(checkpoint.load_checkpoint(checkpoint.dense_path(tmp_path, "resnet20"))["net"])
-        stage1.prune_to(model, 1 - (survivors + 1) / N, weight_pruner_loader(pruner))
+        prune_to(model, survivors + 1, pruner)
         assert len(encode(model.state_dict())) > 64_000
     before = path.read_bytes()
     main_script.main([*words, "--size_budget", "64KB", "--pruner", pruner, "--resume"])
@@ -142,5 +142,5 @@ def test_a_model_that_was_there_already_and_is_too_large_fails_by_name(words, tm
 
 def test_every_pruner_has_its_fewest_weights():
     model = model_loader("resnet20", seed=0)
-    fewest = {name: size_budget._fewest(model, weight_pruner_loader(name)) for name in PRUNERS}
+    fewest = {name: size_budget._fewest(model, name) for name in PRUNERS}
     assert fewest.pop("unifplus") == 560 and set(fewest.values()) == {1}

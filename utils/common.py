@@ -1,6 +1,7 @@
 """What every other file may use: errors and notes, whole files, seeds, work on many tensors, precision, progress."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -222,3 +223,24 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` that `accepts` allows; the error says what was `wanted`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            meant = f"; did you mean {value / 100:.10g}?" if value and value > 1 and accepts(value / 100) else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}{meant}")
+        return value
+    return parse
+
+
+fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
+unit_interval = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")

@@ -7,8 +7,8 @@ selection rule of `SELECTORS`, an allocation and values of `INITIALISERS`; `Mask
 """
 from __future__ import annotations
 
+import argparse
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,10 +27,10 @@ from utils.analysis_utils import (
     prunable_layers,
     set_masks,
 )
-from utils.common import derive_seed, generator
+from utils.common import UserError, derive_seed, fraction, generator, positive_int
 from utils.data_loader import BatchLoader
-from utils.pruning import PRUNERS, make_pruner
-from utils.regrowth import SELECTORS, Evidence, WeightRegrowth
+from utils.pruning import PRUNERS, needed, prune_to
+from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth
 from utils.selection import exact_k_mask, exact_k_masks
 from utils.training import Trainer, TrainingHook
 
@@ -135,6 +135,53 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
 MASK_FIELDS = ("update_every", "update_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values",
                "evidence_steps")  # of a plan, that are free to choose
 
+# ---- options of the scripts ----------------------------------------------------------------------------------------
+
+
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """`--mask_schedule` and what it takes; None where not given, read by `mask_options`."""
+    group = parser.add_argument_group("mask schedule", "how the mask moves while the model is finetuned; defaults are "
+                                      "those of the schedule")
+    group.add_argument("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default="fixed",
+                       help="fixed prunes before the finetuning; the others start from the unpruned model")
+    group.add_argument("--update_every", type=positive_int, metavar="STEPS",
+                       help="steps from one update of the mask to the next (acdc: of a phase)")
+    group.add_argument("--update_until", type=fraction, help="fraction of the training after which the mask stays")
+    group.add_argument("--exchange", type=fraction,
+                       help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
+    group.add_argument("--regrow_rule", choices=list(SELECTORS), help="which weights return")
+    group.add_argument("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
+                       help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
+    group.add_argument("--regrow_values", choices=list(INITIALISERS), help="values that weights return with")
+    group.add_argument("--evidence_steps", type=positive_int, metavar="STEPS",
+                       help="training batches over which gradients are gathered before an update")
+
+
+def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str) -> dict[str, Any] | None:
+    """The mask schedule's name and the options that are given, completed by its defaults; None for 'fixed'.
+
+    finetune_epochs: of the training in which the mask moves; pruner: which weights go, of `PRUNERS`. UserError for
+    options that mean nothing together.
+    """
+    given = {name: value for name in MASK_FIELDS if (value := getattr(args, name)) is not None}
+    if args.mask_schedule == "fixed":
+        if given:
+            raise UserError(f"--{next(iter(given))} needs a --mask_schedule: {', '.join(MASK_SCHEDULES)}")
+        return None
+    schedule = MASK_SCHEDULES[args.mask_schedule]
+    unused = [name for name in given if name in schedule.ignores]
+    if unused:
+        raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")
+    if needed(PRUNERS.get(pruner)):
+        raise UserError(f"--pruner {pruner} looks at data once, before the finetuning; with --mask_schedule take "
+                        "magnitude or another rule of the weights")
+    if not finetune_epochs:
+        raise UserError(f"--mask_schedule {args.mask_schedule} moves the mask during finetuning, of which "
+                        "--finetune_epochs 0 leaves none")
+    plain = {name: getattr(MaskPlan, name) for name in MASK_FIELDS if name not in schedule.ignores}
+    return {"schedule": args.mask_schedule, **plain, **schedule.defaults, **given}
+
+
 # ---- one update ----------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +199,7 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
     weights = {name: layer.weight_orig.detach().clone() for name, layer in prunable_layers(model).items()}
     by_layer = plan.regrow_allocation == "layer"
     margin = 0 if by_layer else min(round(exchange * keep), keep - 1)
-    _prune_to_count(model, keep - margin, plan.pruner, seed)
+    prune_to(model, keep - margin, plan.pruner, seed)
     amounts = _give_up(model, exchange) if by_layer else {}
     missing = keep - count_pruned_params(model).surviving - sum(amounts.values())
     for name, count in _allocate(model, missing, plan, evidence, seed, amounts).items():
@@ -164,14 +211,6 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
             layer.weight_orig.copy_(torch.where(before[name], weights[name], layer.weight_orig))
             returned[name] = layer.weight_mask.bool() & ~before[name]
     return returned
-
-
-def _prune_to_count(model: nn.Module, keep: int, pruner: str, seed: int) -> None:
-    surviving = count_pruned_params(model).surviving
-    if keep < surviving:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty layer may come back; the run card names the last
-            make_pruner(PRUNERS[pruner])(model, 1.0 - keep / surviving, seed=seed)
 
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:

@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.allocation import ALLOCATORS
-from utils.common import UserError
+from utils.common import UserError, count, fraction, positive_float, positive_int, unit_interval
 from utils.controller import SearchConfig
 from utils.ladder import Ladder
 from utils.regrowth import INITIALISERS, SELECTORS
-from utils.run import (
-    ArgumentParser,
-    add_model_option,
-    add_run_options,
-    count,
-    fraction,
-    positive_float,
-    positive_int,
-    unit_interval,
-)
+from utils.run import ArgumentParser, add_model_option, add_run_options
 from utils.search import search_config
 from utils.stage2 import Method
 from utils.training import FINETUNE_FINAL, SCHEDULES

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.allocation import apportion
-from utils.analysis_utils import empty_layers, get_masks, prunable_layers, set_masks
+from utils.analysis_utils import count_pruned_params, empty_layers, get_masks, prunable_layers, set_masks
 from utils.common import UserError, numbers
 from utils.evidence import Evidence
 from utils.selection import exact_k_mask, exact_k_masks
@@ -86,6 +86,32 @@ def needs(*kinds: str) -> Callable[[Rule], Rule]:
 def needed(rule: Rule) -> tuple[str, ...]:
     """The kinds of evidence that a rule looks at; none for most."""
     return getattr(rule, "needs", ())
+
+
+def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int:
+    """round((1 - sparsity) * total); UserError, in which `asked` names the wish, unless 0 < that < surviving."""
+    keep = round((1.0 - sparsity) * total)
+    if keep < 1:
+        scale = 10 ** (len(str(total)) + 1)
+        highest = math.floor((1 - 1 / total) * scale) / scale
+        raise UserError(f"{asked} would leave 0 of {total:,} weights; the highest sparsity that leaves one is "
+                        f"{highest:.12g}")
+    if keep >= surviving:
+        raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
+                        f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
+    return keep
+
+
+def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: Evidence | None = None) -> None:
+    """Prunes by the rule of `PRUNERS` until exactly `keep` weights survive; nothing where that many or fewer do.
+
+    What leaves a layer empty is not warned of. Raises UserError as `weight_pruner_loader` says.
+    """
+    surviving = count_pruned_params(model).surviving
+    if keep < surviving:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            weight_pruner_loader(pruner)(model, 1.0 - keep / surviving, seed=seed, evidence=evidence)
 
 
 def _prune(model: nn.Module, rule: Rule, amount: float, seed: int, evidence: Evidence) -> None:

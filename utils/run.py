@@ -17,16 +17,22 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from utils.allocation import ALLOCATORS
 from utils.checkpoint import dense_path, ensure_writable, progress_path, read_card
-from utils.common import PRECISIONS, UserError, derive_seed, one_line, resolve_precision
+from utils.common import (
+    PRECISIONS,
+    UserError,
+    count,
+    derive_seed,
+    fraction,
+    one_line,
+    positive_float,
+    positive_int,
+    resolve_precision,
+)
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
-from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, MaskPlan
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
-from utils.pruning import PRUNERS, needed
-from utils.regrowth import INITIALISERS, SELECTORS
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -83,27 +89,6 @@ class ArgumentParser(argparse.ArgumentParser):
 def _at_home(word: str) -> str:
     option, equals, value = word.partition("=")
     return option + equals + os.path.expanduser(value) if option.startswith("-") else os.path.expanduser(word)
-
-
-def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: a number of `kind` that `accepts` allows; the error says what was `wanted`."""
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            meant = f"; did you mean {value / 100:.10g}?" if value and value > 1 and accepts(value / 100) else ""
-            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}{meant}")
-        return value
-    return parse
-
-
-fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
-unit_interval = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
-count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
-positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def add_model_option(parser: Any, default: str | None = None, text: str = "network to use", **more: Any) -> Any:
@@ -379,49 +364,6 @@ def add_recipe_options(parser: argparse.ArgumentParser, pre: Recipe, post: Recip
                        help=f"learning rate of finetuning, AdamW (default: {post.lr})")
     group.add_argument("--finetune_schedule", choices=list(SCHEDULES),
                        help=f"learning rate over the finetuning epochs (default: {post.schedule})")
-
-
-def add_mask_options(parser: argparse.ArgumentParser) -> None:
-    """`--mask_schedule` and what it takes; None where not given, read by `mask_options`."""
-    group = parser.add_argument_group("mask schedule", "how the mask moves while the model is finetuned; defaults are "
-                                      "those of the schedule")
-    group.add_argument("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default="fixed",
-                       help="fixed prunes before the finetuning; the others start from the unpruned model")
-    group.add_argument("--update_every", type=positive_int, metavar="STEPS",
-                       help="steps from one update of the mask to the next (acdc: of a phase)")
-    group.add_argument("--update_until", type=fraction, help="fraction of the training after which the mask stays")
-    group.add_argument("--exchange", type=fraction,
-                       help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
-    group.add_argument("--regrow_rule", choices=list(SELECTORS), help="which weights return")
-    group.add_argument("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
-                       help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
-    group.add_argument("--regrow_values", choices=list(INITIALISERS), help="values that weights return with")
-    group.add_argument("--evidence_steps", type=positive_int, metavar="STEPS",
-                       help="training batches over which gradients are gathered before an update")
-
-
-def mask_options(args: argparse.Namespace, finetune_epochs: int) -> dict[str, Any] | None:
-    """The mask schedule's name and the options that are given, completed by its defaults; None for 'fixed'.
-
-    finetune_epochs: of the training in which the mask moves. UserError for options that mean nothing together.
-    """
-    given = _given(**{name: getattr(args, name) for name in MASK_FIELDS})
-    if args.mask_schedule == "fixed":
-        if given:
-            raise UserError(f"--{next(iter(given))} needs a --mask_schedule: {', '.join(MASK_SCHEDULES)}")
-        return None
-    schedule = MASK_SCHEDULES[args.mask_schedule]
-    unused = [name for name in given if name in schedule.ignores]
-    if unused:
-        raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")
-    if needed(PRUNERS.get(args.pruner)):
-        raise UserError(f"--pruner {args.pruner} looks at data once, before the finetuning; with --mask_schedule take "
-                        "magnitude or another rule of the weights")
-    if not finetune_epochs:
-        raise UserError(f"--mask_schedule {args.mask_schedule} moves the mask during finetuning, of which "
-                        "--finetune_epochs 0 leaves none")
-    plain = {name: getattr(MaskPlan, name) for name in MASK_FIELDS if name not in schedule.ignores}
-    return {"schedule": args.mask_schedule, **plain, **schedule.defaults, **given}
 
 
 def pretrain_changes(args: argparse.Namespace) -> dict[str, Any]:

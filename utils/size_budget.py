@@ -19,8 +19,9 @@ from utils.analysis_utils import clone_model, count_pruned_params, prunable_laye
 from utils.common import RunFailed, UserError
 from utils.evidence import Evidence
 from utils.inspection import load_artifact
+from utils.pruning import prune_to
 from utils.run import Run
-from utils.stage1 import Outcome, Pruner, PruneStep
+from utils.stage1 import Outcome, PruneStep
 
 Sizes = Callable[[int], int]  # number of surviving weights -> bytes of the compact file
 UNITS = {"KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
@@ -53,7 +54,7 @@ def worst_sizes(model: nn.Module) -> Sizes:
     return size_of
 
 
-def safe_sparsity(model: nn.Module, pruner: Pruner, budget: int) -> float:
+def safe_sparsity(model: nn.Module, pruner: str, budget: int) -> float:
     """The least sparsity at which the compact file fits into `budget` bytes, whichever weights survive.
 
     UserError where the fewest weights that the pruner can leave take more, with the smallest budget that works, and
@@ -71,32 +72,31 @@ def safe_sparsity(model: nn.Module, pruner: Pruner, budget: int) -> float:
     return 1.0 - keep / total
 
 
-def _fewest(model: nn.Module, pruner: Pruner) -> int:
+def _fewest(model: nn.Module, pruner: str) -> int:
     """The fewest weights that the pruner can leave; 1 for most."""
     total = count_pruned_params(model).total
     equal = Evidence(gradient={name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()})
 
     def works(keep: int) -> bool:
         try:
-            stage1.prune_to(clone_model(model), 1.0 - keep / total, pruner, announce=False, evidence=equal)
+            prune_to(clone_model(model), keep, pruner, evidence=equal)
         except UserError:
             return False
         return True
     return 1 if works(1) else 1 + bisect_right(range(1, total), False, key=works)
 
 
-def fit(run: Run, dense: Outcome, step: PruneStep, pruner: Pruner, budget: int) -> PruneStep:
+def fit(run: Run, dense: Outcome, step: PruneStep, budget: int) -> PruneStep:
     """The one-shot step with the least sparsity that fits `budget` bytes: with one weight more it would not.
 
-    step: with the sparsity of `safe_sparsity`. Which weights survive says the pruner on a copy of the dense model;
+    step: with the sparsity of `safe_sparsity`. Which weights survive says its pruner on a copy of the dense model;
     finetuning changes their values only, which have one size.
     """
     total, evidence = count_pruned_params(dense.model).total, stage1.pruning_evidence(run, dense.model)
 
     def size_of(keep: int) -> int:
         model = clone_model(dense.model)
-        stage1.prune_to(model, 1.0 - keep / total, pruner, stage1.pruning_seed(run, step), announce=False,
-                        evidence=evidence)
+        prune_to(model, keep, step.pruner, stage1.pruning_seed(run, step), evidence)
         return len(sparse_file.encode(model.state_dict()))
     fewest, most = round((1.0 - step.sparsity) * total), min(total, budget // WEIGHT + 2)
     keep = fewest - 1 + bisect_right(range(fewest, most), budget, key=size_of)

@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +19,11 @@ from utils.common import UserError, derive_seed, note, one_line
 from utils.evidence import Evidence, SaliencyComputer
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
+from utils.pruning import prune_to, weights_left
 from utils.run import Run
 from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
 
-Pruner = Callable[..., None]
 DRIFT_IMAGES = 500  # over which a mask schedule measures drift
 GRADIENT_BATCH = 128  # images; 50 batches are averaged over for pruning rules that look at gradients
 
@@ -52,7 +51,7 @@ class PruneStep:
     iteration: int
     sparsity: float
     previous: float = 0.0  # nominal sparsity of the checkpoint that the step starts from; 0: the dense model
-    mask: Mapping[str, Any] | None = None  # schedule of the mask while finetuning (`run.mask_options`); None: fixed
+    mask: Mapping[str, Any] | None = None  # schedule of the mask while finetuning (`mask_options`); None: fixed
 
 
 def rate_towards(sparsity: float, iterations: int) -> float:
@@ -95,7 +94,7 @@ def _check_names(sparsities: Sequence[float], remedy: str) -> None:
                             f"has four decimals; {remedy}")
 
 
-def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, option: str) -> None:
+def check_steps(run: Run, steps: Sequence[PruneStep], option: str) -> None:
     """Raises UserError before anything is trained: a missing starting checkpoint or an unreachable sparsity.
 
     option: what chose the sparsities on the command line, for the message.
@@ -109,11 +108,10 @@ def check_steps(run: Run, steps: Sequence[PruneStep], pruner: Pruner | None, opt
     model = run.new_model()
     total = count_pruned_params(model).total
     for step in steps:
-        single = not step.previous
-        asked = f"{option} {step.sparsity:.12g}" if single else f"{option}: iteration {step.iteration}"
-        weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
+        asked = f"{option}: iteration {step.iteration}" if step.previous else f"{option} {step.sparsity:.12g}"
+        keep = weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
     equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
-    prune_to(model, steps[-1].sparsity, pruner, announce=False, evidence=Evidence(gradient=equal))  # counts matter only
+    prune_to(model, keep, steps[-1].pruner, evidence=Evidence(gradient=equal))  # only the counts matter here
 
 
 def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe, *, resume: bool = False,
@@ -127,35 +125,31 @@ def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Rec
         return
     stages = {dense.artifact: dense}
     for step in steps:
-        parent = _parent_path(run, step)
-        artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-        made_first = stages.get(parent)
-        if made_first is None or made_first.finished:
-            config = _prune_config(run, step, recipe, checkpoint.file_digest(parent))
+        path, artifact = _parent_path(run, step), checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
+        parent = stages.get(path)
+        if parent is None or parent.finished:
+            config = _prune_config(run, step, recipe, checkpoint.file_digest(path))
         else:
-            config = _prune_config(run, step, recipe, _parent_named_by(artifact))
-            _check_follows(artifact, config, made_first)
+            progress = checkpoint.progress_path(artifact)
+            interrupted = checkpoint.load_checkpoint(progress) if progress.exists() else None
+            card = checkpoint.read_card(artifact)
+            made_from = (interrupted or card or {}).get("config", {}).get("parent")
+            config = _prune_config(run, step, recipe, made_from)
+            if card and not interrupted:
+                _check_follows(artifact, card.get("config", {}), config, parent)
         stages[artifact] = Stage(artifact, config, resume=resume)
 
 
-def _check_follows(artifact: Path, config: dict[str, Any], parent: Stage) -> None:
+def _check_follows(artifact: Path, made: dict[str, Any], asked: dict[str, Any], parent: Stage) -> None:
     """UserError for a finished artifact that cannot be kept once `parent` has been trained; not even by --resume."""
-    card, old = checkpoint.read_card(artifact), checkpoint.read_card(parent.artifact)
-    if card is None or checkpoint.progress_path(artifact).exists():
+    old = checkpoint.read_card(parent.artifact)
+    if old and old.get("config") != parent.config and asked["parent"] == old["sha256"]:
+        made, asked = old.get("config", {}), parent.config
+    elif made == json.loads(json.dumps(asked)):
         return
-    replaced = old is not None and old.get("config") != parent.config and config["parent"] == old["sha256"]
-    made, asked = (old.get("config", {}), parent.config) if replaced else (card.get("config", {}), config)
-    if replaced or made != json.loads(json.dumps(asked)):
-        raise UserError(f"{artifact} exists and was made with other arguments: {differences(made, asked)}. It cannot "
-                        f"be kept, because {parent.artifact.name} is trained first and will not be what it came from. "
-                        "Use --root for another place, or --overwrite to redo everything")
-
-
-def _parent_named_by(artifact: Path) -> str | None:
-    """Digest of the parent in what is there of a pruned artifact: its interrupted stage, else its run card."""
-    progress = checkpoint.progress_path(artifact)
-    saved = checkpoint.load_checkpoint(progress) if progress.exists() else checkpoint.read_card(artifact) or {}
-    return saved.get("config", {}).get("parent")
+    raise UserError(f"{artifact} exists and was made with other arguments: {differences(made, asked)}. It cannot be "
+                    f"kept, because {parent.artifact.name} is trained first and will not be what it came from. Use "
+                    "--root for another place, or --overwrite to redo everything")
 
 
 def _parent_path(run: Run, step: PruneStep) -> Path:
@@ -179,15 +173,14 @@ def dense_stage(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bo
                  overwrite=overwrite and artifact not in run.made)
 
 
-def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], pruner: Pruner | None, recipe: Recipe,
-                **keep: bool) -> list[Outcome]:
+def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], recipe: Recipe, **keep: bool) -> list[Outcome]:
     """Carries out `steps` in order, each from its parent; `keep`: resume and overwrite as of `Stage`."""
     outcomes: list[Outcome] = []
     known = {dense.artifact: dense}
     for step in steps:
         path = _parent_path(run, step)
         parent = known[path] if path in known else load_outcome(run, path)
-        outcomes.append(prune_and_finetune(run, parent, step, pruner, recipe, **keep))
+        outcomes.append(prune_and_finetune(run, parent, step, recipe, **keep))
         known[outcomes[-1].artifact] = outcomes[-1]
         write_summary(run)
     return outcomes
@@ -197,7 +190,7 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it; see `Stage` for the rules."""
     stage = dense_stage(run, recipe, resume=resume, overwrite=overwrite)
     if stage.finished:
-        return _reuse(run, stage)
+        return reuse(run, stage)
     model = run.new_model()
     trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "pretrain"),
                       precision=run.precision)
@@ -213,18 +206,14 @@ def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool 
     return Outcome(model, stage.artifact, stage.card)
 
 
-def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Pruner, recipe: Recipe, *,
-                       resume: bool = False, overwrite: bool = False) -> Outcome:
-    """Prunes a copy of the parent's model to ``step.sparsity`` and finetunes it, or reuses the artifact.
-
-    pruner: ``pruner(model, amount, seed=...)`` of `utils.pruning`; exactly round((1 - s) * N) of the
-    N prunable weights survive.
-    """
+def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recipe, *, resume: bool = False,
+                       overwrite: bool = False) -> Outcome:
+    """Prunes a copy of the parent's model to exactly ``step.sparsity`` and finetunes it, or reuses the artifact."""
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
     config = _prune_config(run, step, recipe, parent.digest)
     stage = Stage(artifact, config, resume=resume, overwrite=overwrite and artifact not in run.made)
     if stage.finished:
-        return _reuse(run, stage)
+        return reuse(run, stage)
     model = clone_model(parent.model)
     seed = pruning_seed(run, step)
     label, facts, mover = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}", {}, None
@@ -232,10 +221,14 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, pruner: Prune
         mover = mask_mover(run, model, step, seed)
         label = f"{step.mask['schedule']}, {label}"
     else:
-        prune_to(model, step.sparsity, pruner, seed, evidence=pruning_evidence(run, model))
+        counts = count_pruned_params(model)
+        keep = weights_left(counts.total, counts.surviving, step.sparsity, f"sparsity {step.sparsity:.12g}")
+        prune_to(model, keep, step.pruner, seed, pruning_evidence(run, model))
+        if empty := empty_layers(model):
+            print(one_line(f"warning: no weight is left at sparsity {step.sparsity:.5g} in {', '.join(empty)}; what "
+                           "passes through there alone is lost"))
         facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
-        print(f"{label}: {count_pruned_params(model).surviving} weights kept, validation after pruning "
-              f"{facts['val_acc_after_pruning']:.2f} %")
+        print(f"{label}: {keep} weights kept, validation after pruning {facts['val_acc_after_pruning']:.2f} %")
     trainer = Trainer(model, run.train, run.val, recipe, seed=finetuning_seed(run, step.iteration),
                       precision=run.precision, hook=mover)
     result = stage.fit(trainer, label)
@@ -284,36 +277,6 @@ def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
     return Evidence(gradient=gradient)
 
 
-def prune_to(model: nn.Module, sparsity: float, pruner: Pruner, seed: int = 0, announce: bool = True,
-             evidence: Evidence | None = None) -> None:
-    """Prunes so that exactly round((1 - sparsity) * N) of the N prunable weights survive; names emptied layers.
-
-    Raises UserError, with the model unchanged, if that is none of them or all that are left.
-    """
-    counts = count_pruned_params(model)
-    keep = weights_left(counts.total, counts.surviving, sparsity, f"sparsity {sparsity:.12g}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said below, in one line
-        pruner(model, 1.0 - keep / counts.surviving, seed=seed, evidence=evidence)
-    if announce and (empty := empty_layers(model)):
-        print(one_line(f"warning: no weight is left at sparsity {sparsity:.5g} in {', '.join(empty)}; what passes "
-                       "through there alone is lost"))
-
-
-def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int:
-    """round((1 - sparsity) * total); UserError, in which `asked` names the wish, unless 0 < that < surviving."""
-    keep = round((1.0 - sparsity) * total)
-    if keep < 1:
-        scale = 10 ** (len(str(total)) + 1)
-        highest = math.floor((1 - 1 / total) * scale) / scale
-        raise UserError(f"{asked} would leave 0 of {total:,} weights; the highest sparsity that leaves one is "
-                        f"{highest:.12g}")
-    if keep >= surviving:
-        raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
-                        f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
-    return keep
-
-
 def load_outcome(run: Run, artifact: Path) -> Outcome:
     """An existing artifact with its model.
 
@@ -333,39 +296,31 @@ def check_data(run: Run, artifact: Path, card: Mapping[str, Any]) -> None:
     With another split its training images would be among the run's validation images, and every choice made on them
     too good. Other images of the same data set (such as a JPEG copy) are only warned of.
     """
-    config = card.get("config", {})
+    config, split = card.get("config", {}), card.get("config", {}).get("val_split")
     if run.timing_only or "data_fingerprint" not in config:
         return
-    if config["data_fingerprint"] != run.data.fingerprint:
-        there, here = config["dataset"], run.data_label
-        _check_same_data_set(run, artifact, there, card.get("input", {}))
-        print(f"warning: {artifact} was trained on other images ({there}) than this run reads ({here}); it may have "
-              "seen some that are held out here")
+    if config["data_fingerprint"] == run.data.fingerprint:
+        if split not in (None, run.val_split):
+            raise UserError(f"{artifact} was trained with --val_split {split:g}; with {run.val_split:g} images that it "
+                            f"was trained on would count as validation. Use --val_split {split:g}, or train it anew")
         return
-    split = config.get("val_split")
-    if split is not None and split != run.val_split:
-        raise UserError(f"{artifact} was trained with --val_split {split:g}; with {run.val_split:g} images that it was "
-                        f"trained on would count as validation. Use --val_split {split:g}, or train it anew")
-
-
-def _check_same_data_set(run: Run, artifact: Path, there: str, known: dict[str, Any]) -> None:
-    """UserError when name, classes or image size of the data that an artifact was trained on are not the run's.
-
-    there: the data's label in the artifact's card; known: the card's `input`, empty on older cards.
-    """
-    name, here = there.rpartition(", ")[0], run.model_input()
-    if name == run.data.name and all(known.get(key, here[key]) == here[key] for key in ("classes", "image_size")):
+    saved, here = card.get("input", {}), run.model_input()  # older cards do not say what the input is
+    name = config["dataset"].rpartition(", ")[0]
+    if name == run.data.name and all(saved.get(key, here[key]) == here[key] for key in ("classes", "image_size")):
+        print(f"warning: {artifact} was trained on other images ({config['dataset']}) than this run reads "
+              f"({run.data_label}); it may have seen some that are held out here")
         return
-    labels = [f"{label} ({len(facts['classes'])} classes, {facts['image_size']} pixels)" if facts else label
-              for label, facts in ((there, known), (run.data_label, here))]
-    options = f"--dataset {known.get('dataset', name)}"
-    if known.get("dataset") == "folder":
-        options += f" --data_dir {known['data_dir']} --image_size {known['image_size']}"
-    raise UserError(f"{artifact} was trained on another data set: {labels[0]}, and this run reads {labels[1]}; use "
-                    f"{options}, or another --root")
+    trained, read = (f"{label} ({len(facts['classes'])} classes, {facts['image_size']} pixels)" if facts else label
+                     for label, facts in ((config["dataset"], saved), (run.data_label, here)))
+    options = f"--dataset {saved.get('dataset', name)}"
+    if saved.get("dataset") == "folder":
+        options += f" --data_dir {saved['data_dir']} --image_size {saved['image_size']}"
+    raise UserError(f"{artifact} was trained on another data set: {trained}, and this run reads {read}; use {options}, "
+                    "or another --root")
 
 
-def _reuse(run: Run, stage: Stage) -> Outcome:
+def reuse(run: Run, stage: Stage) -> Outcome:
+    """The artifact of a finished stage, which is said."""
     print(stage.reuse_note())
     return load_outcome(run, stage.artifact)
 
@@ -381,14 +336,23 @@ def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
-def report(run: Run, outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """Reads the test set for every model that has no test accuracy yet, then writes the CSV and the figure.
+def report(run: Run, outcomes: Sequence[Outcome]) -> None:
+    """Reads the test set for every model that has no test accuracy yet, then writes table and figure and prints them.
 
-    Returns the table's rows (see `summary_rows`), of all artifacts of the model under the run's root.
+    They hold all artifacts of the model under the run's root.
     """
-    outcomes = list(outcomes)
     read_test(run, outcomes)
-    return write_summary(run, outcomes)
+    rows, folder = write_summary(run, outcomes), run.root / run.m_name
+    print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
+    print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'effective':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
+    for row in rows:
+        test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
+        effective = row["effective_sparsity"]
+        effective = "-" if effective == "" else checkpoint.format_sparsity(effective)
+        print(f"{row['pruner']:>10} {row['schedule']:>9} {checkpoint.format_sparsity(row['sparsity']):>9} "
+              f"{effective:>9} {row['surviving']:10,} {row['val_acc']:7.2f} {test}")
+    print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
+          f"table and figure: {folder / 'pruning_results.csv'}, {folder / 'pruning_results.png'}")
 
 
 def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
@@ -426,52 +390,31 @@ def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] |
     note.
     """
     pruned = sorted(checkpoint.pruned_path(root, m_name, 0.5).parent.glob("pruned_finetuned_mask_*.pth"))
-    artifacts = [checkpoint.dense_path(root, m_name)]
-    artifacts += [path for path in pruned if not path.name.endswith(".progress.pth")]
-    rows = [row for path in artifacts if (row := _row_or_note(path, (cards or {}).get(path)))]
+    rows = []
+    for path in [checkpoint.dense_path(root, m_name), *pruned]:
+        try:
+            card = checkpoint.read_card(path) or (cards or {}).get(path)
+            if card:
+                rows.append(_row(path, card))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "its run card is not one of this project"
+            note(f"{path} is left out of tables and figures: {reason}")
     return sorted(rows, key=lambda row: (row["pruner"] != "none", row["pruner"], row["schedule"], row["sparsity"]))
 
 
-def _row_or_note(path: Path, card: dict[str, Any] | None) -> dict[str, Any] | None:
-    """card: for a model that has none on disk."""
-    try:
-        card = checkpoint.read_card(path) or card
-        if not card:
-            return None
-        row = _row(path, card)
-        if not (0 <= row["sparsity"] <= 1 and math.isfinite(row["val_acc"]) and float(row["test_acc"] or 0) >= 0
-                and all(isinstance(row[key], str) for key in ("pruner", "schedule", "dataset"))):
-            raise ValueError
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "its run card is not one of this project"
-        note(f"{path} is left out of tables and figures: {reason}")
-        return None
-    return row
-
-
 def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """Raises one of many errors where the card is not of this project."""
     config = card["config"]
     pruner = config.get("pruner", "unknown" if card["sparsity"] else "none")
-    return {"pruner": pruner, "schedule": config.get("schedule", ""),
-            "iteration": config.get("iteration", 0), "sparsity": card["sparsity"],
-            "effective_sparsity": "" if card.get("effective_sparsity") is None else card["effective_sparsity"],
-            "surviving": card["surviving"], "total": card["total"],
-            "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
-            "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],
-            "epochs": card["epochs"], "seed": config["seed"], "dataset": config["dataset"],
-            "precision": config["precision"], "seconds": card["seconds"], "checkpoint": path.name}
-
-
-def print_summary(run: Run, rows: list[dict[str, Any]]) -> None:
-    """A short table of accuracies by sparsity, and where the files are."""
-    print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
-    print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'effective':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
-    for row in rows:
-        test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
-        effective = row["effective_sparsity"]
-        effective = "-" if effective == "" else checkpoint.format_sparsity(effective)
-        print(f"{row['pruner']:>10} {row['schedule']:>9} {checkpoint.format_sparsity(row['sparsity']):>9} "
-              f"{effective:>9} {row['surviving']:10,} {row['val_acc']:7.2f} {test}")
-    folder = run.root / run.m_name
-    print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
-          f"table and figure: {folder / 'pruning_results.csv'}, {folder / 'pruning_results.png'}")
+    effective = card.get("effective_sparsity")  # None where the paths are unknown, and on older cards
+    row = {"pruner": pruner, "schedule": config.get("schedule", ""), "iteration": config.get("iteration", 0),
+           "sparsity": card["sparsity"], "effective_sparsity": "" if effective is None else effective,
+           "surviving": card["surviving"], "total": card["total"],
+           "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
+           "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],
+           "epochs": card["epochs"], "seed": config["seed"], "dataset": config["dataset"],
+           "precision": config["precision"], "seconds": card["seconds"], "checkpoint": path.name}
+    if not (0 <= row["sparsity"] <= 1 and math.isfinite(row["val_acc"]) and float(row["test_acc"] or 0) >= 0
+            and all(isinstance(row[key], str) for key in ("pruner", "schedule", "dataset"))):
+        raise ValueError(path)
+    return row
