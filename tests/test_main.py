@@ -261,7 +261,7 @@ def test_the_summary_has_a_row_for_a_model_without_a_run_card(untrained_options,
         assert [(row["pruner"], row["surviving"]) for row in rows] == [("none", str(N)), ("magnitude", "27090")]
         printed = next(line for line in shown.splitlines() if line.split()[:1] == ["none"]).split()
         accuracies = [f"{float(rows[0][key]):.2f}" for key in ("val_acc", "test_acc")]
-        assert printed == ["none", "0", "270,896", *accuracies]
+        assert printed == ["none", "0", "0", "270,896", *accuracies]
     assert not checkpoint.card_path(dense).exists()  # nothing is known of how it was made
 
 
