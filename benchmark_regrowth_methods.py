@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """What each step of a regrowth episode costs, by both methods: loading, SSIM drift, evidence (gradients or reference),
-selection, mask update with initial values, mini-finetuning; and our versions against straightforward ones.
+selection, mask update with initial values, mini-finetuning; our versions against straightforward ones; and what moving
+the mask while training costs, by every schedule.
 
 The published setting is --m_name vgg16 at 0.99, from which 147,156 weights return. Without the checkpoints of stage 1
 (or with --synthetic) untrained weights and random images are timed, which takes as long.
@@ -9,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils import benchmark, checkpoint, plots
-from utils.benchmark import peak_memory_mb
 from utils.common import Progress, UserError
+from utils.mask_schedule import MASK_SCHEDULES
 from utils.methods import METHODS
 from utils.run import ArgumentParser, Run, environment, script
 
@@ -52,6 +56,13 @@ def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[s
                 rows.append({"run": number, "method": name, **last[name].seconds})
                 checkpoint.save_csv(rows, log)
     return seconds, last
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def timings(card: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -97,14 +108,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         repeats = min(args.num_runs, 5)
         comparisons = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
         comparisons += [*benchmark.loader_rows(run, repeats), benchmark.lamp_row(run.device, repeats)]
-    stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons)
+        schedules = [benchmark.schedule_row(run, name, args.start_sparsity) for name in MASK_SCHEDULES]
+    stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons + schedules)
     weights = sum(next(iter(episodes.values())).allocation.values())
     setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,
                "target_sparsity": args.target_sparsity, "regrown": weights, "num_images": args.num_images,
                "precision": run.precision, "threads": environment(run.device)["threads"]}
     checkpoint.save_csv(stages, folder / "stages.csv")
     checkpoint.save_csv(comparisons, folder / "comparisons.csv")
-    card = run.card(setting=setting, stages=stages, comparisons=comparisons, bars=bars,
+    checkpoint.save_csv(schedules, folder / "mask_updates.csv")
+    card = run.card(setting=setting, stages=stages, comparisons=comparisons, mask_updates=schedules, bars=bars,
                     peak_memory_mb=peak_memory_mb(run.device))
     checkpoint.save_json(card, folder / "benchmark.json")
     partial.replace(folder / "episodes.csv")

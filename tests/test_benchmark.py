@@ -16,6 +16,7 @@ from utils import benchmark, checkpoint
 from utils import benchmark as report
 from utils.analysis_utils import clone_model, get_masks
 from utils.benchmark import spread
+from utils.mask_schedule import MASK_SCHEDULES
 
 SMALL = ["--m_name", "resnet20", "--num_images", "200", "--num_runs", "2", "--device", "cpu", "--precision", "fp32"]
 
@@ -101,6 +102,22 @@ def test_the_training_bars_are_for_resnet20_with_bf16_on_a_cpu():
     assert benchmark.bars(fake_run("resnet20", "cpu", "bf16", images=1_999), [row("training resnet20", 1, 3)]) == []
 
 
+def test_a_mover_is_timed_step_by_step(episodes):
+    run = episodes[0]
+    found = benchmark.schedule_row(run, "granet", 0.9)
+    every, plain, watched = found["update_every"], found["step_s"], found["watched_step_s"]
+    assert (every, found["repeats"]) == (40, 2)  # eight steps, two of them before an update
+    assert found["median_s"] > 0 and plain > 0
+    assert found["share_percent"] == pytest.approx(
+        100 * (found["median_s"] + max(0, watched - plain)) / (every * plain))
+
+
+def test_a_mask_update_may_take_three_per_cent_of_the_training():
+    rows = [{"measurement": "mask updates, rigl", "share_percent": share} for share in (2.9, 3.1)]
+    assert [bar["met"] for bar in benchmark.bars(fake_run("vgg16", "cpu", "bf16"), rows)] == [True, False]
+    assert benchmark.bars(fake_run("vgg16", "cpu", "bf16", images=100), rows) == []
+
+
 def test_bars_are_said_in_words(capsys):
     report.print_bars(benchmark.bars(fake_run("resnet20", "cpu", "bf16"), [row("training resnet20", 1, 2.9, 1_300)]))
     shown = capsys.readouterr().out.splitlines()
@@ -134,12 +151,6 @@ def test_blocks_of_one_stage_add_up():
     assert spread([3.0, 1.0, 2.0]) == {"median_s": 2.0, "fastest_s": 1.0, "slowest_s": 3.0, "repeats": 3}
 
 
-def test_first_images_are_taken_evenly(tiny_dataset):
-    few = benchmark.first_images(tiny_dataset, 10)
-    assert len(few.train_images) == 10 and sorted(set(few.train_targets)) == [0, 1, 2, 3, 4]
-    assert len(benchmark.first_images(tiny_dataset, 10**6).train_images) == 200
-
-
 def test_the_benchmark_writes_everything_and_compares(tmp_path, image_folder, run_script):
     make_start(tmp_path)
     words = [*SMALL[:2], *SMALL[4:], "--num_images", "80", "--data_dir", image_folder, "--root", tmp_path]
@@ -153,12 +164,14 @@ def test_the_benchmark_writes_everything_and_compares(tmp_path, image_folder, ru
     assert made["setting"]["data"] == "cifar10, image folder (PNG)" and made["setting"]["regrown"] == 2_709
     assert {row["measurement"] for row in made["comparisons"]} == \
         {"regrowth, reference", "regrowth, saliency", "loader", "training resnet20", "LAMP 0.99, vgg16"}
+    assert [row["measurement"] for row in made["mask_updates"]] == [f"mask updates, {name}" for name in MASK_SCHEDULES]
+    assert (folder / "mask_updates.csv").is_file()
     assert made["peak_memory_mb"] > 100 and (folder / "benchmark.png").stat().st_size > 1000
     with open(folder / "episodes.csv") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["1", "1", "2", "2"]
     assert not (folder / "episodes.partial.csv").exists()
-    again = run_script("benchmark_regrowth_methods.py", *words, "--synthetic", "--compare", folder / "benchmark.json",
-                       "--save_dir", tmp_path / "again")
+    again = run_script("benchmark_regrowth_methods.py", *words, "--synthetic", "--num_runs", "1", "--compare",
+                       folder / "benchmark.json", "--save_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert "the runs differ: data was" in again.stdout and "reference / selection" in again.stdout
     wrong = run_script("benchmark_regrowth_methods.py", *words, "--compare", folder / "stages.csv")

@@ -4,7 +4,7 @@ the speeds that this project aims at.
 from __future__ import annotations
 
 import argparse
-import resource
+import math
 import statistics
 import time
 from collections import deque
@@ -28,6 +28,7 @@ from utils.analysis_utils import clone_model, prunable_layers
 from utils.common import generator
 from utils.data_loader import PAD, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
+from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan
 from utils.methods import regrowth_arguments
 from utils.model_loader import model_loader
 from utils.pruning import weight_pruner_loader
@@ -41,53 +42,44 @@ EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
 EPOCH_SECONDS = {"resnet20": 1, "vgg16": 2}  # of these images, on a GPU
 TOTAL = "end to end"
 Row = dict[str, Any]
-Spread = dict[str, float]
 
 # --- the clock -----------------------------------------------------------------------------------------------------
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits until the device has done all it was given (nothing to wait for on a CPU)."""
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
-    """Adds the seconds that the block takes, the device's work included, to those of the stage."""
-    synchronise(device)
-    start = time.perf_counter()
+    """Adds the seconds that the block takes to those of the stage."""
+    start = now(device)
     yield
-    synchronise(device)
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + now(device) - start
 
 
 def measure(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
-            prepare: Callable[[], Any] | None = None) -> list[Spread]:
+            prepare: Callable[[], Any] | None = None) -> list[Row]:
     """Times ``work(prepare())`` (``work()`` without `prepare`, which is not timed) of each version `repeats` times
     after a warm-up, in turn (A B A B ...), so that a machine whose speed drifts treats them alike.
     """
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(warmup + repeats):
         for own, work in zip(taken, works):
-            arguments, seconds = [] if prepare is None else [prepare()], {}
-            with timed(seconds, "work", device):
-                work(*arguments)
-            own.append(seconds["work"])
+            arguments = [] if prepare is None else [prepare()]
+            start = now(device)
+            work(*arguments)
+            own.append(now(device) - start)
     return [spread(own[warmup:]) for own in taken]
 
 
-def spread(seconds: Sequence[float]) -> Spread:
+def spread(seconds: Sequence[float]) -> Row:
     """Median, extremes and number of a measurement's repeats. Raises ValueError (statistics) for none."""
     return {"median_s": statistics.median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds),
             "repeats": len(seconds)}
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # --- the straightforward versions ----------------------------------------------------------------------------------
@@ -175,7 +167,7 @@ def elementwise_regrowth(allocation: Mapping[str, int], parts: Sequence[Sequence
             weight[position] = values[position]
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- what is measured, and on what ------------------------------------------------------------------------------------
 
 
 def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_images: int) -> None:
@@ -191,15 +183,9 @@ def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_imag
 
 
 def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that the stage-2 scripts would have, with their defaults for what the benchmark does not set.
-
-    UserError for sparsities that leave nothing to regrow.
-    """
+    """The arguments that the stage-2 scripts would have, mostly defaults; UserError if nothing is left to regrow."""
     shared = {name: getattr(args, name) for name in ("m_name", "start_sparsity", "target_sparsity", "seed", "root")}
     return regrowth_arguments(**shared)
-
-
-# --- what is measured on -------------------------------------------------------------------------------------------
 
 
 def synthetic_dataset(num_images: int, seed: int) -> ImageDataset:
@@ -209,12 +195,6 @@ def synthetic_dataset(num_images: int, seed: int) -> ImageDataset:
     targets = random.randint(len(CIFAR10_CLASSES), size=len(images))
     return ImageDataset("synthetic", "random pixels", images[:num_images], targets[:num_images], images[num_images:],
                         targets[num_images:], CIFAR10_CLASSES)
-
-
-def first_images(data: ImageDataset, num_images: int) -> ImageDataset:
-    """The data set with at most `num_images` training images, class-balanced and mixed."""
-    picks = balanced_indices(data.train_images, data.train_targets, num_images, seed=0)
-    return replace(data, train_images=data.train_images[picks], train_targets=data.train_targets[picks])
 
 
 def open_benchmark(args: argparse.Namespace, temporary: Path) -> Run:
@@ -234,7 +214,9 @@ def open_benchmark(args: argparse.Namespace, temporary: Path) -> Run:
         weight_pruner_loader("erk")(model, args.start_sparsity)  # leaves no layer empty
         checkpoint.save_checkpoint(model.state_dict(), pruned)
     else:
-        run = open_run(args, first_images(load_dataset(args.dataset, args.data_dir, args.image_size), args.num_images))
+        data = load_dataset(args.dataset, args.data_dir, args.image_size)
+        few = balanced_indices(data.train_images, data.train_targets, args.num_images, seed=0)
+        run = open_run(args, replace(data, train_images=data.train_images[few], train_targets=data.train_targets[few]))
     run.timing_only = True
     return run
 
@@ -286,7 +268,7 @@ def run_episode(run: Run, args: argparse.Namespace, method: stage2.Method) -> Ep
 # --- ours against the straightforward version ----------------------------------------------------------------------
 
 
-def compared(name: str, ours: Spread, plain: Spread, work: float, unit: str) -> Row:
+def compared(name: str, ours: Row, plain: Row, work: float, unit: str) -> Row:
     """A row: both versions' seconds, their rates (`work` units per repeat) and the ratio, from the medians."""
     return {"measurement": name, "ratio": plain["median_s"] / ours["median_s"], "unit": unit,
             "ours": work / ours["median_s"], "plain": work / plain["median_s"],
@@ -347,6 +329,56 @@ def lamp_row(device: torch.device, repeats: int) -> Row:
     return compared("LAMP 0.99, vgg16", *timings, work=1, unit="prunings/s")
 
 
+# --- mask schedules ------------------------------------------------------------------------------------------------
+
+
+class TimedMover(MaskMover):
+    """A mover of the mask that notes, in seconds, what the steps of its training take and what it adds to them.
+
+    plain: steps in which it did nothing; watched: steps whose gradients it kept for the update after them; updates:
+    what it did after these, from the gradients to the new mask. For plans that look at one step before an update.
+    """
+
+    def __init__(self, model: nn.Module, plan: MaskPlan, seed: int):
+        """As `MaskMover`."""
+        super().__init__(model, plan, seed)
+        self.plain, self.watched, self.updates = [], [], []
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Starts the clock."""
+        super().before_step(trainer)
+        self.start = now(trainer.device)
+
+    def on_step(self, trainer: Trainer) -> None:
+        """The step has ended; times what the mover does now."""
+        done, updates = now(trainer.device), len(self.history)
+        super().on_step(trainer)
+        if len(self.history) == updates:
+            self.plain.append(done - self.start)
+        else:
+            self.watched.append(done - self.start)
+            self.updates.append(now(trainer.device) - done)
+
+
+def schedule_row(run: Run, name: str, target: float) -> Row:
+    """What the updates of a mask schedule cost, at its defaults, from the dense model to the target sparsity.
+
+    Timed in finetuning with an update after every fourth step. `share_percent`: an update, and what keeping
+    gradients adds to the step before it, in per cent of the plain steps from one update to the next (`update_every`).
+    Medians, without the first quarter of the plain steps, which warms up.
+    """
+    plan = MaskPlan(name, 0.0, target, **MASK_SCHEDULES[name].defaults)
+    mover = TimedMover(run.new_model(), replace(plan, update_every=4, update_until=1.0), run.seed)
+    epochs = math.ceil(6 * FINETUNE_FINAL.batch_size / run.train.num_images)  # one, if it has six steps
+    recipe, few = replace(FINETUNE_FINAL, epochs=epochs, patience=None), run.val.subset(np.arange(1))
+    Trainer(mover.model, run.train, few, recipe, seed=run.seed, precision=run.precision, hook=mover).run(show=False)
+    plain, watched = statistics.median(mover.plain[len(mover.plain) // 4:]), statistics.median(mover.watched)
+    update = spread(mover.updates)
+    extra = update["median_s"] + max(0.0, watched - plain)
+    return {"measurement": f"mask updates, {name}", "step_s": plain, "watched_step_s": watched, **update,
+            "update_every": plan.update_every, "share_percent": 100 * extra / (plan.update_every * plain)}
+
+
 # --- bars ----------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +393,8 @@ def bars(run: Run, rows: Sequence[Row]) -> list[Row]:
                       ("x the loop", row["ratio"], 100, True)]
         elif kind == "LAMP" and not gpu:
             limits = [("s", row["ours_median_s"], 0.5, False), ("x the argsort", row["ratio"], 10, True)]
+        elif kind == "mask" and enough:
+            limits = [("% of training", row["share_percent"], 3, False)]
         elif kind == "loader" and enough and not gpu:
             limits = [("images/s", row["ours"], 40_000, True), ("x the DataLoader", row["ratio"], 8, True)]
         elif kind == "training" and enough and gpu and run.m_name in EPOCH_SECONDS:
