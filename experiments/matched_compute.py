@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
-from utils.common import UserError  # noqa: E402
+from utils.common import UserError, epoch_count  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="learning rate over the epochs of each part")
     parser.add_argument("--search_budget", type=count, default=SearchConfig.search_budget,
                         help="epochs of a search, on top; 0: no limit")
-    parser.add_argument("--mini_finetune_epochs", type=positive_int, nargs="+", default=list(SearchConfig.rungs),
+    parser.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(SearchConfig.rungs),
                         help="epochs of an episode of a search, as of the stage-2 scripts")
     parser.add_argument("--save_dir", type=Path, help="default: matched_compute/{m_name} under --root")
     add_run_options(parser)

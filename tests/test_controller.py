@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
+from utils.agent import RatioActions, RegrowthAgent, ShareActions
+from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, shares_near
 from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
-from utils.controller import RegrowthAgent, RegrowthPolicyGradient, SearchConfig, scaled_advantages
+from utils.controller import RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.methods import regrowth_parser
 from utils.search import run_search, saved_searches, search_config
+from utils.surrogate import fit, most_promising
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
 
@@ -33,12 +35,12 @@ class Trainer:
         self.calls: list[tuple] = []
         self.stop_at = stop_at
 
-    def __call__(self, allocation: tuple[int, ...], seed: int, epochs: int) -> float:
-        assert all(type(part) is int for part in (*allocation, seed, epochs))
+    def __call__(self, allocation: tuple[int, ...], seed: int, epochs: float) -> float:
+        assert all(type(part) is int for part in (*allocation, seed)) and type(epochs) in (int, float)
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.calls.append((allocation, epochs))
-        return np.random.default_rng([seed, epochs, *allocation]).uniform(0.4, 0.6)
+        return np.random.default_rng([seed, *epochs.as_integer_ratio(), *allocation]).uniform(0.4, 0.6)
 
 
 class Toy:
@@ -76,7 +78,7 @@ def toy_searches() -> list[tuple[Toy, RegrowthPolicyGradient, tuple]]:
         toy = Toy(seed)
         config = SearchConfig(num_epochs=100, batch_size=16, learning_rate=2e-2, hidden_size=16, eta=4,
                               reward_temperature=0.02, start_beta=20.0, end_beta=10.0,
-                              search_budget=9 * len(toy.space) // 5)
+                              search_budget=9 * len(toy.space) // 5, action_space="ratio")
         search = RegrowthPolicyGradient(toy.problem, toy, config, seed)
         searches.append((toy, search, search.run()))
     return searches
@@ -102,7 +104,7 @@ def test_controller_beats_random_allocation_on_as_many_evaluations(toy_searches)
 
 def test_agent_reports_the_allocations_and_probabilities_of_its_actions():
     problem, agent = small_problem(), RegrowthAgent(hidden_size=8)
-    rollout = agent(problem, 20, torch.Generator().manual_seed(3))
+    rollout = agent(RatioActions(problem, 11), 20, torch.Generator().manual_seed(3))
     assert rollout.actions.shape == rollout.log_probs.shape == rollout.entropies.shape == (20, 5)
     assert rollout.actions.min() == 0 and rollout.actions.max() == 10
     for actions, allocation in zip(rollout.actions.tolist(), rollout.allocations, strict=True):
@@ -114,7 +116,7 @@ def test_agent_with_zero_weights_chooses_uniformly():
     agent = RegrowthAgent(action_space_size=4, hidden_size=8)
     for parameter in agent.parameters():
         torch.nn.init.zeros_(parameter)
-    rollout = agent(small_problem((50,) * 3, 150), 400, torch.Generator().manual_seed(0))
+    rollout = agent(RatioActions(small_problem((50,) * 3, 150), 4), 400, torch.Generator().manual_seed(0))
     live = rollout.decides
     assert torch.allclose(rollout.log_probs[live], torch.tensor(-math.log(4)))
     assert torch.allclose(rollout.entropies[live], torch.tensor(math.log(4)))
@@ -126,7 +128,7 @@ def test_what_the_agent_is_told_of_a_layer_by_hand():
     seen: list[torch.Tensor] = []
     agent = RegrowthAgent(action_space_size=2, hidden_size=4)
     agent.cell.register_forward_pre_hook(lambda cell, inputs: seen.append(inputs[0][:, 2:]))
-    rollout = agent(small_problem((2, 5, 0, 3), 8), 20, torch.Generator().manual_seed(0))
+    rollout = agent(RatioActions(small_problem((2, 5, 0, 3), 8), 2), 20, torch.Generator().manual_seed(0))
     left = 1 - 2 / 8 * rollout.actions[:, 0]  # the first layer took none or both of its two
     assert set(rollout.actions[:, 0].tolist()) == {0, 1} and len(seen) == 4
     assert torch.equal(seen[0], torch.tensor([[0.0, 0.2, 1.0]]).expand(20, 3))
@@ -135,7 +137,8 @@ def test_what_the_agent_is_told_of_a_layer_by_hand():
 
 
 def test_an_action_without_effect_carries_no_gradient():
-    rollout = RegrowthAgent(hidden_size=8)(small_problem((0, 5, 5), 3), 50, torch.Generator().manual_seed(0))
+    space = RatioActions(small_problem((0, 5, 5), 3), 11)
+    rollout = RegrowthAgent(hidden_size=8)(space, 50, torch.Generator().manual_seed(0))
     assert not rollout.decides[:, 0].any() and rollout.decides[:, 1].all()
     assert torch.equal(rollout.decides[:, 2], rollout.actions[:, 1] < 9)  # 0.9 of 3 rounds to all 3
     assert (rollout.log_probs[~rollout.decides] == 0).all() and (rollout.entropies[~rollout.decides] == 0).all()
@@ -145,7 +148,7 @@ def test_an_action_without_effect_carries_no_gradient():
 def test_agent_follows_its_seed_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     first, again, other = (RegrowthAgent(seed=seed) for seed in (1, 1, 2))
-    first(small_problem(), 4, torch.Generator().manual_seed(0))
+    first(RatioActions(small_problem(), 11), 4, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.head.weight, other.head.weight)
@@ -179,7 +182,7 @@ def test_baseline_is_a_moving_average_that_starts_at_the_first_mean():
 def test_one_update_follows_the_gradient_of_the_stated_objective():
     search = RegrowthPolicyGradient(small_problem((6, 0, 8, 5, 7)), Trainer(), SMALL, seed=5)
     search.baseline = 0.5
-    rollout = search.agent(search.problem, 2, torch.Generator().manual_seed(1))
+    rollout = search.agent(RatioActions(search.problem, 11), 2, torch.Generator().manual_seed(1))
     log_p, entropy = rollout.log_probs.sum(dim=1), rollout.entropies.sum(dim=1)
     # Advantages (0.51 - 0.5) / 0.005 = 2 and (0.485 - 0.5) / 0.005 = -3; the mean over two episodes.
     # The entropy bonus is the mean per decision: what has no effect (budget spent, no capacity) is none.
@@ -227,7 +230,8 @@ def test_a_problem_with_one_solution_is_searched_without_complaint(capacities, b
 
 def test_single_fidelity_is_the_published_search():
     trainer = Trainer()
-    config = SearchConfig(num_epochs=4, batch_size=2, rungs=(50,), search_budget=None, warm_start=False)
+    config = SearchConfig(num_epochs=4, batch_size=2, rungs=(50,), search_budget=None, warm_start=False,
+                          action_space="ratio")
     search = RegrowthPolicyGradient(small_problem(), trainer, config, seed=0)
     result = search.run()
     assert {epochs for _, epochs in trainer.calls} == {50} and result.fidelity == 50 and result.episodes == 8
@@ -236,7 +240,8 @@ def test_single_fidelity_is_the_published_search():
 
 
 def test_warm_start_adds_candidates_and_leaves_the_controller_alone():
-    configs = (SearchConfig(num_epochs=5, hidden_size=8, search_budget=None, warm_start=warm) for warm in (True, False))
+    configs = (SearchConfig(num_epochs=5, hidden_size=8, search_budget=None, warm_start=warm, action_space="ratio")
+               for warm in (True, False))
     warm, cold = (RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=4) for config in configs)
     warm.run()
     cold.run()
@@ -352,7 +357,7 @@ def test_a_reward_that_is_no_fraction_is_refused(reward):
 @pytest.mark.parametrize("change", [
     {"num_epochs": 0}, {"batch_size": 0}, {"action_space_size": 1}, {"eta": 1}, {"learning_rate": 0.0},
     {"reward_temperature": -1.0}, {"decay_fraction": 1.5}, {"baseline_decay": -0.1}, {"rungs": ()}, {"rungs": (3, 1)},
-    {"rungs": (0, 1)}, {"rungs": (2, 2)},
+    {"rungs": (-1, 1)}, {"rungs": (0, 1)}, {"action_space": "shares"}, {"rungs": (2, 2)},
 ])
 def test_impossible_configurations_are_refused_by_name(change):
     with pytest.raises(UserError, match=next(iter(change))):
@@ -371,9 +376,99 @@ def test_the_published_search_is_what_the_readme_says():
     words = readme.split("The published search")[1].split("is exactly `")[1].split("`")[0].split()
     config = search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20", *words]))
     assert config == SearchConfig(num_epochs=500, batch_size=1, learning_rate=5e-3, rungs=(50,), search_budget=None,
-                                  warm_start=False)
+                                  warm_start=False, action_space="ratio")
     trainer = Trainer()
     search = RegrowthPolicyGradient(small_problem(), trainer, replace(config, num_epochs=5), seed=0)
     assert search.run().episodes == 5 and {row["source"] for row in search.history} == {"rl"}
     assert {epochs for _, epochs in trainer.calls} == {50}
     assert search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20"])) == SearchConfig()
+
+
+def test_shares_by_hand():
+    """Shares 0.2, 0.3, 0.5; factors 0, 0.5, 0.7, 1, 1.4, 2, so with actions 3, 5, 0 the budget is divided 2 to 6."""
+    space = ShareActions(small_problem((20, 30, 50), 10), 6, [0.2, 0.3, 0.5])
+    assert space.factors == pytest.approx([0, 0.5, 0.5 ** 0.5, 1, 2 ** 0.5, 2])
+    assert [space.allocation(actions) for actions in ([3, 3, 3], [1, 1, 1], [0, 0, 0])] == [(2, 3, 5)] * 3
+    assert space.allocation([3, 5, 0]) == (3, 7, 0)  # 2.5 and 7.5; equal remainders go by position
+    assert [space.taken(5, 1, left) for left in (10, 4)] == [6, 4]
+    assert space.decides(0, 0) and not ShareActions(small_problem((0, 9), 3), 6, [0.0, 1.0]).decides(0, 3)
+
+
+def test_every_share_allocation_spends_the_budget_within_the_capacities():
+    draws = np.random.default_rng(0)
+    for _ in range(100):
+        problem = small_problem(tuple(draws.integers(0, 20, 6).tolist()), int(draws.integers(0, 60)))
+        space = ShareActions(problem, 11, shares_near(problem, problem.capacities, 0.5))
+        allocation = space.allocation(draws.integers(0, 11, 6).tolist())
+        assert sum(allocation) == problem.spend and all(type(part) is int for part in allocation)
+        assert all(part <= capacity for part, capacity in zip(allocation, problem.capacities))
+
+
+def test_a_fresh_controller_spreads_around_the_best_rule():
+    problem = small_problem((400, 800, 1200, 2000), 400)
+    uniform = (100, 100, 100, 100)
+
+    def reward(allocation, seed, epochs):
+        return 0.9 - sum(abs(a - b) for a, b in zip(allocation, uniform)) / 1000
+    search = RegrowthPolicyGradient(problem, reward, replace(SMALL, num_epochs=1, batch_size=2, rungs=(1,)), seed=0)
+    search.run()
+    space = search._action_space()
+    assert space.shares == pytest.approx([0.9 * 0.25 + 0.1 * part / 4400 for part in problem.capacities])
+    rollout = search.agent(space, 500, torch.Generator().manual_seed(0))
+    middle = np.median(np.array(rollout.allocations), axis=0)
+    assert np.allclose(middle, [92, 95, 99, 108], atol=12)
+    assert 1.9 < rollout.entropies.mean().item() < 2.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_search_trains_better_candidates_than_random_ones(seed):
+    """Shares that are best far from every rule; 20 candidates of the search against 20 random ones."""
+    problem = small_problem((400, 800, 1200, 2000), 400)
+    best = np.array([40, 210, 30, 120])
+
+    def reward(allocation, seed, epochs):
+        return float(0.9 - np.abs(np.array(allocation) - best).sum() / 1000)
+    search = RegrowthPolicyGradient(problem, reward, SearchConfig(), seed)
+    result = search.run()
+    draws = torch.Generator().manual_seed(seed)
+    others = [reward(ALLOCATORS["random"](problem, draws), 0, 1) for _ in range(20)]
+    own = [row["reward"] for row in search.history if row["source"] == "rl"]
+    assert np.mean(own[-6:]) > np.mean(others) + 0.02
+    assert result.reward > max(row["reward"] for row in search.history if row["source"] in ALLOCATORS)
+
+
+def test_the_surrogate_prefers_what_resembles_the_best_and_repeats_nothing():
+    x = np.linspace(-2, 2, 9)
+    offered = [[-1.9], [0.6], [0.4], [1.9]]
+    chosen = most_promising(x[:, None], np.exp(-(x - 0.5) ** 2), offered, 3)
+    assert set(chosen[:2]) == {1, 2} and len(set(chosen)) == 3
+    assert len(set(most_promising([[0.0], [1.0]], [0.5, 0.5], offered, 4))) == 4  # equal rewards say nothing
+
+
+def test_the_surrogate_goes_through_exact_data_and_knows_nothing_far_away():
+    x = np.linspace(0, 3, 7)[:, None]
+    process = fit(x, np.sin(x[:, 0]))
+    mean, deviation = process.predict(np.array([[1.25], [40.0]]))
+    assert mean[0] == pytest.approx(math.sin(1.25), abs=0.05) and mean[1] == pytest.approx(np.sin(x).mean(), abs=1e-6)
+    assert deviation[1] == pytest.approx(process.scale) and deviation[0] < 0.2 * deviation[1]
+
+
+def test_fractions_of_an_epoch_are_rungs():
+    trainer = Trainer()
+    config = SearchConfig(num_epochs=4, hidden_size=8, rungs=(0.1, 0.25, 1), search_budget=5)
+    search = RegrowthPolicyGradient(small_problem(), trainer, config, seed=0)
+    result = search.run()
+    assert {epochs for _, epochs in trainer.calls} == {0.1, 0.25, 1} and result.fidelity == 1
+    assert result.epochs_spent == pytest.approx(sum(epochs for _, epochs in trainer.calls)) and result.epochs_spent <= 5
+    assert max(len(repr(row["epochs_spent"])) for row in search.history) <= 5  # 0.3, not 0.30000000000000004
+
+
+def test_a_search_of_an_earlier_version_goes_on_as_published():
+    config = replace(SMALL, action_space="ratio")
+    search = RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=0)
+    search.run()
+    state = search.state_dict()
+    del state["config"]["action_space"]
+    RegrowthPolicyGradient(small_problem(), Trainer(), config, seed=0).load_state_dict(state)
+    with pytest.raises(UserError, match=r"action_space ratio \(asked: share\)"):
+        RegrowthPolicyGradient(small_problem(), Trainer(), SMALL, seed=0).load_state_dict(state)

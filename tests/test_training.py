@@ -79,6 +79,15 @@ def test_training_learns_with_every_optimizer(name, small_cnn, tiny_loaders):
     assert result.accuracy > 60 and result.epochs == 6  # five classes: chance is 20
 
 
+@pytest.mark.parametrize("epochs, steps, validations", [(0.25, 1, 1), (0.5, 2, 1), (1.5, 8, 2),
+                                                        (0.01, 1, 1), (2, 10, 2)])
+def test_a_fraction_of_an_epoch_is_so_many_steps(epochs, steps, validations, small_cnn, tiny_loaders):
+    """160 images in batches of 32: 5 steps an epoch."""
+    trainer = make_trainer(small_cnn, tiny_loaders, replace(SHORT, epochs=epochs))
+    assert trainer.run(show=False).epochs == validations == len(trainer.history)
+    assert trainer.step == trainer.total_steps == steps and trainer.finished
+
+
 def test_the_weights_of_the_best_validation_accuracy_are_restored(small_cnn, tiny_loaders):
     trainer = make_trainer(small_cnn, tiny_loaders, replace(SHORT, lr=1.0, schedule="constant", epochs=5))
     result = trainer.run(show=False)

@@ -148,6 +148,16 @@ def ratios_to_allocation(ratios: Sequence[float], capacities: Sequence[int], bud
     return tuple(parts)
 
 
+def shares_near(problem: AllocationProblem, allocation: Sequence[int], distance: float) -> list[float]:
+    """Each layer's share of an allocation, moved by `distance` in (0, 1] of the way to its share of the capacity.
+
+    In all 1, and positive for every layer with capacity; 1 gives the proportional shares.
+    """
+    capacity, given = max(1, sum(problem.capacities)), max(1, sum(allocation))
+    return [distance * limit / capacity + (1 - distance) * part / given
+            for limit, part in zip(problem.capacities, allocation, strict=True)]
+
+
 def proportional(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
     """The same fraction of every layer's capacity."""
     return tuple(apportion(problem.capacities, problem.budget, problem.capacities))

@@ -243,4 +243,6 @@ fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1
 unit_interval = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+epoch_count = _number(lambda text: int(text) if text.isdigit() else float(text), lambda x: 0 < x < float("inf"),
+                      "a number above 0")  # whole ones stay whole, as in records
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")

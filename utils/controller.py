@@ -5,103 +5,39 @@ and measures them (`evaluate`, a function of plain numbers that another process 
 controller towards the better ones (`RegrowthPolicyGradient`). Every episode is trained for the few epochs of the first
 rung, and only those that stay ahead for more (`Ladder`); the controller learns from the first rung alone, where all
 rewards are comparable. A trial that was paid for is looked up, never trained again.
+
+Few episodes teach an LSTM little. So by default the controller starts around the best of the plain rules, and of many
+episodes that it samples those are trained which a surrogate of the trials so far finds most promising
+(`utils.surrogate`). REINFORCE then learns from chosen episodes, not from a fair sample. The published search, with
+ratios for actions, has neither.
 """
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, spend_ratio
+from utils.agent import ACTION_SPACES, ActionSpace, RatioActions, RegrowthAgent, Rollout, ShareActions
+from utils.allocation import ALLOCATORS, AllocationProblem, proportional, shares_near
 from utils.common import UserError, derive_seed, generator
 from utils.ladder import Allocation, Ladder, Trial
+from utils.surrogate import most_promising
 
 ADVANTAGE_LIMIT = 100.0
 WARM_START = tuple(name for name in ALLOCATORS if name != "random")
 MAY_CHANGE = {"num_epochs", "search_budget"}  # of the configuration, when a search is resumed
+TOWARDS_PROPORTIONAL = 0.1  # how far the shares of the best rule are moved, so that no layer's is 0
+SCREENED = 128  # episodes that are sampled for each batch, of which the surrogate picks the most promising
+REMEMBERED = 200  # trials, the latest, that the surrogate is made from
 
-Evaluate = Callable[[Allocation, int, int], float]  # (allocation, seed, epochs) -> reward in [0, 1]
+Evaluate = Callable[[Allocation, int, float], float]  # (allocation, seed, epochs) -> reward in [0, 1]
 Row = dict[str, Any]
-
-
-class Rollout(NamedTuple):
-    """A batch of sampled episodes; the tensors are (episodes, layers)."""
-
-    actions: Tensor
-    log_probs: Tensor
-    entropies: Tensor
-    decides: Tensor  # False where nothing could be spent, so that the action is without effect
-    allocations: list[Allocation]
-
-
-class RegrowthAgent(nn.Module):
-    """LSTM cell that walks through the layers and picks for each a ratio of what it could take.
-
-    Input: the previous layer's logits ++ (position, capacity fraction, remaining-budget fraction); output: logits over
-    `action_space_size` ratios, evenly spaced in [0, 1]. `seed` determines the initial weights, which are uniform within
-    ± 1/sqrt(hidden_size) (PyTorch's default for both parts).
-    """
-
-    def __init__(self, action_space_size: int = 11, hidden_size: int = 64, seed: int = 0):
-        """Builds the network without touching the global random numbers."""
-        super().__init__()
-        self.cell = nn.utils.skip_init(nn.LSTMCell, action_space_size + 3, hidden_size)
-        self.head = nn.utils.skip_init(nn.Linear, hidden_size, action_space_size)
-        weights = generator(seed, "agent")
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -hidden_size ** -0.5, hidden_size ** -0.5, generator=weights)
-
-    @property
-    def action_space_size(self) -> int:
-        """Number of ratios to choose from."""
-        return self.head.out_features
-
-    def forward(self, problem: AllocationProblem, episodes: int, sampler: torch.Generator) -> Rollout:
-        """Samples a batch of episodes, layer by layer, since the remaining budget depends on what was sampled.
-
-        Args:
-            problem: layers in order of priority. The capacity fraction is the layer's share of the total capacity.
-            episodes: batch size.
-            sampler: CPU generator the actions are drawn from.
-
-        Returns:
-            A `Rollout`; log-probabilities (of the sampled actions) and entropies (nats) carry gradients and are zero
-            where the action is without effect, because the layer has no capacity or the budget is spent.
-        """
-        logits = torch.zeros(episodes, self.action_space_size)
-        state = None
-        remaining = [problem.spend] * episodes
-        steps = []
-        for position, capacity in enumerate(problem.capacities):
-            features = torch.cat([logits, _features(problem, position, remaining)], dim=1)
-            state = self.cell(features, state)
-            logits = self.head(state[0])
-            log_p = logits.log_softmax(dim=1)
-            action = torch.multinomial(log_p.detach().exp(), 1, generator=sampler)
-            decides = torch.tensor([capacity > 0 and left > 0 for left in remaining])
-            steps.append((action[:, 0], log_p.gather(1, action)[:, 0] * decides,
-                          -(log_p.exp() * log_p).sum(dim=1) * decides, decides))
-            remaining = [left - spend_ratio(ratio, capacity, left)
-                         for left, ratio in zip(remaining, self._ratios(action[:, 0]), strict=True)]
-        actions, log_probs, entropies, decides = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-        allocations = [ratios_to_allocation(self._ratios(row), problem.capacities, problem.budget) for row in actions]
-        return Rollout(actions, log_probs, entropies, decides, allocations)
-
-    def _ratios(self, actions: Tensor) -> list[float]:
-        highest = self.action_space_size - 1
-        return [action / highest for action in actions.tolist()]
-
-
-def _features(problem: AllocationProblem, position: int, remaining: Sequence[int]) -> Tensor:
-    """(episodes, 3): position, capacity fraction and remaining-budget fraction, all in [0, 1]."""
-    place = position / len(problem.layers)
-    capacity = problem.capacities[position] / max(1, sum(problem.capacities))
-    return torch.tensor([[place, capacity, left / max(1, problem.spend)] for left in remaining])
 
 
 @dataclass(frozen=True)
@@ -116,10 +52,12 @@ class SearchConfig:
         reward_temperature: a reward this much above the baseline has advantage 1.
         start_beta, end_beta, decay_fraction: weight of the entropy bonus (mean per decision, nats), see `beta`.
         baseline_decay: weight of the past in the moving average of the rewards.
-        rungs: epochs of mini-finetuning, increasing; every candidate gets the first, those ahead the next ones. One
-            rung means no halving (published: 50).
+        rungs: epochs of mini-finetuning, increasing, fractions allowed; every candidate gets the first, those ahead
+            the next ones. One rung means no halving (published: 50).
         eta: one in eta candidates goes on to the next rung.
         search_budget: epochs over all candidates and rungs, None for no limit.
+        action_space: name in `ACTION_SPACES`. With `share` a fresh controller spreads around the best rule, and a
+            surrogate picks its most promising new episodes; `ratio` is the published search.
         warm_start: the deterministic allocations (proportional, uniform, greedy, ERK) are candidates too. The
             controller does not learn from them. False (`--no_warm_start`): the published search, without them.
 
@@ -137,10 +75,11 @@ class SearchConfig:
     end_beta: float = 0.04
     decay_fraction: float = 0.4
     baseline_decay: float = 0.9
-    rungs: tuple[int, ...] = (1, 3, 9)
+    rungs: tuple[float, ...] = (1, 3, 9)
     eta: int = 3
     search_budget: int | None = 60
     warm_start: bool = True
+    action_space: str = "share"
 
     def __post_init__(self) -> None:
         """Checks on entry."""
@@ -154,7 +93,9 @@ class SearchConfig:
         for name in ("decay_fraction", "baseline_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if not self.rungs or self.rungs[0] < 1 or list(self.rungs) != sorted(set(self.rungs)):
+        if self.action_space not in ACTION_SPACES:
+            raise UserError(f"action_space is {self.action_space}; it must be {' or '.join(ACTION_SPACES)}")
+        if not self.rungs or self.rungs[0] <= 0 or list(self.rungs) != sorted(set(self.rungs)):
             raise UserError(f"rungs, the epochs of an episode (--mini_finetune_epochs), are {self.rungs}; they must "
                             "be positive and increasing, such as 1 3 9")
 
@@ -170,9 +111,9 @@ class SearchResult(NamedTuple):
 
     allocation: Allocation
     reward: float
-    fidelity: int
+    fidelity: float
     episodes: int
-    epochs_spent: int
+    epochs_spent: float
 
 
 def scaled_advantages(rewards: Tensor, baseline: float, temperature: float) -> Tensor:
@@ -199,7 +140,8 @@ class RegrowthPolicyGradient:
     def __init__(self, problem: AllocationProblem, evaluate: Evaluate, config: SearchConfig, seed: int):
         """A search that has not begun."""
         self.problem, self.evaluate, self.config, self.seed = problem, evaluate, config, seed
-        self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"))
+        self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"),
+                                   config.action_space)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), config.learning_rate)
         self.ladder = Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)
         self.epoch = 0
@@ -254,7 +196,7 @@ class RegrowthPolicyGradient:
         `num_epochs` and `search_budget` may differ, to search on.
         """
         requested = {"seed": self.seed, **asdict(self.problem), **asdict(self.config)}
-        saved = {"seed": state["seed"], **state["problem"], **state["config"]}
+        saved = {"seed": state["seed"], "action_space": "ratio", **state["problem"], **state["config"]}
         differ = [f"{key} {saved.get(key)} (asked: {requested[key]})" for key in requested.keys() - MAY_CHANGE
                   if saved.get(key) != requested[key]]
         if differ:
@@ -282,7 +224,7 @@ class RegrowthPolicyGradient:
 
     def _update(self) -> bool:
         """One batch and one step of the controller; False, and nothing changed, if the batch is too dear."""
-        rollout = self.agent(self.problem, self.config.batch_size, self._sampler)
+        rollout = self._sample(self._action_space())
         trials = [(allocation, self.ladder.rungs[0]) for allocation in rollout.allocations]
         if not self.ladder.affords(trials):
             self._sampler.set_state(self._settled_sampler)
@@ -294,6 +236,35 @@ class RegrowthPolicyGradient:
         self.epoch += 1
         self._settle()
         return True
+
+    def _action_space(self) -> ActionSpace:
+        """What actions mean: shares are those of the rule that was best at the first rung, if any was tried."""
+        number = self.config.action_space_size
+        if self.config.action_space == "ratio":
+            return RatioActions(self.problem, number)
+        rules = [row for row in self.history if row["source"] in ALLOCATORS]
+        best = max(rules, key=lambda row: row["reward"])["allocation"] if rules else \
+            proportional(self.problem, self._sampler)
+        return ShareActions(self.problem, number, shares_near(self.problem, best, TOWARDS_PROPORTIONAL))
+
+    def _sample(self, space: ActionSpace) -> Rollout:
+        """A batch of episodes; with shares the most promising new ones of many, once two candidates are known."""
+        number, seen = self.config.batch_size, self.ladder.rewards[self.ladder.rungs[0]]
+        if isinstance(space, RatioActions):
+            return self.agent(space, number, self._sampler)
+        rollout = self.agent(space, SCREENED, self._sampler)
+        sampled = rollout.allocations
+        new = [row for row, allocation in enumerate(sampled) if allocation not in {*seen, *sampled[:row]}]
+        if len(new) < number or len(seen) < 2:  # hardly another is possible, or nothing to make a surrogate from
+            return rollout.part([*new, *range(number)][:number])
+        latest = list(seen)[-REMEMBERED:]
+        chosen = most_promising([self._place(allocation) for allocation in latest], list(map(seen.get, latest)),
+                                [self._place(sampled[row]) for row in new], number)
+        return rollout.part([new[choice] for choice in chosen])
+
+    def _place(self, allocation: Allocation) -> list[float]:
+        """Where an allocation lies for the surrogate: the logarithms of its shares, none 0."""
+        return [math.log(share) for share in shares_near(self.problem, allocation, TOWARDS_PROPORTIONAL) if share > 0]
 
     def _learn(self, rollout: Rollout, rewards: list[float]) -> None:
         """A step of REINFORCE: gain is the advantage times the log-probability of the whole episode (a sum over its

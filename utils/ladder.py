@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from utils.common import UserError
 
 Allocation = tuple[int, ...]
-Trial = tuple[Allocation, int]  # what is trained, for how many epochs
+Trial = tuple[Allocation, float]  # what is trained, for how many epochs
+ROUNDED = 9  # decimals of sums of fractions of an epoch, which floating point has not exactly
 
 
 class Ladder:
@@ -23,7 +24,7 @@ class Ladder:
     left out. Raises UserError when the budget does not even pay one batch at the first rung.
     """
 
-    def __init__(self, rungs: Sequence[int], eta: int, budget: int | None = None, batch: int = 1):
+    def __init__(self, rungs: Sequence[float], eta: int, budget: int | None = None, batch: int = 1):
         """An empty ladder."""
         limit = math.inf if budget is None else budget
         if batch * rungs[0] > limit:
@@ -33,12 +34,12 @@ class Ladder:
                            if batch * rungs[0] + sum(rungs[1:level + 1]) <= limit)
         self.eta = eta
         self.budget = budget
-        self.rewards: dict[int, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
+        self.rewards: dict[float, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
 
     @property
-    def spent(self) -> int:
+    def spent(self) -> float:
         """Epochs over all paid trials."""
-        return sum(epochs * len(paid) for epochs, paid in self.rewards.items())
+        return round(sum(epochs * len(paid) for epochs, paid in self.rewards.items()), ROUNDED)
 
     def reward(self, trial: Trial) -> float | None:
         """What a trial gave, None if it was not paid for."""
@@ -50,7 +51,7 @@ class Ladder:
         allocation, epochs = trial
         self.rewards.setdefault(epochs, {}).setdefault(allocation, reward)
 
-    def affords(self, trials: Iterable[Trial], *, reserve: int | None = None) -> bool:
+    def affords(self, trials: Iterable[Trial], *, reserve: float | None = None) -> bool:
         """Whether the budget pays what is new among the trials and still holds the reserve afterwards.
 
         reserve: epochs; by default what one candidate needs from the second rung to the top, so that the search never
@@ -60,9 +61,9 @@ class Ladder:
             return True
         cost = sum(trial[1] for trial in set(trials) if self.reward(trial) is None)
         kept = sum(self.rungs[1:]) if reserve is None else reserve
-        return self.spent + cost + kept <= self.budget
+        return round(self.spent + cost + kept, ROUNDED) <= self.budget
 
-    def ranked(self, epochs: int) -> list[Allocation]:
+    def ranked(self, epochs: float) -> list[Allocation]:
         """The candidates seen at a rung, best reward first, equals in the order they came."""
         seen = self.rewards.get(epochs, {})
         return sorted(seen, key=seen.__getitem__, reverse=True)
@@ -97,11 +98,11 @@ class Ladder:
         epochs = max(epochs for epochs, paid in self.rewards.items() if paid)
         return self.ranked(epochs)[0], epochs
 
-    def state_dict(self) -> dict[int, dict[Allocation, float]]:
+    def state_dict(self) -> dict[float, dict[Allocation, float]]:
         """A copy of `rewards`."""
         return {epochs: dict(paid) for epochs, paid in self.rewards.items()}
 
-    def load_state_dict(self, rewards: dict[int, dict[Allocation, float]]) -> None:
+    def load_state_dict(self, rewards: dict[float, dict[Allocation, float]]) -> None:
         """Takes up rewards of an earlier search; those of rungs that are not climbed here count as spent."""
         self.rewards = {epochs: dict(rewards.get(epochs, {})) for epochs in {**dict.fromkeys(self.rungs), **rewards}}
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.agent import ACTION_SPACES
 from utils.allocation import ALLOCATORS
-from utils.common import UserError, count, fraction, positive_float, positive_int, unit_interval
+from utils.common import UserError, count, epoch_count, fraction, positive_float, positive_int, unit_interval
 from utils.controller import SearchConfig
 from utils.ladder import Ladder
 from utils.regrowth import INITIALISERS, SELECTORS
@@ -105,9 +106,9 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
                        help="how many weights each layer gets: the controller's search, or a rule")
     group.add_argument("--search_budget", type=count, default=default.search_budget,
                        help="training epochs over all episodes; 0 for no limit")
-    group.add_argument("--mini_finetune_epochs", type=positive_int, nargs="+", default=list(default.rungs),
-                       help="epochs of an episode; several: all episodes get the first, the best third the next, ... "
-                       "(published: 50)")
+    group.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(default.rungs),
+                       help="epochs of an episode, fractions allowed; several: all episodes get the first, the best "
+                       "third the next, ... (published: 50)")
     group.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                        help="do not try the deterministic rules as first candidates (published)")
     group.add_argument("--num_epochs", type=positive_int, default=default.num_epochs, help="controller updates")
@@ -116,7 +117,10 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning_rate", type=positive_float, default=default.learning_rate, help="of the controller")
     group.add_argument("--hidden_size", type=positive_int, default=default.hidden_size, help="of its LSTM cell")
     group.add_argument("--action_space_size", type=positive_int, default=default.action_space_size,
-                       help="ratios that it chooses from")
+                       help="actions that it chooses from for each layer")
+    group.add_argument("--action_space", choices=list(ACTION_SPACES), default=default.action_space,
+                       help="what an action is: share, a factor around the layer's share by the best rule, or ratio, "
+                       "of what the layer could take (published)")
     group.add_argument("--reward_temperature", type=positive_float, default=default.reward_temperature,
                        help="accuracy (fraction) above the baseline that counts as an advantage of 1")
     group.add_argument("--start_beta", type=float, default=default.start_beta, help="entropy bonus at the start")

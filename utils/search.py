@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
     allocation: tuple[int, ...]
     reward: float | None
-    epochs_spent: int
+    epochs_spent: float
     epoch: int
     source: str
 
@@ -128,7 +128,8 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
         hidden_size=args.hidden_size, action_space_size=args.action_space_size,
         reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
         decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None, warm_start=args.warm_start)
+        search_budget=args.search_budget or None, warm_start=args.warm_start,
+        action_space=args.action_space)
 
 
 def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,

@@ -269,6 +269,8 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
         names += ("num_epochs", "batch_size", "learning_rate", "hidden_size", "reward_temperature", "start_beta",
                   "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget",
                   "warm_start")
+        if args.action_space != "ratio":  # searches of earlier versions, all by ratios, do not say
+            names += ("action_space",)
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
             "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
@@ -323,7 +325,7 @@ def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: S
         chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
         return Found(chosen, None, 0, 0, args.allocation)
 
-    def episode(allocation: tuple[int, ...], seed: int, epochs: int) -> float:
+    def episode(allocation: tuple[int, ...], seed: int, epochs: float) -> float:
         """Reward of an allocation: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""
         model, _ = apply_allocation(step.start.model, problem, allocation, regrower, step.number)
         recipe = replace(final_recipe(args), epochs=epochs, schedule="constant", patience=None)

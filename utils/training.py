@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,14 @@ from utils.data_loader import BatchLoader
 class Recipe:
     """How to train: optimizer and schedule (names of `OPTIMIZERS` and `SCHEDULES`), learning rate, epochs, batch size.
 
+    epochs: a fraction is a last epoch of fewer steps;
     patience: epochs without a better validation accuracy before training stops; None never stops early;
     label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1).
     """
 
     optimizer: str
     lr: float
-    epochs: int
+    epochs: float
     batch_size: int
     schedule: str = "constant"
     weight_decay: float = 0.0
@@ -222,7 +224,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters() if params is None else params, recipe)
         self._held = (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
-        self.hook, self.total_steps = hook or TrainingHook(), recipe.epochs * len(self.train_loader)
+        self.hook, self.total_steps = hook or TrainingHook(), \
+            max(int(recipe.epochs > 0), round(recipe.epochs * len(self.train_loader)))
         factor = SCHEDULES[recipe.schedule]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, self.total_steps))
         self.epoch, self.best_accuracy, self.best_epoch, self.best_state = 0, -1.0, 0, {}
@@ -263,7 +266,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all epochs are done or the patience is spent."""
         waited = self.epoch - self.best_epoch
-        return self.epoch >= self.recipe.epochs or (self.recipe.patience is not None and waited >= self.recipe.patience)
+        done = self.epoch >= self.recipe.epochs or self.step >= self.total_steps
+        return done or (self.recipe.patience is not None and waited >= self.recipe.patience)
 
     @property
     def step(self) -> int:
@@ -277,6 +281,7 @@ class Trainer:
 
     def _run_epoch(self, progress: Progress) -> dict[str, float]:
         start, lr = time.perf_counter(), self.optimizer.param_groups[0]["lr"]
+        images = min(self.train_loader.num_images, (self.total_steps - self.step) * self.recipe.batch_size)
         loss, accuracy = self._train_epoch(progress)
         seconds = time.perf_counter() - start
         self._check_finite("training", loss, lr)
@@ -284,7 +289,7 @@ class Trainer:
         self._check_finite("validation", val.loss, lr)
         self.epoch += 1
         return {"epoch": self.epoch, "lr": lr, "train_loss": loss, "train_acc": accuracy, "val_loss": val.loss,
-                "val_acc": val.accuracy, "images_per_s": self.train_loader.num_images / seconds, "seconds": seconds}
+                "val_acc": val.accuracy, "images_per_s": images / seconds, "seconds": seconds}
 
     def _check_finite(self, name: str, loss: float, lr: float) -> None:
         if not math.isfinite(loss):
@@ -295,7 +300,7 @@ class Trainer:
         """One pass; losses are summed on the device and read once at the end, so that no step waits for the host."""
         self.model.train()
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for inputs, targets in self.train_loader:
+        for inputs, targets in islice(self.train_loader, self.total_steps - self.step):
             self.hook.before_step(self)
             with autocast(self.device, self.precision):
                 logits = self.model(inputs)
