@@ -28,7 +28,7 @@ from utils.run import (
     script,
 )
 from utils.stage1 import PruneStep
-from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, Recipe
+from utils.training import RECIPES, Recipe
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,8 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size_budget", type=size_budget.size, metavar="SIZE", help="instead of --sparsity: the "
                         "one at which the compact file of the model just fits into so much (64KB, KiB, MB, MiB)")
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
-    add_recipe_options(parser, PRETRAIN, FINETUNE_ONE_SHOT, f"{FINETUNE_ONE_SHOT.epochs} one-shot, "
-                       f"{FINETUNE_ITERATIVE.epochs} for each iteration")
+    add_recipe_options(parser)
     add_mask_options(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
@@ -67,9 +66,10 @@ def check_schedule(args: argparse.Namespace) -> None:
 
 
 def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
-    """The published recipes of pretraining and finetuning with what the command line changes."""
-    finetune = FINETUNE_ITERATIVE if args.iter_end > 1 else FINETUNE_ONE_SHOT
-    return replace(PRETRAIN, **pretrain_changes(args)), replace(finetune, **finetune_changes(args))
+    """The recipes of pretraining and finetuning with what the command line changes."""
+    chosen = RECIPES[args.recipe]
+    finetune = chosen.iterative if args.iter_end > 1 else chosen.one_shot
+    return replace(chosen.pretrain, **pretrain_changes(args)), replace(finetune, **finetune_changes(args))
 
 
 def plan(args: argparse.Namespace, finetune: Recipe) -> list[PruneStep]:

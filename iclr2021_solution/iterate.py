@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of  # noqa: E402
+from iclr2021_solution.tools.modelloaders import SETTINGS, model_and_opt_loader  # noqa: E402
 from utils import checkpoint, stage1  # noqa: E402
 from utils.mask_schedule import add_mask_options, mask_options  # noqa: E402
 from utils.pruning import PRUNERS  # noqa: E402
@@ -34,7 +34,7 @@ from utils.run import (  # noqa: E402
     pretrain_changes,
     script,
 )
-from utils.training import Recipe  # noqa: E402
+from utils.training import RECIPES, Recipe  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,9 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pruner", choices=list(PRUNERS), default="lamp", help="which weights go")
     add_iteration_options(parser, iter_end=10, amount="prune rate of an iteration, instead of the model's own")
     parser.add_argument("--cuda", type=count, metavar="N", help="GPU number, short for --device cuda:N")
-    pre, post = recipes_of(DEFAULT)
-    add_recipe_options(parser, pre, post, f"{post.epochs} for each iteration",
-                       f"defaults of tools/modelloaders.py; some may differ for {', '.join(SETTINGS)}")
+    add_recipe_options(parser, "published rates and batch size are those of tools/modelloaders.py; some differ for "
+                       f"{', '.join(SETTINGS)}")
     add_mask_options(parser)
     add_run_options(parser)
     add_overwrite_options(parser)
@@ -60,6 +59,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> tuple[float, Recipe, Recipe]:
     """Prune rate and recipes of the model's settings with what the command line changes."""
     _, amount, _, opt_pre, opt_post = model_and_opt_loader(args.m_name)
+    if args.recipe != "published":
+        opt_pre, opt_post = RECIPES[args.recipe].pretrain, RECIPES[args.recipe].iterative
     return (args.amount or amount, replace(opt_pre, **pretrain_changes(args)),
             replace(opt_post, **finetune_changes(args)))
 

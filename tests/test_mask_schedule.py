@@ -223,7 +223,7 @@ def saved(state: dict) -> bytes:
 
 @pytest.mark.parametrize("name", MASK_SCHEDULES)
 def test_an_interrupted_training_ends_in_the_same_bytes(name, small_cnn, tiny_loaders):
-    plan = MaskPlan(name, 0.0, 0.9, update_every=2, evidence_steps=2, **MASK_SCHEDULES[name].defaults)
+    plan = MaskPlan(name, 0.0, 0.9, **{**MASK_SCHEDULES[name].defaults, "update_every": 2, "evidence_steps": 2})
     straight, broken, again = small_cnn, clone_model(small_cnn), clone_model(small_cnn)
     mover, _, _ = train(straight, tiny_loaders, plan)
     states = []

@@ -9,6 +9,7 @@ import torch
 
 from experiments import matched_compute as study
 from utils.common import UserError
+from utils.statistics import compare_arms
 from utils.training import Trainer
 
 
@@ -19,14 +20,17 @@ def options(image_folder, tmp_path) -> list[str]:
             "rl+saliency", "proportional+reference", "random+random", "proportional+saliency+reference"]
 
 
+MOVING = ["gradual", "rigl", "acdc", "bidirectional", "bidirectional+random+erk"]
+
+
 def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkeypatch, capsys):
     words, real, calls = options(image_folder, tmp_path), study.measure, []
 
-    def stop_at_the_third(run, args, arm, seed):
-        calls.append((arm, seed))
+    def stop_at_the_third(run, args, arm, sparsity):
+        calls.append((arm, run.seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(run, args, arm, seed)
+        return real(run, args, arm, sparsity)
     monkeypatch.setattr(study, "measure", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         study.main(words)
@@ -43,17 +47,36 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
         verdicts = list(csv.DictReader(file))
     assert [row["arm"] for row in verdicts] == ["rl+saliency", "proportional+saliency+reference",
                                                 "proportional+reference", "random+random"]
-    assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts.png").stat().st_size > 1000
+    assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts_0.97.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert "against one-shot" in said and "seed 1 (2 of 2), arm random+random (5 of 5)" in said
+    assert "against one-shot" in said and "seed 1 (2 of 2), arm random+random at 0.97 (5 of 5)" in said
     made = [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/*/*0.97.json")]
-    made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/resnet20/ckpt_after_prune/*.json")]
+    made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/one-shot_*/*/*/*.json")]
     assert len(made) == 6 and {config["recipe"]["schedule"] for config in made} == {"constant"}
     values = [(config["allocation"], config["selection"], config["init_strategy"]) for config in made
               if config.get("method") == "saliency"]
     assert sorted(values) == [("proportional", "saliency", "reference"), ("random", "random", "reference"),
                               ("rl", "saliency", "zero")]
     assert [config["mini_finetune_epochs"] for config in made if config.get("allocation") == "rl"] == [[1]]
+
+
+def test_schedules_are_arms_at_every_sparsity_with_one_number_of_steps(image_folder, tmp_path):
+    words = options(image_folder, tmp_path)[:-7]
+    study.main([*words, "--num_seeds", "1", "--sparsity", "0.97", "0.99", "--recipe", "short", "--arms", *MOVING,
+                "proportional+random"])
+    folder = tmp_path / "matched_compute/resnet20"
+    with open(folder / "runs.csv") as file:
+        rows = list(csv.DictReader(file))
+    arms = {target: {row["arm"] for row in rows if row["target"] == target} for target in ("0.97", "0.99")}
+    assert arms["0.99"] == {"one-shot", *MOVING} and arms["0.97"] == arms["0.99"] | {"proportional+random"}
+    assert {(row["target"], row["surviving"]) for row in rows} == {("0.97", "8127"), ("0.99", "2709")}
+    assert all(float(row["seconds"]) > 0 for row in rows) and (folder / "verdicts_0.99.png").stat().st_size > 1000
+    cards = [json.loads(path.read_text()) for path in folder.glob("seed_0/*_2/resnet20/ckpt_after_prune/*.json")]
+    assert len(cards) == 12 and len({json.dumps(card["config"]["recipe"]) for card in cards}) == 1
+    masks = {(card["config"]["mask"]["regrow_rule"], card["config"]["mask"]["regrow_allocation"])
+             for card in cards if card["config"]["schedule"] == "bidirectional"}
+    assert masks == {("saliency", "global"), ("random", "erk")}
+    assert {card["epochs"] for card in cards} == {2}
 
 
 def test_the_control_and_the_arms_see_the_images_in_the_same_order(image_folder, tmp_path, monkeypatch):
@@ -63,43 +86,52 @@ def test_the_control_and_the_arms_see_the_images_in_the_same_order(image_folder,
         orders.append((trainer.recipe.batch_size, trainer.train_loader.generator.get_state()))
         return real(trainer, bar)
     monkeypatch.setattr(Trainer, "_train_epoch", watch)
-    study.main([*options(image_folder, tmp_path)[:-4], "proportional+random", "uniform+reference", "--num_seeds", "1"])
+    study.main([*options(image_folder, tmp_path)[:-4], "gradual", "proportional+random", "uniform+reference",
+                "--num_seeds", "1"])
     _, control, middle, *others = orders  # after the epoch of pretraining
-    assert len(others) == 3  # the start's epoch, then that of each arm
-    for order, expected in zip(others, (control, middle, middle), strict=True):
+    assert len(others) == 5  # both epochs of the schedule, the start's epoch, then that of each arm
+    for order, expected in zip(others, (control, middle, control, middle, middle), strict=True):
         assert order[0] == expected[0] and torch.equal(order[1], expected[1])
     assert not torch.equal(control[1], middle[1])
 
 
 def test_an_arm_is_an_allocation_a_selection_and_perhaps_values():
-    assert study.ARMS["proportional+saliency"] == ("proportional", "saliency", "zero")
-    assert study.ARMS["proportional+saliency+reference"] == ("proportional", "saliency", "reference")
-    assert study.ARMS["rl+random"] == ("rl", "random", "reference")
+    assert study.REGROWN["proportional+saliency"] == ("proportional", "saliency", "zero")
+    assert study.REGROWN["proportional+saliency+reference"] == ("proportional", "saliency", "reference")
+    assert study.REGROWN["rl+random"] == ("rl", "random", "reference")
+    assert study.MOVING["gradual"] == {"schedule": "gradual", "update_every": 40, "update_until": 0.6}
+    assert study.MOVING["rigl+saliency"]["regrow_rule"] == "saliency"
+    assert study.MOVING["rigl+saliency"]["regrow_allocation"] == "layer"
+    assert "gradual+saliency" not in study.ARMS and "acdc+random" not in study.ARMS
     words = ["--m_name", "resnet20", "--arms", "uniform+saliency+zero", "greedy+gradient+kaiming", "one-shot",
              "rl+reference+reference"]
     assert study.parse_args(words).arms == ["one-shot", "rl+reference", "uniform+saliency", "greedy+gradient+kaiming"]
     assert set(study.DEFAULT_ARMS) - {study.CONTROL} <= set(study.ARMS)
 
 
-@pytest.mark.parametrize("arm", ["rl", "rl+", "best+saliency", "rl+best", "rl+saliency+dense", "rl+saliency+zero+zero"])
+@pytest.mark.parametrize("arm", ["rl", "rl+", "best+saliency", "rl+best", "rl+saliency+dense", "rl+saliency+zero+zero",
+                                 "gradual+saliency", "fixed", "bidirectional+saliency+best"])
 def test_an_unknown_arm_is_one_line(arm, capsys):
     with pytest.raises(SystemExit):
         study.parse_args(["--m_name", "resnet20", "--arms", arm])
     error = capsys.readouterr().err
-    assert f"'{arm}' is not one-shot, allocation+selection" in error and len(error) < 600 and error.count("\n") == 1
+    assert f"'{arm}' is not one-shot, schedule" in error and len(error) < 600 and error.count("\n") == 1
 
 
 def test_comparison_by_hand():
-    rows = [{"arm": arm, "seed": seed, "test_acc": value, "search_epochs": 0}
-            for arm, values in ((study.CONTROL, (80.0, 81.0)), ("rl+saliency", (80.5, 81.5)),
-                                ("greedy+random", (79.0,)))
+    rows = [{"arm": arm, "target": target, "seed": seed, "test_acc": value, "search_epochs": 0, "seconds": 10 * value}
+            for target, arm, values in ((0.97, study.CONTROL, (80.0, 81.0)), (0.97, "rl+saliency", (80.5, 81.5)),
+                                        (0.97, "gradual", (79.0,)), (0.99, study.CONTROL, (70.0,)),
+                                        (0.99, "gradual", (74.0, 75.0)), (0.99, "rigl", ()))
             for seed, value in enumerate(values)]
-    results = study.compare(rows, [study.CONTROL, "rl+saliency", "greedy+random"])
-    found = [(row["arm"], row["mean"], row["pairs"]) for row in results]
-    assert found == [("rl+saliency", 0.5, 2), ("greedy+random", -1.0, 1)]
+    results = compare_arms(rows, study.CONTROL, study.ARMS)
+    found = [(row["target"], row["arm"], row["mean"], row["pairs"], row["seconds"]) for row in results]
+    assert found == [(0.97, "gradual", -1.0, 1, 790.0), (0.97, "rl+saliency", 0.5, 2, 810.0),
+                     (0.99, "gradual", 4.0, 1, 740.0)]
 
 
 @pytest.mark.parametrize("words, said", [(["--target_sparsity", "0.99"], "not below"),
+                                         (["--sparsity", "0.995", "0.99"], "makes a model denser"),
                                          (["--finetune_epochs", "1"], "without epochs")])
 def test_wrong_input(words, said, image_folder, tmp_path):
     with pytest.raises(UserError, match=said):
@@ -111,10 +143,10 @@ def test_the_epochs_before_regrowth_are_rounded_to_the_nearest(share, epochs, be
     class Stop(Exception):
         """Nothing is to be trained."""
 
-    def stop(run, args, arm, epochs_before):
+    def stop(run, args, arm, sparsity, epochs_before):
         assert epochs_before == before
         raise Stop
     monkeypatch.setattr(study, "regrown_model", stop)
     args = study.parse_args(["--m_name", "resnet20", "--before_share", share, "--finetune_epochs", epochs])
     with pytest.raises(Stop):
-        study.measure(None, args, "proportional+reference", 0)
+        study.measure(None, args, "proportional+reference", 0.97)

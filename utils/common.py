@@ -245,4 +245,5 @@ positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
 epoch_count = _number(lambda text: int(text) if text.isdigit() else float(text), lambda x: 0 < x < float("inf"),
                       "a number above 0")  # whole ones stay whole, as in records
+not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")

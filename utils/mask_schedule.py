@@ -129,11 +129,19 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
     "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
                          ignores=("exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
     # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation
-    "bidirectional": MaskSchedule(_granet, {"regrow_rule": "saliency", "regrow_allocation": "global"}),
+    "bidirectional": MaskSchedule(_granet, {"exchange": 0.1, "regrow_rule": "saliency", "regrow_allocation": "global",
+                                            "evidence_steps": 8}),
 }
 
 MASK_FIELDS = ("update_every", "update_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values",
                "evidence_steps")  # of a plan, that are free to choose
+
+def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
+    """`schedule` and every field of `MASK_FIELDS` that it reads: as given, else its own default, else the plan's."""
+    row = MASK_SCHEDULES[schedule]
+    plain = {name: getattr(MaskPlan, name) for name in MASK_FIELDS if name not in row.ignores}
+    return {"schedule": schedule, **plain, **row.defaults, **given}
+
 
 # ---- options of the scripts ----------------------------------------------------------------------------------------
 
@@ -178,8 +186,7 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str) ->
     if not finetune_epochs:
         raise UserError(f"--mask_schedule {args.mask_schedule} moves the mask during finetuning, of which "
                         "--finetune_epochs 0 leaves none")
-    plain = {name: getattr(MaskPlan, name) for name in MASK_FIELDS if name not in schedule.ignores}
-    return {"schedule": args.mask_schedule, **plain, **schedule.defaults, **given}
+    return plan_fields(args.mask_schedule, **given)
 
 
 # ---- one update ----------------------------------------------------------------------------------------------------

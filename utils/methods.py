@@ -16,10 +16,10 @@ from utils.common import UserError, count, epoch_count, fraction, positive_float
 from utils.controller import SearchConfig
 from utils.ladder import Ladder
 from utils.regrowth import INITIALISERS, SELECTORS
-from utils.run import ArgumentParser, add_model_option, add_run_options
+from utils.run import RECIPE_NUMBERS, ArgumentParser, add_model_option, add_recipe_numbers, add_run_options
 from utils.search import search_config
 from utils.stage2 import Method
-from utils.training import FINETUNE_FINAL, SCHEDULES
+from utils.training import RECIPES
 
 
 def _add_reference_options(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +61,12 @@ def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
     _add_start(parser)
     _add_search(parser)
     group = parser.add_argument_group("final finetuning")
-    group.add_argument("--finetune_epochs", type=count, default=FINETUNE_FINAL.epochs,
-                       help="epochs after the weights have returned (AdamW)")
-    group.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr,
-                       help="learning rate, also of the mini-finetuning in the search")
-    group.add_argument("--finetune_schedule", choices=list(SCHEDULES), default=FINETUNE_FINAL.schedule,
-                       help="learning rate over these epochs (the mini-finetuning's is constant)")
-    group.add_argument("--patience", type=positive_int, default=FINETUNE_FINAL.patience,
+    group.add_argument("--recipe", choices=list(RECIPES), default="published",
+                       help="what the options below leave out; short: much in few epochs, for a laptop")
+    group.add_argument("--finetune_epochs", type=count, help="epochs after the weights have returned")
+    add_recipe_numbers(group, "finetune_", "final")
+    group.add_argument("--finetune_batch_size", type=positive_int, help="images, default: the recipe's")
+    group.add_argument("--patience", type=positive_int,
                        help="epochs without a better validation accuracy before it stops")
     add_run_options(parser)
     group = parser.add_argument_group("artifacts")
@@ -135,6 +134,9 @@ def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | N
 
 
 def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:
+    for option in ("patience", *(f"finetune_{field}" for field in ("epochs", "batch_size", *RECIPE_NUMBERS))):
+        if getattr(args, option) is None:
+            setattr(args, option, getattr(RECIPES[args.recipe].final, option.removeprefix("finetune_")))
     config = search_config(args)  # raises on values that do not go together
     if args.allocation == "rl":
         Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)  # raises where it pays no batch

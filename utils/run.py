@@ -24,16 +24,18 @@ from utils.common import (
     count,
     derive_seed,
     fraction,
+    not_negative,
     one_line,
     positive_float,
     positive_int,
     resolve_precision,
+    unit_interval,
 )
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
-from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN, SCHEDULES, Recipe
+from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, OPTIMIZERS, PRETRAIN, RECIPES, SCHEDULES
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -346,35 +348,60 @@ def check_iterations(args: argparse.Namespace) -> None:
         raise UserError(f"--iter_end {args.iter_end} lies before --iter_start {args.iter_start}")
 
 
-def add_recipe_options(parser: argparse.ArgumentParser, pre: Recipe, post: Recipe, finetune_epochs: str,
-                       note: str | None = None) -> None:
-    """Options that change the recipes of pretraining (`pre`) and of finetuning (`post`); None where not given.
+RECIPE_NUMBERS = {  # of a recipe, beside epochs, batch size and patience -> what it is, and what argparse is to accept
+    "optimizer": ("optimizer", {"choices": list(OPTIMIZERS)}),
+    "lr": ("learning rate", {"type": positive_float}),
+    "schedule": ("learning rate over the epochs", {"choices": list(SCHEDULES)}),
+    "weight_decay": ("weight decay", {"type": not_negative}),
+    "label_smoothing": ("label smoothing", {"type": unit_interval}),
+}
 
-    The help shows the recipes' values as defaults, `finetune_epochs` in words; note: what else to say on them.
+
+def _values_of(training: str, number: str) -> str:
+    values = [f"{name} {getattr(getattr(recipes, training), number)}" for name, recipes in RECIPES.items()]
+    return f"(default: {', '.join(values)})"
+
+
+def add_recipe_numbers(group: Any, prefix: str, training: str) -> None:
+    """Options `--{prefix}lr` and so on for what a recipe sets; None where not given. training: field of `Recipes` whose
+    values the help shows."""
+    for name, (text, words) in RECIPE_NUMBERS.items():
+        group.add_argument(f"--{prefix}{name}", help=f"{text} {_values_of(training, name)}", **words)
+
+
+def add_recipe_options(parser: argparse.ArgumentParser, note: str | None = None) -> None:
+    """`--recipe` and options that change the recipes of pretraining and of finetuning; None where not given.
+
+    note: what else to say on the defaults.
     """
     group = parser.add_argument_group("training", note)
-    group.add_argument("--max_epochs", type=positive_int, help=f"epochs of pretraining (default: {pre.epochs})")
-    group.add_argument("--lr", type=positive_float, help=f"learning rate of pretraining, SGD (default: {pre.lr})")
-    group.add_argument("--batch_size", type=positive_int,
-                       help=f"default: {pre.batch_size} in pretraining, {post.batch_size} in finetuning")
+    group.add_argument("--recipe", choices=list(RECIPES), default="published",
+                       help="what the options below leave out; short: much in few epochs, for a laptop")
+    group.add_argument("--max_epochs", type=positive_int,
+                       help=f"epochs of pretraining {_values_of('pretrain', 'epochs')}")
+    add_recipe_numbers(group, "", "pretrain")
+    group.add_argument("--batch_size", type=positive_int, help="of pretraining and finetuning (default: published 128 "
+                       "and 100, short 128)")
     group.add_argument("--patience", type=positive_int, help="epochs without a better validation accuracy before a "
-                       f"stage stops (default: {pre.patience})")
-    group.add_argument("--finetune_epochs", type=count, help=f"epochs after pruning (default: {finetune_epochs})")
-    group.add_argument("--finetune_lr", type=positive_float,
-                       help=f"learning rate of finetuning, AdamW (default: {post.lr})")
-    group.add_argument("--finetune_schedule", choices=list(SCHEDULES),
-                       help=f"learning rate over the finetuning epochs (default: {post.schedule})")
+                       f"stage stops {_values_of('pretrain', 'patience')}")
+    group.add_argument("--finetune_epochs", type=count,
+                       help=f"epochs after one-shot pruning {_values_of('one_shot', 'epochs')}, or after each "
+                       f"iteration of several {_values_of('iterative', 'epochs')}")
+    add_recipe_numbers(group, "finetune_", "one_shot")
+    group.add_argument("--finetune_batch_size", type=positive_int, help="of finetuning, instead of --batch_size")
 
 
 def pretrain_changes(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of the recipe of pretraining that the command line gives."""
-    return _given(epochs=args.max_epochs, lr=args.lr, batch_size=args.batch_size, patience=args.patience)
+    return _given(epochs=args.max_epochs, batch_size=args.batch_size, patience=args.patience,
+                  **{name: getattr(args, name) for name in RECIPE_NUMBERS})
 
 
 def finetune_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the recipe of finetuning that the command line gives."""
-    return _given(epochs=args.finetune_epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
-                  batch_size=args.batch_size, patience=args.patience)
+    """Fields of a recipe of finetuning that the command line gives."""
+    return _given(epochs=args.finetune_epochs, batch_size=args.finetune_batch_size or getattr(args, "batch_size", None),
+                  patience=args.patience,
+                  **{name: getattr(args, f"finetune_{name}") for name in RECIPE_NUMBERS})
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -40,11 +40,11 @@ from utils.regrowth import (
     regrowth_budget,
     target_layers,
 )
-from utils.run import Run, prerequisite
+from utils.run import RECIPE_NUMBERS, Run, prerequisite
 from utils.search import Found, search_allocation
 from utils.stage import Stage, hold_folder
 from utils.stage1 import Outcome
-from utils.training import FINETUNE_FINAL, Recipe, Trainer, accuracy_with_new_statistics, evaluate
+from utils.training import Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
 DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
@@ -280,9 +280,9 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
 
 
 def final_recipe(args: argparse.Namespace) -> Recipe:
-    """The published final finetuning (warm-up and cosine) with what the command line changes."""
-    return replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, schedule=args.finetune_schedule,
-                   patience=args.patience)
+    """The final finetuning, by the recipe and what the command line changes; `args` are complete."""
+    numbers = {field: getattr(args, f"finetune_{field}") for field in RECIPE_NUMBERS}
+    return Recipe(**numbers, epochs=args.finetune_epochs, batch_size=args.finetune_batch_size, patience=args.patience)
 
 
 def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, config: Mapping[str, Any],

@@ -1,7 +1,7 @@
 """Does one quantity predict another, does one arm beat another: scipy's tests, and the verdicts in words."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,3 +85,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(order))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
     return adjusted.tolist()
+
+
+def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all (Holm).
+
+    rows: a dict per run: arm, target (its sparsity), seed, test_acc (%), seconds of training after pretraining and
+    epochs of a search, of which the means go along. arms: names in the order in which they are given back.
+    """
+    by_key = {(row["target"], row["arm"], row["seed"]): row for row in rows}
+    results = []
+    for target, arm in sorted({key[:2] for key in by_key}, key=lambda key: (key[0], arms.index(key[1]))):
+        own = [row for key, row in by_key.items() if key[:2] == (target, arm) and (target, control, key[2]) in by_key]
+        if arm != control and own:
+            controls = [by_key[target, control, row["seed"]]["test_acc"] for row in own]
+            means = {key: float(np.mean([row[key] for row in own])) for key in ("search_epochs", "seconds")}
+            difference = paired_difference([row["test_acc"] for row in own], controls)
+            results.append({"arm": arm, "target": target, **difference, **means})
+    for result, adjusted in zip(results, holm([row["p"] for row in results]), strict=True):
+        result["p_holm"] = adjusted
+    return results

@@ -48,6 +48,25 @@ FINETUNE_ONE_SHOT = Recipe("adamw", lr=3e-4, epochs=400, batch_size=100, weight_
 FINETUNE_ITERATIVE = Recipe("adamw", lr=3e-4, epochs=40, batch_size=100, weight_decay=1e-2, patience=30)
 FINETUNE_FINAL = Recipe("adamw", lr=3e-4, epochs=400, batch_size=100, schedule="warmup_cosine", weight_decay=1e-2,
                         patience=30)
+# For a laptop, found on validation by `experiments/recipe_sweep.py` (results/README.md).
+SHORT_PRETRAIN = Recipe("muon", lr=0.1, epochs=15, batch_size=128, schedule="triangular", weight_decay=5e-4,
+                        label_smoothing=0.1)
+SHORT_FINETUNE = Recipe("nesterov", lr=0.1, epochs=12, batch_size=128, schedule="warmup_cosine", weight_decay=5e-4)
+
+
+class Recipes(NamedTuple):
+    """The recipe of every training: of the dense model, after one-shot pruning, in each iteration, after regrowth."""
+
+    pretrain: Recipe
+    one_shot: Recipe
+    iterative: Recipe
+    final: Recipe
+
+
+RECIPES = {
+    "published": Recipes(PRETRAIN, FINETUNE_ONE_SHOT, FINETUNE_ITERATIVE, FINETUNE_FINAL),
+    "short": Recipes(SHORT_PRETRAIN, SHORT_FINETUNE, SHORT_FINETUNE, SHORT_FINETUNE),
+}
 
 
 def _sgd(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
@@ -63,8 +82,64 @@ def _nesterov(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
                            fused=True)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step on a convolution's kernel is made orthogonal; SGD with Nesterov momentum for the rest.
+
+    A kernel (out, in, h, w) counts as the matrix (out, in * h * w), of which the step has singular values near 1 times
+    `KERNEL_RATE` times the learning rate; kernels do not decay, since batch normalisation undoes their scale.
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. PyTorch's own (2.9) takes matrices
+    only and is not in the oldest version that we support.
+    """
+
+    KERNEL_RATE, KERNEL_MOMENTUM, MOMENTUM = 0.5, 0.95, 0.9
+
+    def __init__(self, params: Any, lr: float, weight_decay: float):
+        """params: as of every optimizer of PyTorch."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; parameters without a gradient stay."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._move(param, group["lr"], group["weight_decay"])
+
+    def _move(self, param: Tensor, lr: float, weight_decay: float) -> None:
+        kernel = param.dim() == 4
+        momentum = self.KERNEL_MOMENTUM if kernel else self.MOMENTUM
+        grad = param.grad if kernel else param.grad.add(param, alpha=weight_decay)
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        direction = grad.add(state["momentum_buffer"].mul_(momentum).add_(grad), alpha=momentum)
+        if kernel:
+            param.add_(orthogonalised(direction.flatten(1)).view_as(param), alpha=-self.KERNEL_RATE * lr)
+        else:
+            param.add_(direction, alpha=-lr)
+
+
+def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
+    """`matrix` (rows, columns) with its singular values brought near 1, by Newton-Schulz iterations of degree 5.
+
+    The coefficients (Jordan et al., 2024) take values in (0, 1] into about [0.7, 1.2] within five iterations; three are
+    enough for training.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+def _muon(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    return Muon(groups, recipe.lr, recipe.weight_decay)
+
+
 OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {
-    "sgd": _sgd, "nesterov": _nesterov, "adamw": _adamw}
+    "sgd": _sgd, "nesterov": _nesterov, "adamw": _adamw, "muon": _muon}
 
 
 def _cosine(step: int, total: int) -> float:
