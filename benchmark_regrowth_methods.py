@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from utils import benchmark, checkpoint, plots
-from utils.common import Progress, UserError
+from utils.common import Progress, UserError, peak_memory_mb
 from utils.mask_schedule import MASK_SCHEDULES
 from utils.methods import METHODS
 from utils.run import ArgumentParser, Run, environment, script
@@ -56,13 +53,6 @@ def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[s
                 rows.append({"run": number, "method": name, **last[name].seconds})
                 checkpoint.save_csv(rows, log)
     return seconds, last
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def timings(card: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:

@@ -14,11 +14,11 @@ from utils.benchmark import (
     argsort_lamp_masks,
     elementwise_regrowth,
     measure,
-    peak_memory_mb,
     plain_dataloader,
     plain_training_epoch,
 )
 from utils.checkpoint import save_csv
+from utils.common import peak_memory_mb
 from utils.pruning import weight_pruner_loader
 from utils.selection import exact_k_mask
 
