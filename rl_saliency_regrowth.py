@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from utils import stage2
+from utils.distributed import world
 from utils.methods import METHODS, parse_regrowth_args, regrowth_parser
 from utils.run import open_run, script
 
@@ -28,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Finds an allocation, regrows by it, finetunes, reports."""
     args = parse_args(argv)
     run = open_run(args)
-    outcomes = stage2.regrow(run, args, METHOD)
-    stage2.report(run, stage2.save_folder(run, args, METHOD), outcomes)
+    outcomes = stage2.regrow(run, args, METHOD, world=world())
+    if world().leads:
+        stage2.report(run, stage2.save_folder(run, args, METHOD), outcomes)
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, several=True)

@@ -15,6 +15,7 @@ from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation
 from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig, scaled_advantages
+from utils.distributed import World
 from utils.methods import regrowth_parser
 from utils.search import run_search, saved_searches, search_config
 from utils.surrogate import fit, most_promising
@@ -295,13 +296,56 @@ def test_an_interrupted_search_repeats_no_training():
         assert len(resumed.evaluate.calls) == total - stop_at
 
 
+class Shuffled(World):
+    """Finishes the trials of a round in any order, as several processes do; keeps how many there were."""
+
+    def __init__(self, seed: int):
+        self.order, self.rounds = np.random.default_rng(seed), []
+
+    def run(self, function, jobs, on_result):
+        self.rounds.append(len(jobs))
+        for number in self.order.permutation(len(jobs)):
+            on_result(int(number), function(*jobs[number]), 0.0)
+
+
+@pytest.mark.parametrize("budget", [None, 90])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_in_which_the_trials_of_a_round_end_changes_nothing(budget, seed):
+    straight, shuffled, resumed = (
+        RegrowthPolicyGradient(small_problem(), Trainer(), replace(SMALL, search_budget=budget), 3, world)
+        for world in (World(), Shuffled(seed), Shuffled(seed + 9)))
+    straight.run()
+    saved: list[dict] = []
+    shuffled.run(on_trial=lambda: saved.append(shuffled.state_dict()))
+    assert_same_search(straight, shuffled)
+    assert [len(state["known"]) for state in saved] == list(range(1, len(straight.evaluate.calls) + 1))
+    assert any(len(state["history"]) < len(state["known"]) for state in saved)  # rows wait for those before
+    resumed.load_state_dict(saved[len(saved) // 2])
+    resumed.run()
+    assert_same_search(straight, resumed)
+    assert len(resumed.evaluate.calls) == len(saved) - len(saved) // 2 - 1
+
+
+def test_a_round_is_a_batch_and_beside_it_what_earlier_rounds_have_earned():
+    """Of five equal layers two of the four rules differ; after the first batch a third of 5 and of 8 go on beside the
+    next batches; at the end the best 4 of 11 have been at the second rung, and 2 of these 4 at the top.
+    """
+    world = Shuffled(0)
+    search = RegrowthPolicyGradient(small_problem((90,) * 5, 200), Trainer(), replace(SMALL, num_epochs=3), 3, world)
+    search.run()
+    assert world.rounds == [2, 3, 1 + 3, 1 + 3, 2, 2]
+    assert [row["source"] for row in search.history[7:11]] == ["promotion"] + ["rl"] * 3
+    assert [row["fidelity"] for row in search.history] == [1] * 7 + [3, 1, 1, 1] * 2 + [3, 3, 9, 9]
+    assert [row["epoch"] for row in search.history] == [0] * 7 + [1] * 4 + [2] * 4 + [3] * 4
+
+
 def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
 def test_a_search_that_is_interrupted_again_while_it_catches_up_repeats_no_training():
     straight, first, second, third = (RegrowthPolicyGradient(small_problem(), Trainer(stop_at), SMALL, seed=3)
-                                      for stop_at in (None, 7, None, None))
+                                      for stop_at in (None, 9, None, None))
     straight.run()
     with pytest.raises(KeyboardInterrupt):
         first.run()
@@ -310,7 +354,7 @@ def test_a_search_that_is_interrupted_again_while_it_catches_up_repeats_no_train
         second.run(on_episode=interrupt)
     third.load_state_dict(second.state_dict())
     third.run()
-    assert not second.evaluate.calls and len(third.evaluate.calls) == len(straight.evaluate.calls) - 7
+    assert not second.evaluate.calls and len(third.evaluate.calls) == len(straight.evaluate.calls) - 9
     assert_same_search(straight, third)
 
 

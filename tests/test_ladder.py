@@ -6,13 +6,14 @@ import pytest
 from utils.ladder import Ladder
 
 
-def climb(ladder: Ladder, next_trial, reward) -> list:
-    """Pays for promotions until there is none; returns the trials."""
-    trials = []
-    while (trial := next_trial()) is not None:
-        ladder.record(trial, reward(trial))
-        trials.append(trial)
-    return trials
+def climb(ladder: Ladder, next_trials, reward) -> list:
+    """Pays for promotions, round by round, until there is none; returns the trials."""
+    climbed = []
+    while trials := next_trials():
+        for trial in trials:
+            ladder.record(trial, reward(trial))
+        climbed += trials
+    return climbed
 
 
 def test_ladder_promotes_the_best_third_of_every_rung():
@@ -23,11 +24,11 @@ def test_ladder_promotes_the_best_third_of_every_rung():
     def value(trial):
         return trial[0][0] / 10
 
-    assert climb(ladder, ladder.promotion, value) == [((7,), 3), ((6,), 3)]  # 8 // 3
+    assert climb(ladder, ladder.promotions, value) == [((7,), 3), ((6,), 3)]  # 8 // 3
     ladder.record(((8,), 1), 0.65)
-    assert climb(ladder, ladder.promotion, value) == [((8,), 3), ((8,), 9)]  # 3 at rung two: its best to the top
+    assert climb(ladder, ladder.promotions, value) == [((8,), 3), ((8,), 9)]  # 3 at rung two: its best to the top
     assert ladder.spent == 9 * 1 + 3 * 3 + 9
-    assert climb(ladder, ladder.final_promotion, value) == []  # 3 of 9 and 1 of 3 are up already
+    assert climb(ladder, ladder.final_promotions, value) == []  # 3 of 9 and 1 of 3 are up already
     assert ladder.leader() == ((8,), 9)  # the only one at the top
 
 
@@ -36,11 +37,11 @@ def test_the_final_ladder_takes_a_leader_to_the_top_and_spends_what_is_left():
     for i in range(4):
         ladder.record(((i,), 1), i / 10)
     # 2 of 4 go on (a third, rounded up); on the second rung the order turns round; 1 epoch of 20 is left.
-    assert climb(ladder, ladder.final_promotion, lambda trial: 1 - trial[0][0] / 10) == [
+    assert climb(ladder, ladder.final_promotions, lambda trial: 1 - trial[0][0] / 10) == [
         ((3,), 3), ((2,), 3), ((2,), 9)]
     assert ladder.spent == 19 and ladder.leader() == ((2,), 9)
     ladder.budget = 1000
-    climb(ladder, ladder.final_promotion, lambda trial: 0.5)
+    climb(ladder, ladder.final_promotions, lambda trial: 0.5)
     assert ladder.spent == 4 * (1 + 3 + 9)
 
 

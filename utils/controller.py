@@ -1,10 +1,14 @@
 """The search for how many weights each layer gets back: an LSTM controller learns from the rewards of its episodes.
 
-An episode is an allocation and its reward. The controller samples allocations (`RegrowthAgent`), somebody else trains
-and measures them (`evaluate`, a function of plain numbers that another process could serve), and REINFORCE moves the
-controller towards the better ones (`RegrowthPolicyGradient`). Every episode is trained for the few epochs of the first
-rung, and only those that stay ahead for more (`Ladder`); the controller learns from the first rung alone, where all
-rewards are comparable. A trial that was paid for is looked up, never trained again.
+An episode is an allocation and its reward. The controller samples allocations (`RegrowthAgent`), `evaluate` trains and
+measures them, and REINFORCE moves the controller towards the better ones (`RegrowthPolicyGradient`). Every episode is
+trained for the few epochs of the first rung, and only those that stay ahead for more (`Ladder`); the controller learns
+from the first rung alone, where all rewards are comparable. A trial that was paid for is looked up, never trained
+again.
+
+The search goes in rounds: the plain rules, then each batch of episodes, and beside it those of earlier rounds that have
+earned more epochs. All trials of a round are trained side by side by the processes there are (`World`). Decisions fall
+between rounds, so that the number of processes changes nothing but the time.
 
 Few episodes teach an LSTM little. So by default the controller starts around the best of the plain rules, and of many
 episodes that it samples those are trained which a surrogate of the trials so far finds most promising
@@ -15,8 +19,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +30,7 @@ from torch import Tensor
 from utils.agent import ACTION_SPACES, ActionSpace, RatioActions, RegrowthAgent, Rollout, ShareActions
 from utils.allocation import ALLOCATORS, AllocationProblem, proportional, shares_near
 from utils.common import UserError, derive_seed, generator
+from utils.distributed import World
 from utils.ladder import Allocation, Ladder, Trial
 from utils.surrogate import most_promising
 
@@ -121,6 +126,14 @@ def scaled_advantages(rewards: Tensor, baseline: float, temperature: float) -> T
     return ((rewards - baseline) / temperature).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
 
 
+class Episode(NamedTuple):
+    """What a round is to look up or train, who asked for it, and the entropy of the controller's decisions."""
+
+    trial: Trial
+    source: str
+    entropy: float | None = None
+
+
 class RegrowthPolicyGradient:
     """REINFORCE over allocations; can be stopped anywhere and continued bit for bit on the CPU.
 
@@ -137,9 +150,11 @@ class RegrowthPolicyGradient:
     fidelity (epochs), cached (0 or 1), epochs_spent (so far, this one included), seconds, allocation.
     """
 
-    def __init__(self, problem: AllocationProblem, evaluate: Evaluate, config: SearchConfig, seed: int):
-        """A search that has not begun."""
+    def __init__(self, problem: AllocationProblem, evaluate: Evaluate, config: SearchConfig, seed: int,
+                 world: World | None = None):
+        """A search that has not begun. world: the processes that train its trials; default: this one alone."""
         self.problem, self.evaluate, self.config, self.seed = problem, evaluate, config, seed
+        self.world = world or World()
         self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"),
                                    config.action_space)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), config.learning_rate)
@@ -149,29 +164,29 @@ class RegrowthPolicyGradient:
         self.history: list[Row] = []
         self._sampler = generator(seed, "controller", "actions")
         self._known: dict[Trial, float] = {}  # all that were trained, those of a saved search too
-        self._on_episode: Callable[[Row], None] | None = None
+        self._seconds: dict[Trial, float] = {}  # that this run's trials took
         self._settle()
 
-    def run(self, on_episode: Callable[[Row], None] | None = None,
-            on_epoch: Callable[[int], None] | None = None) -> SearchResult:
+    def run(self, on_episode: Callable[[Row], None] | None = None, on_epoch: Callable[[int], None] | None = None,
+            on_trial: Callable[[], None] | None = None) -> SearchResult:
         """Searches from where it stands to the end of `num_epochs` or of the budget.
 
         Args:
-            on_episode: called with each new row of `history`.
+            on_episode: called with each new row of `history`; rows come in the order of their round.
             on_epoch: called after each controller update with the number of updates.
+            on_trial: called whenever a trial has been trained, after the rows that this allowed; with several
+                processes from another thread, while `run` waits or trains.
 
-        `state_dict` may be taken in both, and after an interruption.
+        `state_dict` may be taken in all of them, and after an interruption.
         """
-        self._on_episode = on_episode
+        self._on_episode, self._on_trial = on_episode or (lambda row: None), on_trial or (lambda: None)
         if self.config.warm_start and not self.history:
-            self._try_deterministic()
-        if self.epoch:
-            self._climb(self.ladder.promotion)
+            self._round(self._deterministic())
         while self.epoch < self.config.num_epochs and self._update():
             if on_epoch:
                 on_epoch(self.epoch)
-            self._climb(self.ladder.promotion)
-        self._climb(self.ladder.final_promotion)
+        while trials := self.ladder.final_promotions():
+            self._round([Episode(trial, "promotion") for trial in trials])
         allocation, fidelity = leader = self.ladder.leader()
         self._settle()
         return SearchResult(allocation, self.ladder.reward(leader), fidelity, len(self.history), self.ladder.spent)
@@ -216,26 +231,31 @@ class RegrowthPolicyGradient:
         """Marks where a saved search is taken up: only here do the controller and its random numbers change."""
         self._settled, self._settled_sampler = len(self.history), self._sampler.get_state()
 
-    def _try_deterministic(self) -> None:
-        for name in WARM_START:
-            trial = ALLOCATORS[name](self.problem, self._sampler), self.ladder.rungs[0]
-            if self.ladder.affords([trial]):
-                self._episode(trial, name)
-
     def _update(self) -> bool:
-        """One batch and one step of the controller; False, and nothing changed, if the batch is too dear."""
+        """One round with a batch, and one step of the controller; False, without either, if the batch is too dear."""
         rollout = self._sample(self._action_space())
-        trials = [(allocation, self.ladder.rungs[0]) for allocation in rollout.allocations]
-        if not self.ladder.affords(trials):
-            self._sampler.set_state(self._settled_sampler)
-            return False
         entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
-        rewards = [self._episode(trial, "rl", entropy)
-                   for trial, entropy in zip(trials, entropies.tolist(), strict=True)]
+        batch = [Episode((allocation, self.ladder.rungs[0]), "rl", entropy)
+                 for allocation, entropy in zip(rollout.allocations, entropies.tolist(), strict=True)]
+        beside = [Episode(trial, "promotion") for trial in self.ladder.promotions()]
+        if not self.ladder.affords(episode.trial for episode in beside + batch):
+            self._sampler.set_state(self._settled_sampler)
+            self._round(beside)
+            return False
+        rewards = self._round(beside + batch)[len(beside):]
         self._learn(rollout, rewards)
         self.epoch += 1
         self._settle()
         return True
+
+    def _deterministic(self) -> list[Episode]:
+        """The rules' allocations, as many as the budget pays; the first batch starts from the best."""
+        episodes: list[Episode] = []
+        for name in WARM_START:
+            trial = ALLOCATORS[name](self.problem, self._sampler), self.ladder.rungs[0]
+            if self.ladder.affords([*(episode.trial for episode in episodes), trial]):
+                episodes.append(Episode(trial, name))
+        return episodes
 
     def _action_space(self) -> ActionSpace:
         """What actions mean: shares are those of the rule that was best at the first rung, if any was tried."""
@@ -282,36 +302,35 @@ class RegrowthPolicyGradient:
         self.optimizer.step()
         self.baseline = self.config.baseline_decay * baseline + (1 - self.config.baseline_decay) * mean
 
-    def _climb(self, next_trial: Callable[[], Trial | None]) -> None:
-        while (trial := next_trial()) is not None:
-            self._episode(trial, "promotion")
+    def _round(self, episodes: Sequence[Episode]) -> list[float]:
+        """Trains side by side what is new among the trials; rows and rewards in the order of the episodes."""
+        waiting = deque(episodes)
+        new = [trial for trial in dict.fromkeys(episode.trial for episode in episodes) if trial not in self._known]
 
-    def _episode(self, trial: Trial, source: str, entropy: float | None = None) -> float:
-        """Looks a trial up or trains it, writes its row and returns its reward."""
-        start = time.perf_counter()
-        cached = self.ladder.reward(trial) is not None
-        reward = self._reward(trial)
-        self.ladder.record(trial, reward)
-        seconds = time.perf_counter() - start  # for the report only; nothing depends on it
-        allocation, fidelity = trial
-        best = max(self.ladder.rewards[fidelity].values())
-        beta = None if entropy is None else self.config.beta(self.epoch)
-        self.history.append({
-            "episode": len(self.history) + 1, "epoch": self.epoch, "source": source, "reward": reward, "best": best,
-            "baseline": self.baseline, "entropy": entropy, "beta": beta, "fidelity": fidelity, "cached": int(cached),
-            "epochs_spent": self.ladder.spent, "seconds": seconds, "allocation": allocation,
-        })
-        if self._on_episode:
-            self._on_episode(self.history[-1])
-        return reward
-
-    def _reward(self, trial: Trial) -> float:
-        """Of a paid trial, of one that an interrupted run had trained, or by training."""
-        if (paid := self.ladder.reward(trial)) is not None:
-            return paid
-        if trial not in self._known:
-            reward = float(self.evaluate(trial[0], self.seed, trial[1]))
+        def keep(number: int, reward: float, seconds: float) -> None:
             if not 0 <= reward <= 1:
                 raise ValueError(f"a reward must be an accuracy as a fraction between 0 and 1, not {reward}")
-            self._known[trial] = reward
-        return self._known[trial]
+            self._known[new[number]] = reward
+            self._seconds[new[number]] = seconds
+            self._write_rows(waiting)
+            self._on_trial()
+        self._write_rows(waiting)
+        self.world.run(self.evaluate, [(allocation, self.seed, epochs) for allocation, epochs in new], keep)
+        return [self.ladder.reward(episode.trial) for episode in episodes]
+
+    def _write_rows(self, waiting: deque[Episode]) -> None:
+        """Takes episodes from the front, as far as their rewards are known, and writes their rows."""
+        while waiting and waiting[0].trial in self._known:
+            trial, source, entropy = waiting.popleft()
+            allocation, fidelity = trial
+            cached = self.ladder.reward(trial) is not None
+            reward = self._known[trial]
+            self.ladder.record(trial, reward)
+            self.history.append({
+                "episode": len(self.history) + 1, "epoch": self.epoch, "source": source, "reward": reward,
+                "best": max(self.ladder.rewards[fidelity].values()), "baseline": self.baseline, "entropy": entropy,
+                "beta": None if entropy is None else self.config.beta(self.epoch), "fidelity": fidelity,
+                "cached": int(cached), "epochs_spent": self.ladder.spent,
+                "seconds": 0.0 if cached else self._seconds.get(trial, 0.0), "allocation": allocation,
+            })
+            self._on_episode(self.history[-1])

@@ -68,16 +68,19 @@ class Ladder:
         seen = self.rewards.get(epochs, {})
         return sorted(seen, key=seen.__getitem__, reverse=True)
 
-    def promotion(self) -> Trial | None:
-        """The next trial while the search goes on, highest rung first; None when nobody has earned one."""
+    def promotions(self) -> list[Trial]:
+        """What those who have earned the next rung are trained for while the search goes on, highest rung first."""
+        trials: list[Trial] = []
         for level in reversed(range(len(self.rungs) - 1)):
             seen = self.ranked(self.rungs[level])
             for trial in self._unpaid(seen[:len(seen) // self.eta], level + 1):
-                return trial if self.affords([trial]) else None
-        return None
+                if not self.affords([*trials, trial]):
+                    return trials
+                trials.append(trial)
+        return trials
 
-    def final_promotion(self) -> Trial | None:
-        """The next trial once no new candidates come, lowest rung first; None when the ladder is done.
+    def final_promotions(self) -> list[Trial]:
+        """The next trials once no new candidates come, of one rung, the lowest first; none when the ladder is done.
 
         At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
         rung to the top takes. What is then left of a budget goes to the leaders too: the share of a rung that goes on
@@ -85,11 +88,13 @@ class Ladder:
         """
         for part in range(1, self.eta + 1 if self.budget is not None else 2):
             for level in range(len(self.rungs) - 1):
-                seen = self.ranked(self.rungs[level])
+                seen, trials = self.ranked(self.rungs[level]), []
                 for trial in self._unpaid(seen[:-(-len(seen) * part // self.eta)], level + 1):
-                    if self.affords([trial], reserve=sum(self.rungs[level + 2:])):
-                        return trial
-        return None
+                    if self.affords([*trials, trial], reserve=sum(self.rungs[level + 2:])):
+                        trials.append(trial)
+                if trials:
+                    return trials
+        return []
 
     def leader(self) -> Trial:
         """The best candidate: highest rung reached, then reward, then first come. Raises ValueError if none is seen."""

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -33,8 +34,10 @@ from utils.common import (
 )
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
+from utils.distributed import LOST, World, world
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
+from utils.torchrun import keep_error, launcher, restarted, use_own_part
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, OPTIMIZERS, PRETRAIN, RECIPES, SCHEDULES
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -79,8 +82,13 @@ class ArgumentParser(argparse.ArgumentParser):
                          formatter_class=_Formatter)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse; ``~/x`` and ``--option=~/x`` mean the home folder, also where no shell has replaced it."""
+        """As argparse; ``~/x`` and ``--option=~/x`` mean the home folder, also where no shell has replaced it.
+
+        Where torchrun starts the command again after it has lost a process, `--resume` is among its words.
+        """
         words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
+        if restarted() and "--resume" in self._option_string_actions:
+            words = _resumed(words)
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -224,6 +232,7 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     """
     sys.stderr = sys.stderr or io.StringIO()  # a program without a console has none; bars and notes need one
     device = resolve_device(args.device)
+    use_own_part(device)
     precision = resolve_precision(args.precision, device)
     ensure_writable(args.root)
     torch.backends.cudnn.benchmark = True  # fixed batch shapes: let cuDNN choose its fastest kernels
@@ -239,7 +248,7 @@ def command_line() -> str:
     """The command that runs this process, as a shell takes it; a module as ``python -m name``, without its path."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     started = ["-m", spec.name] if spec and sys.argv[0].endswith(".py") else sys.argv[:1]
-    return shlex.join(["python", *started, *sys.argv[1:]])
+    return shlex.join([*launcher(), *started, *sys.argv[1:]])
 
 
 def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
@@ -274,10 +283,15 @@ def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
             "shorten it)")
 
 
+def _resumed(words: Sequence[str]) -> list[str]:
+    """A command's words with `--resume`; what was overwritten so far is not overwritten again."""
+    kept = [word for word in words if word != "--overwrite"]
+    return kept if any(word.split("=")[0] in ("--resume", "-r") for word in kept) else [*kept, "--resume"]
+
+
 def _resume_command() -> str:
-    """This process's command with `--resume`; what was overwritten so far is not overwritten again."""
-    command = shlex.join(word for word in shlex.split(command_line()) if word != "--overwrite")
-    return command if any(word.split("=")[0] in ("--resume", "-r") for word in sys.argv) else f"{command} --resume"
+    """This process's command with `--resume`."""
+    return shlex.join(_resumed(shlex.split(command_line())))
 
 
 class _Pipe(io.FileIO):
@@ -309,29 +323,38 @@ def _os_error_line(error: OSError) -> str:
     return ": ".join(map(str, filter(None, (error.filename, (error.strerror or str(error)).lower()))))
 
 
-def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True) -> NoReturn:
+def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True, several: bool = False) -> NoReturn:
     """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
 
-    A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`.
+    A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`;
+    several: whether torchrun may start it as several processes, which then all end when one does.
     """
     _make_output_safe()
+    processes, line, code = World(), None, 0
     try:
+        processes = world()
+        if processes.size > 1 and not several:
+            raise UserError(f"{Path(sys.argv[0]).name} runs as one process; start it with python, not with torchrun")
         main(None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno is None:  # raised by a library, not by the system
-            raise
-        print(f"error: {_os_error_line(error)}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    except KeyboardInterrupt:
-        if not resumable:
-            print("\ninterrupted; run the same command again", file=sys.stderr)
-            sys.exit(130)
-        print(f"\ninterrupted; every finished epoch is saved. Continue with: {_resume_command()}", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+    except (KeyboardInterrupt, *LOST) as stop:
+        what = "interrupted; every finished epoch is saved" if isinstance(stop, KeyboardInterrupt) else \
+            "stopped, for another process of this run has ended; what was finished is saved"
+        how = f"Continue with: {_resume_command()}" if resumable else "Run the same command again"
+        line, code = f"\n{what}. {how}", 130
+    except Exception as error:
+        line, code = _line_and_code(error)
+    processes.end(line)
+    sys.exit(code)
+
+
+def _line_and_code(error: Exception) -> tuple[str, int]:
+    """What to print and to exit with: a line where the error is the user's or the system's, else a traceback."""
+    if isinstance(error, OSError) and error.errno is not None:  # None: raised by a library, not by the system
+        error = UserError(_os_error_line(error))
+    if not isinstance(error, UserError):
+        return "".join(traceback.format_exception(error)), 1
+    keep_error(str(error))
+    return f"error: {error}", error.exit_code
 
 
 def add_iteration_options(parser: argparse.ArgumentParser, iter_end: int, amount: str) -> None:

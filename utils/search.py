@@ -14,6 +14,7 @@ from utils import checkpoint, plots
 from utils.allocation import AllocationProblem
 from utils.common import Progress, UserError
 from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig, SearchResult
+from utils.distributed import World
 from utils.stage import differences
 
 
@@ -69,7 +70,7 @@ def _read_search(path: Path) -> dict[str, Any]:
 
 def run_search(search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
                sparsity: float) -> SearchResult:
-    """Runs a search to its end; saves its table and its state after every episode.
+    """Runs a search to its end; saves its table and its state after every trial.
 
     stem: path that artifact names begin with; config: of the step, kept in the checkpoints; save_freq: one checkpoint
     in so many updates is kept, besides the latest; sparsity: that all episodes have in common, for the table.
@@ -87,6 +88,8 @@ def run_search(search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, 
         spent = f"{row['epochs_spent']}/{budget}" if budget else row["epochs_spent"]
         progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
                      f"{row['fidelity']}  best {100 * row['best']:.2f} %")
+
+    def after_trial() -> None:
         checkpoint.save_csv(table_rows(search.history, sparsity), stem.parent / "search.csv")
         save()
 
@@ -96,7 +99,7 @@ def run_search(search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, 
             search_path(stem, number - 1).unlink(missing_ok=True)
 
     with progress:
-        result = search.run(after_episode, after_update)
+        result = search.run(after_episode, after_update, after_trial)
     save()
     return result
 
@@ -133,9 +136,9 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
 
 
 def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
-                      config: Mapping[str, Any], stem: Path, sparsity: float) -> Found:
+                      config: Mapping[str, Any], stem: Path, sparsity: float, world: World) -> Found:
     """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints."""
-    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed)
+    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed, world)
     path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
     if path:
         load_search(search, path, config)

@@ -20,6 +20,7 @@ from typing import Any
 from utils import checkpoint
 from utils.checkpoint import read_csv, save_csv, save_json
 from utils.common import UserError, note
+from utils.distributed import World, world
 from utils.training import Trainer, TrainResult
 
 LINEAGE = ("parent", "start", "dense", "source", "reference")  # digests of the models that a stage starts from
@@ -73,14 +74,16 @@ def _release(file: Any, path: Path, owner: int) -> None:
     file.close()
 
 
-def hold_folder(folder: Path, option: str = "--root") -> FolderLock:
+def hold_folder(folder: Path, option: str = "--root") -> FolderLock | None:
     """Keeps other processes from writing to `folder` for as long as the result is kept; within a process anybody may.
 
     The system gives the lock (flock) back when the process ends, however it ends; what is left of a killed one is taken
     over with a note. Over NFS it works between machines; where there are no such locks, a note says so, and on Windows
     nothing is locked. UserError when another process holds the folder, saying which, or when it cannot be written
-    (`option` chooses another).
+    (`option` chooses another). Of the processes of one run the leader alone holds folders; the others get None.
     """
+    if not world().leads:
+        return None
     checkpoint.ensure_writable(folder, option)
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
@@ -215,6 +218,14 @@ def _flat(config: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
         name = f"{outer}{key}"
         flat.update(_flat(value, f"{name} ") if isinstance(value, Mapping) else {name: value})
     return flat
+
+
+def check_same_files(world: World, config: Mapping[str, Any]) -> None:
+    """UserError where this process has other data or models than the leader (config: JSON-able, with their digests)."""
+    own = json.loads(json.dumps(config))
+    if (leaders := world.share(own)) != own:
+        raise UserError(f"process {world.rank} on {socket.gethostname()} finds other files than process 0: "
+                        f"{differences(leaders, own)}. All need the same --root and --data_dir")
 
 
 class ResumableTable:

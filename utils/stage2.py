@@ -29,6 +29,7 @@ from utils.analysis_utils import (
 from utils.channels import count_live
 from utils.common import UserError, derive_seed, generator
 from utils.data_loader import BatchLoader
+from utils.distributed import World
 from utils.regrowth import (
     BEST_ENTRIES,
     Evidence,
@@ -42,7 +43,7 @@ from utils.regrowth import (
 )
 from utils.run import RECIPE_NUMBERS, Run, prerequisite
 from utils.search import Found, search_allocation
-from utils.stage import Stage, hold_folder
+from utils.stage import Stage, check_same_files, hold_folder
 from utils.stage1 import Outcome
 from utils.training import Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
@@ -246,19 +247,30 @@ def allocation_problem(args: argparse.Namespace, step: Step, evidence: Evidence)
 # --- one step ------------------------------------------------------------------------------------------------------
 
 
-def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0) -> list[Outcome]:
-    """All steps of a stage-2 script, each from the model before, then the report; returns the regrown models.
+def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0,
+           world: World | None = None) -> list[Outcome]:
+    """All steps of a stage-2 script, each from the model before; returns the starting and the regrown models.
 
     passes: over the training images before the final finetuning, which sees them in the order of a finetuning that has
-    had so many (`pipeline.prune_and_finetune` begins with none).
+    had so many (`pipeline.prune_and_finetune` begins with none); world: the processes that train the trials of a search
+    (default: this one), all of which call this; the leader does everything else.
     """
+    world = world or World()
     dense, start = load_dense(run, args), load_start(run, args)
     run.held.add(hold_folder(save_folder(run, args, method), "--save_dir"))
     about, outcomes = evidence_maker(run, args, dense.model), [start]
     for number in range(1, args.regrow_iterations + 1):
         step = plan_step(run, args, method, outcomes[-1], number)
         config = {**step_config(run, args, method, step, dense), "passes_before": passes}
-        outcomes.append(_regrow_step(run, args, method, step, config, about))
+        check_same_files(world, config)
+        if world.leads:
+            outcomes.append(_regrow_step(run, args, method, step, config, about, world))
+            world.share()
+        else:
+            regrower = regrower_of(run, args, method, about(step.start.model))
+            while layers := world.share():  # a search begins; None: the step is finished
+                world.serve(partial(trial_reward, run, args, step, regrower, layers))
+            outcomes.append(stage1.load_outcome(run, step.artifact))
     return outcomes
 
 
@@ -286,7 +298,7 @@ def final_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, config: Mapping[str, Any],
-                 about: Callable[[nn.Module], Evidence]) -> Outcome:
+                 about: Callable[[nn.Module], Evidence], world: World) -> Outcome:
     stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
     if stage.finished:
         print(stage.reuse_note())
@@ -294,9 +306,9 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
     started = time.perf_counter()
     evidence = about(step.start.model)
     problem, regrower = allocation_problem(args, step, evidence), regrower_of(run, args, method, evidence)
-    found = _find_allocation(run, args, method, step, problem, regrower, config)
+    found = _find_allocation(run, args, method, step, problem, regrower, config, world)
     before = evaluate(step.start.model, run.val, run.precision).accuracy
-    model, record = apply_allocation(step.start.model, problem, found.allocation, regrower, step.number)
+    model, record = apply_allocation(step.start.model, problem.layers, found.allocation, regrower, step.number)
     regrown = evaluate(model, run.val, run.precision).accuracy
     reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
     save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown, reestimated)
@@ -320,27 +332,32 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
 
 
 def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: Step, problem: AllocationProblem,
-                     regrower: Regrower, config: Mapping[str, Any]) -> Found:
+                     regrower: Regrower, config: Mapping[str, Any], world: World) -> Found:
     if args.allocation != "rl":
         chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
         return Found(chosen, None, 0, 0, args.allocation)
-
-    def episode(allocation: tuple[int, ...], seed: int, epochs: float) -> float:
-        """Reward of an allocation: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""
-        model, _ = apply_allocation(step.start.model, problem, allocation, regrower, step.number)
-        recipe = replace(final_recipe(args), epochs=epochs, schedule="constant", patience=None)
-        trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(seed, "episode"), precision=run.precision)
-        return trainer.run(show=False).accuracy / 100
-
-    return search_allocation(args, problem, episode, seed=derive_seed(run.seed, "search"), config=config,
-                             stem=step.folder / method.search_stem, sparsity=step.sparsity_after)
+    world.share(problem.layers)
+    found = search_allocation(args, problem, partial(trial_reward, run, args, step, regrower, problem.layers),
+                              seed=derive_seed(run.seed, "search"), config=config, world=world,
+                              stem=step.folder / method.search_stem, sparsity=step.sparsity_after)
+    world.share()
+    return found
 
 
-def apply_allocation(pruned: nn.Module, problem: AllocationProblem, allocation: tuple[int, ...], regrower: Regrower,
+def trial_reward(run: Run, args: argparse.Namespace, step: Step, regrower: Regrower, layers: Sequence[str],
+                 allocation: Sequence[int], seed: int, epochs: float) -> float:
+    """Of an allocation to the layers: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""
+    model, _ = apply_allocation(step.start.model, layers, allocation, regrower, step.number)
+    recipe = replace(final_recipe(args), epochs=epochs, schedule="constant", patience=None)
+    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(seed, "episode"), precision=run.precision)
+    return trainer.run(show=False).accuracy / 100
+
+
+def apply_allocation(pruned: nn.Module, layers: Sequence[str], allocation: Sequence[int], regrower: Regrower,
                      number: int) -> tuple[nn.Module, RegrowthRecord]:
-    """A copy of the pruned model with the allocation regrown in it, and the record of what returned."""
+    """A copy of the pruned model with so many weights regrown in each layer, and the record of what returned."""
     model = clone_model(pruned)
-    record = regrower(model).apply_regrowth(dict(zip(problem.layers, allocation)), step=number)
+    record = regrower(model).apply_regrowth(dict(zip(layers, allocation)), step=number)
     return model, record
 
 

@@ -1,0 +1,174 @@
+"""Processes that share the work of a run: torchrun starts them, process 0 leads, all do jobs, and all end together.
+
+The leader posts the jobs of a round, whoever is free takes the next one, and the leader collects what they gave. That
+is JSON of a few numbers, so all of it goes through torch.distributed's store: no process group is formed, and there is
+no backend to choose. The leader alone decides and prints.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from torch import distributed
+
+POLL, BEAT, SILENCE = 0.05, 2.0, 30.0  # seconds between looks at the store, and signs of life; without one: lost
+Function = Callable[..., Any]
+OnResult = Callable[[int, Any, float], None]  # number of the job in its round, what it gave, seconds it took
+
+
+class Stopped(BaseException):
+    """Another process of the run has ended, or this one was told to (SIGTERM)."""
+
+
+LOST = (Stopped, distributed.DistError)  # the latter where the store has gone with another process
+
+
+class World:
+    """The processes of a run; of this class, one alone. Jobs, results and what is shared are JSON-able."""
+
+    rank, size = 0, 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that decides and prints."""
+        return self.rank == 0
+
+    def share(self, value: Any = None) -> Any:
+        """The leader's value, for every process; all call this in the same order."""
+        return value
+
+    def run(self, function: Function, jobs: Sequence[Sequence[Any]], on_result: OnResult) -> None:
+        """For the leader: has ``function(*job)`` done for all jobs of a round, and tells each result as it comes."""
+        for number, job in enumerate(jobs):
+            on_result(number, *_timed(function, job))
+
+    def serve(self, function: Function) -> None:
+        """For the others: takes part in round after round, until the leader shares None."""
+
+    def end(self, error: str | None = None) -> None:
+        """Before the process exits: prints the error unless another process has printed one."""
+        if error:
+            print(error, file=sys.stderr)
+
+
+def _timed(function: Function, job: Sequence[Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return function(*job), time.perf_counter() - start
+
+
+class Processes(World):
+    """Those that torchrun has started; all end within about half a minute after one is lost."""
+
+    def __init__(self) -> None:
+        """Joins them."""
+        store, self.rank, self.size = next(distributed.rendezvous("env://"))
+        self.store = self._join(store)
+        self._watched = range(1, self.size) if self.leads else (0,)
+        self._shared, self._over, self._stderr = 0, threading.Event(), sys.stderr
+        if not self.leads:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        signal.signal(signal.SIGTERM, self._stop)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _join(self, store: distributed.Store) -> distributed.Store:
+        """Waits for all others; gives the part of the store that is theirs, for torchrun keeps it over restarts."""
+        start = seat = 0
+        while not (start and seat < self.size and store.check([f"begun {start}"])):  # without a seat: an earlier start
+            time.sleep(POLL)
+            if self.leads:
+                start = start or store.add("starts", 1)
+                if store.add(f"seats {start}", 0) >= self.size - 1:
+                    store.set(f"begun {start}", "")
+            elif (latest := store.add("starts", 0)) > start:
+                start, seat = latest, store.add(f"seats {latest}", 1)
+        return distributed.PrefixStore(f"start {start}", store)
+
+    def share(self, value: Any = None) -> Any:
+        self._shared += 1
+        key = f"shared {self._shared}"
+        if self.leads:
+            self.store.set(key, json.dumps(value))
+        while not self.store.check([key]):
+            time.sleep(POLL)
+        return json.loads(self.store.get(key))
+
+    def run(self, function: Function, jobs: Sequence[Sequence[Any]], on_result: OnResult) -> None:
+        jobs = self.share(jobs)
+        with ThreadPoolExecutor(1) as pool:  # results are taken in while this process is busy with a job of its own
+            collecting = pool.submit(self._collect, len(jobs), on_result)
+            try:
+                self._work(function, jobs, collecting)
+                collecting.result()
+            except BaseException:
+                self._over.set()
+                raise
+
+    def serve(self, function: Function) -> None:
+        while (jobs := self.share()) is not None:
+            self._work(function, jobs)
+
+    def _work(self, function: Function, jobs: Sequence[Any], collecting: Future | None = None) -> None:
+        while (number := self.store.add(f"taken {self._shared}", 1) - 1) < len(jobs):
+            result = json.dumps((number, *_timed(function, jobs[number])))
+            self.store.set(f"result {self._shared}.{self.store.add(f'done {self._shared}', 1)}", result)
+            if collecting and collecting.done():  # it has failed
+                return
+
+    def _collect(self, count: int, on_result: OnResult) -> None:
+        for number in range(1, count + 1):
+            key = f"result {self._shared}.{number}"
+            while not self.store.check([key]):
+                if self._over.wait(POLL) and not self.store.check([key]):
+                    return
+            on_result(*json.loads(self.store.get(key)))
+
+    def end(self, error: str | None = None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._over.set()
+        try:
+            if error and self.store.add("ended", 1) == 1:
+                print(error, file=self._stderr)
+            self.store.set(f"beat {self.rank}", "left")
+            limit = time.monotonic() + (3 * BEAT if self.leads else 0)  # the store may be the leader's: it goes last
+            while time.monotonic() < limit and set(self._beats().values()) != {"left"}:
+                time.sleep(POLL)
+        except RuntimeError:  # the store is gone with its machine: a line from each of the others
+            if error and os.environ.get("LOCAL_RANK") == "0":
+                print(error, file=self._stderr)
+
+    def _stop(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopped
+
+    def _beats(self) -> dict[int, str]:
+        """The last sign of life of every process that this one watches."""
+        keys = {rank: f"beat {rank}" for rank in self._watched}
+        return {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
+
+    def _watch(self) -> None:
+        """Gives signs of life, and stops this process when another has ended or gives none."""
+        beats, heard, lost = {}, dict.fromkeys(self._watched, time.monotonic()), False
+        while not lost and not self._over.wait(BEAT):
+            try:
+                self.store.set(f"beat {self.rank}", str(time.monotonic()))
+                before, beats, now = beats, self._beats(), time.monotonic()
+                heard |= {rank: now for rank, beat in beats.items() if beat != before.get(rank, "") or beat == "left"}
+                lost = self.store.check(["ended"]) or now - min(heard.values()) > SILENCE
+            except RuntimeError:  # the store is gone
+                lost = True
+        if not self._over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@cache
+def world() -> World:
+    """The processes of this run; joins them at the first call."""
+    return Processes() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else World()
