@@ -50,7 +50,7 @@ def test_elementwise_regrowth_does_what_ours_does():
     scores = torch.randperm(30, generator=generator).view(6, 5).float()
     mask = (torch.rand(6, 5, generator=generator) < 0.3).float()
     expected, before, old = exact_k_mask(scores, 7, mask == 0), mask.clone(), weight.clone()
-    elementwise_regrowth(weight, mask, scores, values, 7)
+    elementwise_regrowth({"layer": 7}, [(weight, mask, scores, values)])
     assert torch.equal(mask.bool() & ~before.bool(), expected) and torch.equal(weight[expected], values[expected])
     assert torch.equal(weight[~expected], old[~expected])
 
@@ -67,12 +67,12 @@ def test_the_plain_loader_and_loop_train(small_cnn):
 
 def test_measure_counts_only_the_work():
     calls = []
-    timing = measure(lambda value: (calls.append(value), time.sleep(0.01)), CPU, repeats=3, warmup=2,
-                     prepare=lambda: time.sleep(0.03) or len(calls))
-    assert calls == [0, 1, 2, 3, 4] and timing.repeats == 3
-    assert 0.009 < timing.fastest <= timing.median <= timing.slowest and timing.fastest < 0.03
+    timing, = measure([lambda value: (calls.append(value), time.sleep(0.01))], CPU, repeats=3, warmup=2,
+                      prepare=lambda: time.sleep(0.03) or len(calls))
+    assert calls == [0, 1, 2, 3, 4] and timing["repeats"] == 3
+    assert 0.009 < timing["fastest_s"] <= timing["median_s"] <= timing["slowest_s"] and timing["fastest_s"] < 0.03
     with pytest.raises(ValueError):
-        measure(lambda: None, CPU, repeats=0)
+        measure([lambda: None], CPU, repeats=0)
     assert peak_memory_mb(CPU) > 10
 
 
