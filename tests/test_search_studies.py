@@ -1,0 +1,85 @@
+"""The two studies of the search: on toys, and how well short trainings tell what long ones do."""
+from __future__ import annotations
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import rung_fidelity, search_toys
+from tests.test_regrowth_scripts import make_start
+from utils.allocation import AllocationProblem
+from utils.common import UserError
+
+
+def test_every_allocation_is_listed_once():
+    problem = AllocationProblem(("a", "b", "c"), (2, 4, 1), 4, (2, 4, 1), (1, 1, 1))
+    expected = [point for point in itertools.product(range(3), range(5), range(2)) if sum(point) == 4]
+    assert sorted(map(tuple, search_toys.every_allocation(problem).tolist())) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", search_toys.NOISE)
+def test_a_toy_rewards_the_same_allocation_equally_and_long_training_truly(kind):
+    toy = search_toys.Toy(kind, 3)
+    allocation = search_toys.ALLOCATORS["proportional"](toy.problem, torch.Generator())
+    assert sum(allocation) == search_toys.BUDGET
+    again, other = search_toys.Toy(kind, 3), search_toys.Toy(kind, 4)
+    assert toy(allocation, 0, 1) == again(allocation, 5, 1) != other(allocation, 0, 1)
+    errors = [abs(toy(allocation, 0, epochs) - toy.expected(np.array(allocation, float), 9)) for epochs in (1, 9)]
+    assert errors[1] < 0.01 < errors[0]
+    assert toy.optimum() >= toy.best_rule() - 0.005
+
+
+def test_searches_of_a_toy_spend_the_same_and_are_compared_in_pairs():
+    rows = [search_toys.measure(search_toys.Toy(kind, seed), arm) for kind in search_toys.NOISE for seed in (0, 1)
+            for arm in ("rules, then random", "random")]
+    assert all(55 <= row["epochs"] <= 60 for row in rows)
+    assert rows[0]["first_six"] != rows[0]["last_six"]
+    full = [{**row, "arm": arm, "reward": row["reward"] + (arm == "default") * (0.01 + 0.001 * row["seed"])}
+            for row in rows if row["arm"] == "random" for arm in search_toys.ARMS]
+    results = search_toys.summary(full)
+    assert len(results) == 12 and all(row["mean"] == pytest.approx(1.05) for row in results)
+    assert all(row["p_holm"] == pytest.approx(4 * row["p"]) for row in results)
+
+
+def test_rungs_are_compared_by_hand():
+    last = [1, 2, 3, 4, 5, 6]
+    rows = [{"number": i, "source": "near" if i < 3 else "random", "bn": 6 - i, "after_1": value, "after_9": value}
+            for i, value in enumerate(last)]
+    bn, first = rung_fidelity.compare(rows, [1, 9])
+    assert bn["spearman"] == pytest.approx(-1) and bn["spearman_near"] == pytest.approx(-1)
+    assert first["spearman"] == pytest.approx(1) and (bn["best_third_kept"], first["best_third_kept"]) == (0, 1)
+
+
+def test_rung_fidelity_goes_on_where_it_was_interrupted(image_folder, tmp_path, monkeypatch):
+    make_start(tmp_path)
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+             "--precision", "fp32", "--num_allocations", "6", "--num_images", "60", "--rungs", "0.5", "1", "2"]
+    real, calls = rung_fidelity.Study.rewards, []
+
+    def interrupted(study, allocation):
+        calls.append(allocation)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(study, allocation)
+    monkeypatch.setattr(rung_fidelity.Study, "rewards", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rung_fidelity.main(words)
+    with pytest.raises(UserError, match="--resume"):
+        rung_fidelity.main(words)
+    rung_fidelity.main([*words, "--resume"])
+    assert len(calls) == 7 and len(set(calls)) == 6
+    with open(tmp_path / "rung_fidelity/resnet20/rungs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"] for row in rows] == ["proportional", "uniform", "greedy", "erk", "near", "random"]
+    assert all(float(row["after_1"]) <= float(row["after_2"]) for row in rows)
+    with open(tmp_path / "rung_fidelity/resnet20/spearman.csv", newline="") as file:
+        assert [row["rung"] for row in csv.DictReader(file)] == ["bn", "after_0.5", "after_1"]
+
+
+def test_rung_fidelity_refuses_what_cannot_be_compared(tmp_path):
+    for words, said in ((["--rungs", "3", "1"], "increasing"), (["--num_allocations", "5"], "6 or more")):
+        with pytest.raises(UserError, match=said):
+            rung_fidelity.parse_args(["--m_name", "resnet20", "--root", str(tmp_path), *words])
