@@ -493,7 +493,7 @@ def test_failed_download_leaves_nothing(server: type, tmp_path: Path, fault: str
     server.content = server.content[:100] if fault == "cut" else bytes(len(server.content))
     with pytest.raises(UserError, match="a download of http"):
         load_dataset("cifar10", tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_out_of_reach_is_one_message_with_the_ways_on(archive: Path, tmp_path: Path,
@@ -538,4 +538,4 @@ def test_a_server_that_falls_silent_half_way_is_given_up(server: type, tmp_path:
     with pytest.raises(UserError, match=r"failed \(timed out\). Ways on"):
         load_dataset("cifar10", tmp_path / "data")
     done.set()
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()

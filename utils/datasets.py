@@ -12,7 +12,6 @@ import io
 import os
 import socket
 import tempfile
-import urllib.request
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +101,7 @@ def load_cifar10(data_dir: Path) -> ImageDataset:
     if (data_dir / _FOLDER).is_dir():
         return _read_torchvision(data_dir)
     if (data_dir / _ARCHIVE).is_file():
-        return _install(data_dir)
+        return _install(data_dir, data_dir / _ARCHIVE)
     if not _has_image_folder(data_dir):
         return _download(data_dir)
     data = _read_image_folder("cifar10", data_dir, SIDE, resize=False)
@@ -174,28 +173,23 @@ def _read_torchvision(data_dir: Path) -> ImageDataset:
     return ImageDataset("cifar10", "torchvision", *arrays, classes=tuple(train.classes))
 
 
-def _install(data_dir: Path) -> ImageDataset:
-    """Extracts the archive (a download, if none was placed) in a temporary folder, reads it, moves it to `data_dir`.
+def _install(data_dir: Path, archive: Path) -> ImageDataset:
+    """Extracts the archive in a temporary folder, reads it, and moves it to `data_dir`.
 
     So a run that is interrupted leaves nothing that looks complete; a read-only `data_dir` is served without the move.
-    Raises UserError for a damaged archive or a full disk, and what torchvision raises when the download fails.
+    Raises UserError for a damaged archive or a full disk.
     """
     from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
-    archive = data_dir / _ARCHIVE
+    if not check_integrity(archive, CIFAR10.tgz_md5):
+        raise UserError(f"{archive} is incomplete or damaged (its md5 is not {CIFAR10.tgz_md5}); place it again, "
+                        "or delete it for a download")
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".cifar10_", dir=data_dir)
     except OSError:  # cannot be written
         temporary = tempfile.TemporaryDirectory(prefix="cifar10_")
     with temporary as place:
-        if not archive.is_file():
-            with contextlib.redirect_stdout(io.StringIO()):
-                download_url(CIFAR10.url, place, _ARCHIVE, CIFAR10.tgz_md5)
-            archive = Path(place, _ARCHIVE)
-        elif not check_integrity(archive, CIFAR10.tgz_md5):
-            raise UserError(f"{archive} is incomplete or damaged (its md5 is not {CIFAR10.tgz_md5}); place it again, "
-                            "or delete it for a download")
         try:
             extract_archive(os.fspath(archive), place)
         except OSError as error:
@@ -209,13 +203,15 @@ def _install(data_dir: Path) -> ImageDataset:
 def _download(data_dir: Path) -> ImageDataset:
     """Downloads CIFAR-10 to `data_dir`; UserError with what was tried and the three ways on if it cannot be had."""
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_ANSWER_S)  # torchvision sets none: a dead connection would hang for ever
     try:
-        urllib.request.urlopen(CIFAR10.url).close()  # where no server answers, no folder is made
-        data_dir.mkdir(parents=True, exist_ok=True)
-        return _install(data_dir)
+        with tempfile.TemporaryDirectory(prefix="cifar10_") as place, contextlib.redirect_stdout(io.StringIO()):
+            download_url(CIFAR10.url, place, _ARCHIVE, CIFAR10.tgz_md5)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            return _install(data_dir, Path(place, _ARCHIVE))
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # no network, a broken answer, a wrong md5
         raise UserError(f"CIFAR-10 cannot be had: {data_dir} has neither the folder {_FOLDER}, nor the archive "
                         f"{_ARCHIVE}, nor an image folder train|test/<class>/*.png|jpg|jpeg, and a download of "
