@@ -272,16 +272,21 @@ class ResumableTable:
 
     def has(self, *key: Any) -> bool:
         """Whether there is a row with this key."""
-        return any(tuple(str(row[name]) for name in self.keys) == tuple(map(str, key)) for row in self.rows)
+        asked = tuple(str(_as_saved(value)) for value in key)
+        return any(tuple(str(row[name]) for name in self.keys) == asked for row in self.rows)
 
     def add(self, row: Mapping[str, Any], card: Mapping[str, Any]) -> None:
         """Appends a row and saves table and card; equal columns in every row."""
-        self.rows.append({name: _number(f"{value:.6g}") if isinstance(value, float) else value
-                          for name, value in row.items()})
+        self.rows.append({name: _as_saved(value) for name, value in row.items()})
         kinds = {name: "number" if all(isinstance(line[name], (int, float)) and not isinstance(line[name], bool)
                                        for line in self.rows) else "text" for name in row}
         save_json({**card, "config": self.config, "columns": kinds}, self.path.with_suffix(".json"))
         save_csv(self.rows, self.path)
+
+
+def _as_saved(value: Any) -> Any:
+    """The value as it is after a table was written and read: six digits of a float, 1.0 as 1."""
+    return _number(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _number(text: str) -> Any:

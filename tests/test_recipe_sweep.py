@@ -1,0 +1,53 @@
+"""The sweep over recipes on tiny data: one row per combination, resumable, only validation read."""
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from experiments import recipe_sweep as sweep
+from utils import checkpoint
+from utils.common import UserError
+from utils.data_loader import TestLoader
+
+
+def options(image_folder, tmp_path) -> list[str]:
+    return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+            "--precision", "fp32", "--epochs", "1"]
+
+
+def rows_of(tmp_path) -> list[dict[str, str]]:
+    with open(tmp_path / "recipe_sweep/resnet20/sweep.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_a_row_and_none_is_trained_again(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TestLoader, "__iter__", lambda loader: pytest.fail("the test set was read"))
+    words = [*options(image_folder, tmp_path), "--lr", "0.1", "0.05"]
+    sweep.main(words)
+    with pytest.raises(UserError, match="--resume"):
+        sweep.main(words)
+    trained, real = [], sweep.train
+    monkeypatch.setattr(sweep, "train", lambda *values: trained.append(values[3].optimizer) or real(*values))
+    sweep.main([*words, "--optimizer", "muon", "nesterov", "--resume"])
+    assert trained == ["nesterov", "nesterov"]
+    assert [(row["optimizer"], row["lr"]) for row in rows_of(tmp_path)] == [
+        ("muon", "0.1"), ("muon", "0.05"), ("nesterov", "0.1"), ("nesterov", "0.05")]
+    assert {row["surviving"] for row in rows_of(tmp_path)} == {"270896"}
+
+
+def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_folder, tmp_path):
+    words = [*options(image_folder, tmp_path), "--sparsity", "0.97", "--mask_schedule", "fixed", "bidirectional"]
+    with pytest.raises(UserError, match="ckpt.pth"):
+        sweep.main(words)
+    from utils.model_loader import model_loader
+    dense = {"net": model_loader("resnet20", seed=0).state_dict(), "acc": 10.0, "epoch": 1}
+    checkpoint.save_checkpoint(dense, checkpoint.dense_path(tmp_path, "resnet20"))
+    sweep.main([*words, "--resume"])
+    assert [(row["mask_schedule"], row["surviving"]) for row in rows_of(tmp_path)] == [
+        ("fixed", "8127"), ("bidirectional", "8127")]
+
+
+def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):
+    with pytest.raises(UserError, match="give a --sparsity"):
+        sweep.main([*options(image_folder, tmp_path), "--mask_schedule", "gradual"])
