@@ -106,6 +106,19 @@ def test_every_allocation_rule_spends_the_same(allocation, options, tmp_path, ca
         rl_regrowth_nas.main([*options, "--allocation", other, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
 
 
+@pytest.mark.parametrize("module, words", [(rl_regrowth_nas, []), (rl_saliency_regrowth, ["--selection", "random"])])
+def test_only_live_weights_return_if_that_is_asked_for(module, words, options, tmp_path):
+    words = [*options, *words, "--allocation", "proportional", "--target_sparsity", "0.98", "--finetune_epochs", "0"]
+    cards = []
+    for folder, more in (("any", []), ("live", ["--only_live"])):
+        module.main([*words, *more, "--save_dir", str(tmp_path / folder)])
+        cards.append(json.loads((tmp_path / folder / "regrown_resnet20_0.98.json").read_text()))
+    anywhere, live = cards
+    assert anywhere["regrown_live"] < anywhere["regrown"] == live["regrown"] == live["regrown_live"]
+    assert live["config"]["only_live"] and "only_live" not in anywhere["config"]
+    assert live["effective_sparsity"] < anywhere["effective_sparsity"]
+
+
 def test_the_schedule_of_the_final_finetuning_is_chosen(options, tmp_path):
     rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_epochs", "2", "--finetune_lr", "0.002",
                           "--finetune_schedule", "constant"])

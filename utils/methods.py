@@ -95,6 +95,8 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
                        help="layers that weights may return to, by name or pattern; default: all")
     group.add_argument("--max_ratio", type=unit_interval, default=1.0,
                        help="largest fraction of a layer's pruned weights that may return in a step")
+    group.add_argument("--only_live", action="store_true", help="let weights return only where they lie on a path of "
+                       "active weights from the image to the output; default: how many do is reported")
     group.add_argument("--ssim_batches", type=positive_int, default=10,
                        help="batches of 500 training images over which drift is measured")
 

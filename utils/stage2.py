@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
@@ -30,6 +31,7 @@ from utils.channels import count_live
 from utils.common import UserError, derive_seed, generator
 from utils.data_loader import BatchLoader
 from utils.distributed import World
+from utils.live_regrowth import LiveRegrowth, dead_positions_taken
 from utils.regrowth import (
     BEST_ENTRIES,
     Evidence,
@@ -148,6 +150,9 @@ def plan_step(run: Run, args: argparse.Namespace, method: Method, start: Outcome
         target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
         budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
     capacity = sum(_capacities(start.model, args).values())
+    if not capacity and args.only_live:
+        raise UserError("--only_live: no weight could return, since no path leads from the image to the output; leave "
+                        "the option out")
     after = 1.0 - (counts.surviving + min(budget, capacity)) / counts.total
     folder = save_folder(run, args, method) / (f"step_{number}" if args.regrow_iterations > 1 else ".")
     artifact = folder / f"regrown_{run.m_name}_{checkpoint.format_sparsity(after)}.pth"
@@ -160,8 +165,12 @@ def save_folder(run: Run, args: argparse.Namespace, method: Method) -> Path:
 
 
 def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
-    """Weights that may return per target layer: at most `--max_ratio` of what is pruned there."""
-    capacities = layer_capacities(model, target_layers(model, args.target_layers))
+    """Weights that may return per target layer: at most `--max_ratio` of what is pruned there.
+
+    With `--only_live`, of those that would be on a live path.
+    """
+    with dead_positions_taken(model) if args.only_live else nullcontext():
+        capacities = layer_capacities(model, target_layers(model, args.target_layers))
     ratio = Fraction(str(args.max_ratio))  # as it was written: 0.29 * 100 is just below 29 in floating point
     return {name: int(ratio * capacity) for name, capacity in capacities.items()}
 
@@ -229,7 +238,8 @@ def regrower_of(run: Run, args: argparse.Namespace, method: Method, evidence: Ev
     """The method's rule on this evidence; what it needs is made at its first use."""
     rule, init_strategy = method.rule(args)
     seed = derive_seed(run.seed, "regrowth")
-    return lambda model: WeightRegrowth(model, rule, evidence, init_strategy, seed)
+    kind = LiveRegrowth if args.only_live else WeightRegrowth
+    return lambda model: kind(model, rule, evidence, init_strategy, seed)
 
 
 def allocation_problem(args: argparse.Namespace, step: Step, evidence: Evidence) -> AllocationProblem:
@@ -283,6 +293,7 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
                   "warm_start")
         if args.action_space != "ratio":  # searches of earlier versions, all by ratios, do not say
             names += ("action_space",)
+    names += ("only_live",) if args.only_live else ()  # not where it is off, so that what was made before it still fits
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
             "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),

@@ -1,0 +1,47 @@
+"""Regrowth where weights are on a live path only."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from utils.analysis_utils import get_masks, set_masks
+from utils.channels import count_live
+from utils.live_regrowth import LiveRegrowth, dead_positions_taken
+from utils.regrowth import Evidence, layer_capacities
+
+
+def net() -> nn.Module:
+    """3 means -> 3 hidden -> 2 outputs: hidden 0 reads nothing, nobody reads hidden 1, hidden 2 is on a path."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    set_masks(model, {"2": torch.tensor([[0, 0, 0], [1, 1, 0], [0, 1, 0]]), "4": torch.tensor([[1, 0, 0], [0, 0, 1]])})
+    return model
+
+
+def test_capacities_by_hand_and_masks_are_given_back():
+    model = net()
+    before = get_masks(model)
+    assert layer_capacities(model, ["2", "4"]) == {"2": 6, "4": 4}
+    with pytest.raises(ZeroDivisionError), dead_positions_taken(model):
+        # into hidden 0 (3) and 2 (2), which are read; from hidden 1 (2) and 2 (1), which depend on the image
+        assert layer_capacities(model, ["2", "4"]) == {"2": 5, "4": 3}
+        raise ZeroDivisionError
+    assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
+
+
+@pytest.mark.parametrize("rule", ["saliency", "random", "magnitude"])
+def test_every_weight_that_returns_is_on_a_live_path(rule):
+    for seed in range(5):
+        model = net()
+        # the dead weight of hidden 1 from input 2 ranks first
+        saliency = {"2": torch.tensor([[1.0, 2, 3], [4, 5, 99], [6, 7, 8]]), "4": torch.rand(2, 3)}
+        record = LiveRegrowth(model, rule, Evidence(saliency=saliency), seed=seed).apply_regrowth({"2": 4, "4": 2})
+        assert record.count == 6 == count_live(model, record.masks(model))
+        assert rule != "saliency" or record.layers["2"].indices.tolist() == [1, 2, 6, 8]
+
+
+def test_more_than_can_live_is_refused():
+    model = net()
+    with pytest.raises(ValueError, match="cannot return"):
+        LiveRegrowth(model, "random", Evidence()).apply_regrowth({"4": 4})
+    assert layer_capacities(model, ["4"]) == {"4": 4}
