@@ -16,8 +16,8 @@ from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.distributed import World
-from utils.methods import regrowth_parser
-from utils.search import run_search, saved_searches, search_config
+from utils.methods import regrowth_parser, search_config
+from utils.search import run_search, saved_searches
 from utils.surrogate import fit, most_promising
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)

@@ -6,7 +6,8 @@ line that all methods share.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,24 @@ from utils.controller import SearchConfig
 from utils.ladder import Ladder
 from utils.regrowth import INITIALISERS, SELECTORS
 from utils.run import RECIPE_NUMBERS, ArgumentParser, add_model_option, add_recipe_numbers, add_run_options
-from utils.search import search_config
-from utils.stage2 import Method
 from utils.training import RECIPES
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells the two scripts apart: their names, and how weights are chosen within a layer.
+
+    rule: the names, in `SELECTORS` and `INITIALISERS`, that the arguments ask for; add_options: adds the method's own
+    options to a parser; options: their names, for run cards.
+    """
+
+    name: str
+    save_dir: str
+    search_stem: str
+    best_file: str
+    rule: Callable[[argparse.Namespace], tuple[str, str]]
+    add_options: Callable[[argparse.ArgumentParser], None]
+    options: tuple[str, ...]
 
 
 def _add_reference_options(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +149,17 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; UserError for values that contradict each other."""
     return check_regrowth_args(parser.parse_args(argv))
+
+
+def search_config(args: argparse.Namespace) -> SearchConfig:
+    """The command line's search options; UserError for values that make no sense."""
+    return SearchConfig(
+        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
+        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
+        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
+        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
+        search_budget=args.search_budget or None, warm_start=args.warm_start,
+        action_space=args.action_space)
 
 
 def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:

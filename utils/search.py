@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils import checkpoint, plots
-from utils.allocation import AllocationProblem
 from utils.common import Progress, UserError
-from utils.controller import MAY_CHANGE, Evaluate, RegrowthPolicyGradient, SearchConfig, SearchResult
-from utils.distributed import World
+from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
 from utils.stage import differences
 
 
@@ -124,21 +122,12 @@ def load_search(search: RegrowthPolicyGradient, path: Path, config: Mapping[str,
     print(f"continuing the search of {path} after {search.epoch} updates")
 
 
-def search_config(args: argparse.Namespace) -> SearchConfig:
-    """The command line's search options; UserError for values that make no sense."""
-    return SearchConfig(
-        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
-        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
-        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None, warm_start=args.warm_start,
-        action_space=args.action_space)
+def search_allocation(search: RegrowthPolicyGradient, args: argparse.Namespace, config: Mapping[str, Any], stem: Path,
+                      sparsity: float) -> Found:
+    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints.
 
-
-def search_allocation(args: argparse.Namespace, problem: AllocationProblem, evaluate: Evaluate, *, seed: int,
-                      config: Mapping[str, Any], stem: Path, sparsity: float, world: World) -> Found:
-    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints."""
-    search = RegrowthPolicyGradient(problem, evaluate, search_config(args), seed, world)
+    config, stem, sparsity: as of `run_search`.
+    """
     path = latest_search(stem, config) if args.resume == "latest" else args.resume and Path(args.resume)
     if path:
         load_search(search, path, config)
@@ -149,7 +138,7 @@ def search_allocation(args: argparse.Namespace, problem: AllocationProblem, eval
                 old.unlink()
     table = stem.parent / "search.csv"
     checkpoint.save_csv(table_rows(search.history, sparsity), table)  # also of a finished search that is taken up
-    plots.plot_search(search.history, problem, result.allocation, table.with_suffix(".png"))
+    plots.plot_search(search.history, search.problem, result.allocation, table.with_suffix(".png"))
     source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
     return Found(result.allocation, result.reward, result.epochs_spent, search.epoch,
                  "controller" if source == "rl" else source)

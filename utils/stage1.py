@@ -229,16 +229,30 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recip
                            "passes through there alone is lost"))
         facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
         print(f"{label}: {keep} weights kept, validation after pruning {facts['val_acc_after_pruning']:.2f} %")
-    trainer = Trainer(model, run.train, run.val, recipe, seed=finetuning_seed(run, step.iteration),
-                      precision=run.precision, hook=mover)
-    result = stage.fit(trainer, label)
-    if mover:
-        facts["mask_updates"] = write_mask_updates(mover, trainer, artifact, label)
-    facts = {**describe(model, result.accuracy), **facts}
-    card = run.card(**facts, epochs=result.epochs, best_epoch=result.best_epoch, seconds=trainer.seconds)
-    stage.finish(model.state_dict(), card)
+    facts |= finetune(run, stage, model, recipe, label, seed=finetuning_seed(run, step.iteration), mover=mover)
+    stage.finish(model.state_dict(), run.card(**facts))
     run.made.add(artifact)
     return Outcome(model, artifact, stage.card)
+
+
+def finetune(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, *, seed: int,
+             mover: MaskMover | None = None, passes_before: int = 0) -> dict[str, Any]:
+    """Trains the stage's model, from its interrupted state if there is one; returns what its run card says of it.
+
+    mover: moves the mask meanwhile, and leaves a table and a figure of that beside the artifact; passes_before: as of
+    `Trainer`.
+    """
+    trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision,
+                      passes_before=passes_before, hook=mover)
+    result = stage.fit(trainer, label)
+    facts = describe(model, result.accuracy)
+    if mover:
+        table = stage.artifact.with_name(f"{stage.artifact.stem}_mask_updates.csv")
+        checkpoint.save_csv(mover.history, table)
+        plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"),
+                                label)
+        facts["mask_updates"] = table.name
+    return {**facts, "epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": trainer.seconds}
 
 
 def pruning_seed(run: Run, step: PruneStep) -> int:
@@ -256,14 +270,6 @@ def mask_mover(run: Run, model: nn.Module, step: PruneStep, seed: int) -> MaskMo
     plan = MaskPlan(start=count_pruned_params(model).sparsity, target=step.sparsity, pruner=step.pruner, **step.mask)
     sample = run.train.balanced_sample(DRIFT_IMAGES, DRIFT_IMAGES, derive_seed(run.seed, "evidence"))
     return MaskMover(model, plan, seed, sample, run.precision)
-
-
-def write_mask_updates(mover: MaskMover, trainer: Trainer, artifact: Path, title: str) -> str:
-    """CSV and figure of every update of the mask, beside the artifact; returns the table's name."""
-    table = artifact.with_name(f"{artifact.stem}_mask_updates.csv")
-    checkpoint.save_csv(mover.history, table)
-    plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"), title)
-    return table.name
 
 
 def pruning_evidence(run: Run, model: nn.Module) -> Evidence:

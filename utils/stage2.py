@@ -29,9 +29,11 @@ from utils.analysis_utils import (
 )
 from utils.channels import count_live
 from utils.common import UserError, derive_seed, generator
+from utils.controller import RegrowthPolicyGradient
 from utils.data_loader import BatchLoader
 from utils.distributed import World
 from utils.live_regrowth import LiveRegrowth, dead_positions_taken
+from utils.methods import Method, search_config
 from utils.regrowth import (
     BEST_ENTRIES,
     Evidence,
@@ -51,24 +53,8 @@ from utils.training import Recipe, Trainer, accuracy_with_new_statistics, evalua
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
 DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
+KINDS = (None, "oneshot", "iterative")  # of `--starting_checkpoint` that are no files
 Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows weights in this model
-
-
-@dataclass(frozen=True)
-class Method:
-    """What tells the two scripts apart: their names, and how weights are chosen within a layer.
-
-    rule: the names, in `SELECTORS` and `INITIALISERS`, that the arguments ask for; add_options: adds the method's own
-    options to a parser; options: their names, for run cards.
-    """
-
-    name: str
-    save_dir: str
-    search_stem: str
-    best_file: str
-    rule: Callable[[argparse.Namespace], tuple[str, str]]
-    add_options: Callable[[argparse.ArgumentParser], None]
-    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,7 @@ def _found(run: Run, args: argparse.Namespace, kind: str, path: Path) -> Path:
     if path.is_file():
         return path
     start, words = start_path(run, args), ["--pruner", "none"]
-    if path == start or not start.is_file() and args.starting_checkpoint in (None, "oneshot", "iterative"):
+    if path == start or not start.is_file() and args.starting_checkpoint in KINDS:
         words = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
                  "10" if args.starting_checkpoint == "iterative" else "1"]
     raise UserError(f"no {kind} checkpoint at {path}; {prerequisite(args, path, *words)}")
@@ -107,7 +93,7 @@ def _found(run: Run, args: argparse.Namespace, kind: str, path: Path) -> Path:
 
 def start_path(run: Run, args: argparse.Namespace) -> Path:
     """The file of `--starting_checkpoint`, or of `--start_sparsity` under the root."""
-    if args.starting_checkpoint in (None, "oneshot", "iterative"):
+    if args.starting_checkpoint in KINDS:
         return checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity)
     return Path(args.starting_checkpoint)
 
@@ -119,25 +105,18 @@ def load_start(run: Run, args: argparse.Namespace) -> Outcome:
     that is there), or is not a pruned model.
     """
     kind, path = args.starting_checkpoint, start_path(run, args)
-    named = kind not in (None, "oneshot", "iterative")
-    if named and not path.is_file():
+    if kind not in KINDS and not path.is_file():
         raise UserError(f"no pruned checkpoint at {path}")
-    path = _found(run, args, "pruned", path)
-    start = stage1.load_outcome(run, path)
-    if not named:
-        _check_kind(start, kind)
+    start = stage1.load_outcome(run, _found(run, args, "pruned", path))
+    config = start.card.get("config", {})
+    found = config.get("schedule", "unknown").replace("-", "")
+    if kind in ("oneshot", "iterative") and found != kind:
+        made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
+        raise UserError(f"{path} is {made}, not {kind}; ask for what is there, give a path to "
+                        "--starting_checkpoint, or keep several under different --root folders")
     if not has_masks(start.model):
         raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
     return start
-
-
-def _check_kind(start: Outcome, kind: str | None) -> None:
-    config = start.card.get("config", {})
-    found = config.get("schedule", "unknown").replace("-", "")
-    if kind is not None and found != kind:
-        made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
-        raise UserError(f"{start.artifact} is {made}, not {kind}; ask for what is there, give a path to "
-                        "--starting_checkpoint, or keep several under different --root folders")
 
 
 def plan_step(run: Run, args: argparse.Namespace, method: Method, start: Outcome, number: int) -> Step:
@@ -262,7 +241,7 @@ def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0,
     """All steps of a stage-2 script, each from the model before; returns the starting and the regrown models.
 
     passes: over the training images before the final finetuning, which sees them in the order of a finetuning that has
-    had so many (`pipeline.prune_and_finetune` begins with none); world: the processes that train the trials of a search
+    had so many (`stage1.prune_and_finetune` begins with none); world: the processes that train the trials of a search
     (default: this one), all of which call this; the leader does everything else.
     """
     world = world or World()
@@ -312,33 +291,36 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
                  about: Callable[[nn.Module], Evidence], world: World) -> Outcome:
     stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
     if stage.finished:
-        print(stage.reuse_note())
-        return stage1.load_outcome(run, step.artifact)
-    started = time.perf_counter()
-    evidence = about(step.start.model)
+        return stage1.reuse(run, stage)
+    started, start = time.perf_counter(), step.start
+    evidence = about(start.model)
     problem, regrower = allocation_problem(args, step, evidence), regrower_of(run, args, method, evidence)
     found = _find_allocation(run, args, method, step, problem, regrower, config, world)
-    before = evaluate(step.start.model, run.val, run.precision).accuracy
-    model, record = apply_allocation(step.start.model, problem.layers, found.allocation, regrower, step.number)
+    before = evaluate(start.model, run.val, run.precision).accuracy
+    model, record = apply_allocation(start.model, problem.layers, found.allocation, regrower, step.number)
     regrown = evaluate(model, run.val, run.precision).accuracy
     reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
-    save_best(step, method.best_file.format(m_name=run.m_name), found, problem, record, regrown, reestimated)
-    sparsity_before = count_pruned_params(step.start.model).sparsity
+    regrowth = {"val_acc_after_regrowth": regrown, "val_acc_after_regrowth_bn": reestimated,
+                "allocation": dict(zip(problem.layers, found.allocation))}
+    checkpoint.save_checkpoint(  # `BEST_ENTRIES` says what each entry is; the record replays it on the start
+        {"epoch": found.epoch, "reward": found.reward, "accuracy": regrown / 100, **regrowth, **record.state_dict(),
+         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(start.artifact),
+         "starting_digest": start.digest, "entries": BEST_ENTRIES},
+        step.folder / method.best_file.format(m_name=run.m_name))
+    sparsity_before = count_pruned_params(start.model).sparsity
     print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
           f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
           f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
-    trainer = Trainer(model, run.train, run.val, final_recipe(args), seed=stage1.finetuning_seed(run),
-                      precision=run.precision, passes_before=config["passes_before"])
-    result = stage.fit(trainer, f"finetune {checkpoint.format_sparsity(step.sparsity_after)}")
-    facts = stage1.describe(model, result.accuracy)
-    card = run.card(
-        **facts, val_acc_before=before, val_acc_after_regrowth=regrown, val_acc_after_regrowth_bn=reestimated,
-        sparsity_before=sparsity_before, regrown=record.count, regrown_live=count_live(model, record.masks(model)),
-        starting_checkpoint=str(step.start.artifact), start_test_acc=step.start.card.get("test_acc"),
-        allocation=dict(zip(problem.layers, found.allocation)), drift=dict(zip(problem.layers, problem.drift)),
-        search_epochs=found.epochs_spent, epochs=result.epochs, allocation_source=found.source,
-        best_epoch=result.best_epoch, seconds=time.perf_counter() - started)
-    stage.finish(model.state_dict(), card)
+    live = count_live(model, record.masks(model))
+    facts = stage1.finetune(run, stage, model, final_recipe(args),
+                            f"finetune {checkpoint.format_sparsity(step.sparsity_after)}",
+                            seed=stage1.finetuning_seed(run), passes_before=config["passes_before"])
+    facts |= {"val_acc_before": before, **regrowth, "sparsity_before": sparsity_before, "regrown": record.count,
+              "regrown_live": live, "starting_checkpoint": str(start.artifact),
+              "start_test_acc": start.card.get("test_acc"), "drift": dict(zip(problem.layers, problem.drift)),
+              "search_epochs": found.epochs_spent, "allocation_source": found.source,
+              "seconds": time.perf_counter() - started}
+    stage.finish(model.state_dict(), run.card(**facts))
     return Outcome(model, step.artifact, stage.card)
 
 
@@ -347,10 +329,10 @@ def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: S
     if args.allocation != "rl":
         chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
         return Found(chosen, None, 0, 0, args.allocation)
+    reward = partial(trial_reward, run, args, step, regrower, problem.layers)
+    search = RegrowthPolicyGradient(problem, reward, search_config(args), derive_seed(run.seed, "search"), world)
     world.share(problem.layers)
-    found = search_allocation(args, problem, partial(trial_reward, run, args, step, regrower, problem.layers),
-                              seed=derive_seed(run.seed, "search"), config=config, world=world,
-                              stem=step.folder / method.search_stem, sparsity=step.sparsity_after)
+    found = search_allocation(search, args, config, step.folder / method.search_stem, step.sparsity_after)
     world.share()
     return found
 
@@ -372,22 +354,6 @@ def apply_allocation(pruned: nn.Module, layers: Sequence[str], allocation: Seque
     return model, record
 
 
-def save_best(step: Step, name: str, found: Found, problem: AllocationProblem, record: RegrowthRecord,
-              val_acc: float, val_acc_bn: float) -> None:
-    """The best allocation with the record that replays it on the starting checkpoint (`RegrowthRecord`).
-
-    val_acc, val_acc_bn: validation accuracy (%) right after regrowth, so before finetuning, as is and with batch-norm
-    statistics re-estimated. The published entry `accuracy` is the first of them as a fraction, not the accuracy after
-    finetuning; the file says so itself (`BEST_ENTRIES`).
-    """
-    checkpoint.save_checkpoint({
-        "epoch": found.epoch, "reward": found.reward, "accuracy": val_acc / 100,
-        "val_acc_after_regrowth": val_acc, "val_acc_after_regrowth_bn": val_acc_bn,
-        "allocation": dict(zip(problem.layers, found.allocation)), **record.state_dict(),
-        "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(step.start.artifact),
-        "starting_digest": step.start.digest, "entries": BEST_ENTRIES}, step.folder / name)
-
-
 # --- what it came to -----------------------------------------------------------------------------------------------
 
 
@@ -397,47 +363,10 @@ def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
     outcomes: the starting model, then the regrown ones in order; folder: the run's `--save_dir`.
     """
     stage1.read_test(run, outcomes[1:])
-    rows = [_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
+    rows = [table_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
     checkpoint.save_csv(rows, folder / "regrowth_results.csv")
     plots.plot_bidirectional(stage1.summary_rows(run.root, run.m_name), rows, folder / "regrowth_results.png",
                              title=f"{run.m_name} on {run.data_label}")
-    _print(run, rows, folder)
-    for outcome in outcomes[1:]:
-        if "method" not in outcome.card["config"]:
-            print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
-                  f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
-
-
-def _row(run: Run, outcome: Outcome) -> dict[str, Any]:
-    card = outcome.card
-    same = one_shot_card(run, card["sparsity"])
-    config = card["config"]
-    return {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
-            "found_by": card.get("allocation_source", ""),
-            "sparsity_before": card["sparsity_before"], "sparsity": card["sparsity"],
-            "effective_sparsity": _or_empty(card.get("effective_sparsity")), "regrown": card["regrown"],
-            "regrown_live": _or_empty(card.get("regrown_live")), "surviving": card["surviving"],
-            "val_acc_before": card["val_acc_before"],
-            "val_acc_after_regrowth": card["val_acc_after_regrowth"],
-            "val_acc_after_regrowth_bn": _or_empty(card.get("val_acc_after_regrowth_bn")), "val_acc": card["val_acc"],
-            "start_test_acc": _or_empty(card.get("start_test_acc")), "test_acc": card["test_acc"],
-            "one_shot_val_acc": _or_empty(same.get("val_acc")), "one_shot_test_acc": _or_empty(same.get("test_acc")),
-            "one_shot_epochs": _or_empty(same.get("epochs")),
-            "search_epochs": card["search_epochs"], "epochs": card["epochs"], "seed": card["config"]["seed"],
-            "dataset": card["config"]["dataset"], "seconds": card["seconds"], "checkpoint": outcome.artifact.name}
-
-
-def one_shot_card(run: Run, sparsity: float) -> dict[str, Any]:
-    """Run card of the one-shot pruned model of a sparsity under the root, {} when there is none."""
-    card = checkpoint.read_card(checkpoint.pruned_path(run.root, run.m_name, sparsity)) or {}
-    return card if card.get("config", {}).get("schedule") == "one-shot" else {}
-
-
-def _or_empty(value: float | None) -> float | str:
-    return "" if value is None else value
-
-
-def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
     for row in rows:
         test = "" if row["start_test_acc"] == "" else f", test {row['start_test_acc']:.2f} %"
@@ -454,3 +383,27 @@ def _print(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
             print(f"one-shot pruned  sparsity {row['sparsity']:.5g}  validation {row['one_shot_val_acc']:.2f} %, "
                   f"test {row['one_shot_test_acc']:.2f} %  ({row['one_shot_epochs']} epochs since the dense model)")
     print(f"models, cards, allocation, table and figures: {folder}")
+    for outcome in outcomes[1:]:
+        if "method" not in outcome.card["config"]:
+            print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
+                  f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
+
+
+def table_row(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """A row of ``regrowth_results.csv``; empty what older cards do not say or there is no one-shot model for."""
+    card, config = outcome.card, outcome.card["config"]
+    one_shot = checkpoint.read_card(checkpoint.pruned_path(run.root, run.m_name, card["sparsity"])) or {}
+    if one_shot.get("config", {}).get("schedule") != "one-shot":
+        one_shot = {}
+    row = {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
+           "found_by": card.get("allocation_source"),
+           **{name: card[name] for name in ("sparsity_before", "sparsity")},
+           "effective_sparsity": card.get("effective_sparsity"), "regrown": card["regrown"],
+           "regrown_live": card.get("regrown_live"),
+           **{name: card[name] for name in ("surviving", "val_acc_before", "val_acc_after_regrowth")},
+           "val_acc_after_regrowth_bn": card.get("val_acc_after_regrowth_bn"), "val_acc": card["val_acc"],
+           "start_test_acc": card.get("start_test_acc"), "test_acc": card["test_acc"],
+           **{f"one_shot_{name}": one_shot.get(name) for name in ("val_acc", "test_acc", "epochs")},
+           "search_epochs": card["search_epochs"], "epochs": card["epochs"], "seed": config["seed"],
+           "dataset": config["dataset"], "seconds": card["seconds"], "checkpoint": outcome.artifact.name}
+    return {name: "" if value is None else value for name, value in row.items()}
