@@ -18,10 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
+from experiments.rows import make_rows  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError, epoch_count  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
+from utils.distributed import world  # noqa: E402
 from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
@@ -36,11 +38,9 @@ from utils.run import (  # noqa: E402
     count,
     finetune_changes,
     fraction,
-    open_run,
     positive_int,
     script,
 )
-from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.statistics import compare_arms  # noqa: E402
 from utils.training import RECIPES, Recipe  # noqa: E402
@@ -114,16 +114,21 @@ def finetuning(args: argparse.Namespace, epochs: int) -> Recipe:
     return replace(RECIPES[args.recipe].final, **{**finetune_changes(args), "epochs": epochs, "patience": None})
 
 
+def dense_model(run: Run, args: argparse.Namespace) -> Outcome:
+    """The dense model of the run's seed; if it is made already, it is reused."""
+    pretrain = RECIPES[args.recipe].pretrain
+    return stage1.pretrain(run, replace(pretrain, epochs=args.max_epochs or pretrain.epochs), resume=args.resume,
+                           overwrite=args.overwrite)
+
+
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int, arm: str = CONTROL) -> Outcome:
     """The dense model of the run's seed pruned to `sparsity`, at once or by the arm's mask schedule, while or before it
     is trained for so many epochs; what is made already is reused."""
-    keep = {"resume": args.resume, "overwrite": args.overwrite}
-    pretrain = RECIPES[args.recipe].pretrain
-    dense = stage1.pretrain(run, replace(pretrain, epochs=args.max_epochs or pretrain.epochs), **keep)
     plan = MOVING.get(arm)
     step = PruneStep("magnitude", plan["schedule"] if plan else "one-shot", 1, sparsity, mask=plan)
     own = replace(run, root=run.root / f"{arm}_{epochs}")  # files are named by their sparsity only
-    return stage1.prune_and_finetune(own, dense, step, finetuning(args, epochs), **keep)
+    return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs), resume=args.resume,
+                                     overwrite=args.overwrite)
 
 
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int) -> tuple[Outcome, float]:
@@ -175,28 +180,23 @@ def report(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, seed by seed, then compares, draws and says what came out."""
+    """Runs what is missing, then compares, draws and says what came out."""
     args = parse_args(argv)
-    root, first = args.root, args.seed
-    folder = args.save_dir or root / "matched_compute" / args.m_name
+    folder = args.save_dir or args.root / "matched_compute" / args.m_name
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("arms", "sparsity", "num_seeds", "save_dir", "root", "resume", "overwrite", "data_dir",
                              "device")}  # the rest decides what a row holds
-    table = ResumableTable(folder / "runs.csv", ("arm", "target", "seed"), config, resume=args.resume,
-                           overwrite=args.overwrite)
-    wanted = [(arm, sparsity) for sparsity in args.sparsity for arm in args.arms
-              if arm not in REGROWN or sparsity < args.start_sparsity]
-    for seed in range(first, first + args.num_seeds):
-        args.seed, args.root = seed, folder / f"seed_{seed}"
-        run = open_run(args)
-        for number, (arm, sparsity) in enumerate(wanted, 1):
-            if not table.has(arm, sparsity, seed):
-                print(f"\nseed {seed} ({seed - first + 1} of {args.num_seeds}), arm {arm} at {sparsity} ({number} of "
-                      f"{len(wanted)})", flush=True)
-                table.add(measure(run, args, arm, sparsity), run.card())
-    report(table.rows, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")
+    keys = [(arm, sparsity, seed) for seed in range(args.seed, args.seed + args.num_seeds) for sparsity in args.sparsity
+            for arm in args.arms if arm not in REGROWN or sparsity < args.start_sparsity]
+    before = round(args.before_share * args.finetune_epochs)
+    rows = make_rows(args, folder, config, ("arm", "target", "seed"), [[key] for key in keys],
+                     lambda run: pruned_model(run, args, args.start_sparsity, before) if {*args.arms} & {*REGROWN}
+                     else dense_model(run, args), lambda run, *key: measure(run, args, *key))
+    if not world().leads:
+        return
+    report(rows, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")
     print(f"runs, verdicts and figures: {folder}")
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, several=True)

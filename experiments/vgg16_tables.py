@@ -17,9 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
+from experiments.rows import make_rows  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
+from utils.distributed import world  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
@@ -28,12 +30,10 @@ from utils.run import (  # noqa: E402
     add_overwrite_options,
     add_run_options,
     count,
-    open_run,
     positive_float,
     positive_int,
     script,
 )
-from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.training import FINETUNE_FINAL, FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN  # noqa: E402
 
@@ -108,7 +108,6 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
     """Regrowth from the one-shot 0.99 model."""
-    one_shot(run, args, dense, START)
     options = regrowth_arguments(
         m_name=args.m_name, allocation=args.allocation,
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
@@ -121,12 +120,19 @@ def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float)
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
 
 
-def measure(run: Run, args: argparse.Namespace, entry: str) -> dict[str, Any]:
-    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
+def prepare(run: Run, args: argparse.Namespace) -> Outcome:
+    """The dense model, and where something regrows the model it starts from: what the rows of a seed share."""
     recipe = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr)
     dense = stage1.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
+    if any(ENTRIES[entry][0] == "R" for entry in args.entries):
+        one_shot(run, args, dense, START)
+    return dense
+
+
+def measure(run: Run, args: argparse.Namespace, entry: str) -> dict[str, Any]:
+    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
     setting, sparsity = ENTRIES[entry]
-    outcome = SETTINGS[setting](run, args, dense, sparsity)
+    outcome = SETTINGS[setting](run, args, prepare(run, args), sparsity)
     stage1.read_test(run, [outcome])
     card = outcome.card
     return {"row": entry, "seed": run.seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
@@ -170,24 +176,22 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, seed by seed, and puts it beside the published tables."""
+    """Runs what is missing and puts it beside the published tables."""
     args = parse_args(argv)
     folder = args.save_dir or args.root / "vgg16_tables" / args.m_name
     config = {key: getattr(args, key) for key in ("m_name", "max_epochs", "lr", "iterative_epochs", "finetune_epochs",
                                                   "finetune_lr", "method", "allocation", "search_budget", "dataset",
                                                   "val_split", "precision")}
-    table = ResumableTable(folder / "runs.csv", ("row", "seed"), config, resume=args.resume, overwrite=args.overwrite)
-    for turn, seed in enumerate(args.seeds, 1):
-        args.seed, args.root = seed, folder / f"seed_{seed}"
-        missing = [entry for entry in args.entries if not table.has(entry, seed)]
-        run = open_run(args) if missing else None
-        for number, entry in enumerate(missing, 1):
-            print(f"\nseed {seed} ({turn} of {len(args.seeds)}), row {entry} ({number} of {len(missing)})",
-                  flush=True)
-            table.add(measure(run, args, entry), run.card())
-    results = beside_published(table.rows, args.m_name)
+    chained = [entry for entry in args.entries if ENTRIES[entry][0] == "A"]  # each from the iteration before
+    alone = [[entry] for entry in args.entries if entry not in chained]
+    groups = [[(entry, seed) for entry in group] for seed in args.seeds for group in (chained, *alone) if group]
+    rows = make_rows(args, folder, config, ("row", "seed"), groups, lambda run: prepare(run, args),
+                     lambda run, entry: measure(run, args, entry))
+    if not world().leads:
+        return
+    results = beside_published(rows, args.m_name)
     checkpoint.save_csv(results, folder / "tables.csv")
-    label = f"{args.m_name} on {table.rows[0]['dataset']}"
+    label = f"{args.m_name} on {rows[0]['dataset']}"
     plots.plot_tables(results, folder / "tables.png", label)
     print(f"\n{label}")
     print_table(results)
@@ -195,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, several=True)

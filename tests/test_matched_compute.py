@@ -49,7 +49,7 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
                                                 "proportional+reference", "random+random"]
     assert all(row["pairs"] == "2" for row in verdicts) and (folder / "verdicts_0.97.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert "against one-shot" in said and "seed 1 (2 of 2), arm random+random at 0.97 (5 of 5)" in said
+    assert "against one-shot" in said and "arm random+random, target 0.97, seed 1 (10 of 10)" in said
     made = [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/*/*0.97.json")]
     made += [json.loads(path.read_text())["config"] for path in folder.glob("seed_0/one-shot_*/*/*/*.json")]
     assert len(made) == 6 and {config["recipe"]["schedule"] for config in made} == {"constant"}
@@ -88,9 +88,9 @@ def test_the_control_and_the_arms_see_the_images_in_the_same_order(image_folder,
     monkeypatch.setattr(Trainer, "_train_epoch", watch)
     study.main([*options(image_folder, tmp_path)[:-4], "gradual", "proportional+random", "uniform+reference",
                 "--num_seeds", "1"])
-    _, control, middle, *others = orders  # after the epoch of pretraining
-    assert len(others) == 5  # both epochs of the schedule, the start's epoch, then that of each arm
-    for order, expected in zip(others, (control, middle, control, middle, middle), strict=True):
+    _, start, control, middle, *others = orders  # after the epoch of pretraining
+    assert len(others) == 4  # both epochs of the schedule, then that of each arm that regrows
+    for order, expected in zip((start, *others), (control, control, middle, middle, middle), strict=True):
         assert order[0] == expected[0] and torch.equal(order[1], expected[1])
     assert not torch.equal(control[1], middle[1])
 

@@ -1,0 +1,51 @@
+"""A study's table: what is made first, by whom, and what is not made again. Nothing is trained here."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import rows
+from utils.checkpoint import read_csv
+from utils.distributed import World
+
+
+class Backwards(World):
+    """Does the jobs of a round from the last to the first."""
+
+    def run(self, function, jobs, on_result):
+        for number in reversed(range(len(jobs))):
+            on_result(number, function(*jobs[number]), 0.0)
+
+
+@pytest.mark.parametrize("processes", [World(), Backwards()])
+def test_what_seeds_have_in_common_comes_first_and_finished_rows_are_not_made_again(processes, tmp_path, monkeypatch):
+    done = []
+
+    def open_run(args):
+        return SimpleNamespace(seed=args.seed, root=args.root, made=set(), card=dict)
+
+    def prepare(run):
+        done.append(("common", run.seed))
+        run.made.add(run.root / "dense")
+
+    def measure(run, name):
+        assert run.made == {run.root / "dense"}
+        done.append((name, run.seed))
+        return {"row": name, "seed": run.seed, "value": 2.5}
+
+    monkeypatch.setattr(rows, "open_run", open_run)
+    monkeypatch.setattr(rows, "world", lambda: processes)
+    groups = [[("a", 0), ("b", 0)], [("c", 0)], [("c", 1)]]
+
+    def make(count: int, resume: bool):
+        args = argparse.Namespace(resume=resume, overwrite=False, seed=0, root=Path("."))
+        return rows.make_rows(args, tmp_path, {}, ("row", "seed"), groups[:count], prepare, measure)
+
+    assert [(row["row"], row["seed"]) for row in make(1, resume=False)] == [("a", 0), ("b", 0)]
+    assert done == [("common", 0), ("a", 0), ("b", 0)]  # in the order of the group
+    assert len(make(3, resume=True)) == 4 and set(done[3:5]) == {("common", 0), ("common", 1)}
+    assert sorted(done[5:]) == [("c", 0), ("c", 1)]
+    assert len(read_csv(tmp_path / "runs.csv", {}, "")) == 4 and len(make(3, resume=True)) == 4 and len(done) == 7
