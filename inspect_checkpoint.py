@@ -137,7 +137,7 @@ def take_data(args: argparse.Namespace, artifact: Artifact) -> None:
     The card is the artifact's own or, where it has none, as a best allocation, that of its starting checkpoint.
     """
     start = finetuning.find_start(artifact, args.starting_checkpoint, args.root) if artifact.kind.is_best else None
-    card = read_card(artifact.path) or (start and read_card(start)) or {}
+    card = artifact.card or (start and read_card(start)) or {}
     config, known = card.get("config", {}), card.get("input", {})
     found = {name: config[name] for name in ("val_split", "precision") if name in config}
     dataset = known.get("dataset") or config.get("dataset", "").rpartition(", ")[0]

@@ -12,6 +12,7 @@ from utils.data_loader import (
     TestLoader,
     TestSetReadTwice,
     channel_statistics,
+    data_loader,
     loaders_from,
     split_indices,
 )
@@ -127,6 +128,13 @@ def test_validation_and_test_are_never_augmented(tiny_dataset):
     for part in (val, test):
         assert not part.augment and not part.shuffle
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(val, val))
+
+
+def test_loaders_of_a_data_set_by_its_name(image_folder):
+    train, val, test = data_loader(image_folder, val_split=0.5, batch_size=7)
+    assert train.batch_size == 7 and train.num_images == val.num_images and test.num_images
+    with pytest.raises(UserError, match="--image_size 16"):
+        data_loader(image_folder, image_size=16)
 
 
 def test_the_test_set_can_be_read_once_and_again_only_by_name(tiny_dataset):

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -53,6 +53,17 @@ class RunFailed(UserError):
 def note(text: str) -> None:
     """Prints ``note: <text>`` on stderr, each text once in a process."""
     print(one_line(f"note: {text}"), file=sys.stderr)
+
+
+def flattened(nested: Mapping[str, Any], joint: str = " ") -> dict[str, Any]:
+    """The entries of nested mappings in one, their keys joined: ``{"a": {"b": 1}}`` to ``{"a b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}{joint}{name}": item for name, item in flattened(value, joint).items()}
+        else:
+            flat[str(key)] = value
+    return flat
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

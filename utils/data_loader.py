@@ -9,6 +9,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,18 +121,20 @@ class BatchLoader:
             span = slice(number * self.batch_size, (number + 1) * self.batch_size)
             where = span if order is None else order[span]
             pixels = self.images[where] if moves is None else self._crop_and_flip(where, moves[:, span])
-            yield self._normalise(pixels), self.targets[where]
+            inputs = pixels.float().mul_(self.scale).add_(self.shift)
+            yield inputs.permute(0, 3, 1, 2), self.targets[where]  # a channels_last view, without a copy
 
     def _draw_pass(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a pass takes from the generator: the order of the images and their `_draw_moves`."""
-        order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
-        return order, self._draw_moves() if self.augment else None
+        """What a pass takes from the generator: the order of the images, and their moves.
 
-    def _draw_moves(self) -> Tensor:
-        """int64 (3, N): crop row and column in 0..2P and flip 0/1 of each image of a pass."""
+        Moves: int64 (3, N), crop row and column in 0..2P and flip 0/1 of each image.
+        """
+        order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
+        if not self.augment:
+            return order, None
         crops = torch.randint(2 * PAD + 1, (2, self.num_images), generator=self.generator)
         flips = torch.randint(2, (1, self.num_images), generator=self.generator)
-        return torch.cat([crops, flips])
+        return order, torch.cat([crops, flips])
 
     def _crop_and_flip(self, where: Tensor | slice, moves: Tensor) -> Tensor:
         row, column, flip = moves
@@ -144,10 +147,6 @@ class BatchLoader:
             return torch.from_numpy(crops)
         crops = self.windows[where, row, column]
         return torch.where(flip.bool()[:, None, None, None], crops.flip(2), crops)
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, C) to float32 (B, C, H, W); the permuted view is channels_last without a copy."""
-        return pixels.float().mul_(self.scale).add_(self.shift).permute(0, 3, 1, 2)
 
 
 class TestSetReadTwice(RuntimeError):
@@ -233,11 +232,14 @@ def split_indices(num_images: int, val_split: float, split_seed: int = 0) -> tup
 
 
 def loaders_from(data: ImageDataset, *, batch_size: int = 128, val_split: float = 0.2, seed: int = 0,
-                 split_seed: int = 0, device: str | torch.device = "cpu",
-                 eval_batch_size: int = 500) -> tuple[BatchLoader, BatchLoader, TestLoader]:
-    """Train, validation and test loaders over a data set in memory; see `data_loader` for the arguments."""
+                 device: str | torch.device = "cpu", eval_batch_size: int = 500
+                 ) -> tuple[BatchLoader, BatchLoader, TestLoader]:
+    """Train, validation and test loaders over a data set in memory; only the training images are augmented.
+
+    val_split: fraction of the training images held out, the same ones for every seed; seed: order and augmentation.
+    """
     mean, std = channel_statistics(data.train_images)
-    train, val = split_indices(len(data.train_images), val_split, split_seed)
+    train, val = split_indices(len(data.train_images), val_split)
     common = {"mean": mean, "std": std, "device": device}
     return (BatchLoader(data.train_images[train], data.train_targets[train], batch_size, augment=True, shuffle=True,
                         seed=seed, **common),
@@ -245,16 +247,10 @@ def loaders_from(data: ImageDataset, *, batch_size: int = 128, val_split: float 
             TestLoader(data.test_images, data.test_targets, eval_batch_size, **common))
 
 
-def data_loader(data_dir: str | Path = "./data", dataset: str = "cifar10", *, batch_size: int = 128,
-                val_split: float = 0.2, seed: int = 0, split_seed: int = 0, device: str | torch.device = "cpu",
-                eval_batch_size: int = 500, image_size: int = 32) -> tuple[BatchLoader, BatchLoader, TestLoader]:
-    """Loads a data set and returns its train, validation and test loaders.
+def data_loader(data_dir: str | Path = "./data", dataset: str = "cifar10", *, image_size: int = 32,
+                **options: Any) -> tuple[BatchLoader, BatchLoader, TestLoader]:
+    """`loaders_from`, which takes the options, of a data set by its name in `utils.datasets.DATASETS`.
 
-    data_dir: where CIFAR-10 lies (torchvision's folder or archive, or an image folder); dataset: a name of
-    `utils.datasets.DATASETS`; val_split: fraction of the training images held out; seed: order and augmentation;
-    split_seed: which images are held out (apart from `seed`, so that runs of different seeds share the split);
-    image_size: side of the images of a folder, in pixels.
-    Validation and test are never augmented. Raises UserError when the data cannot be had.
+    data_dir, image_size, and errors (UserError): as of `utils.datasets.load_dataset`.
     """
-    return loaders_from(load_dataset(dataset, data_dir, image_size), batch_size=batch_size, val_split=val_split,
-                        seed=seed, split_seed=split_seed, device=device, eval_batch_size=eval_batch_size)
+    return loaders_from(load_dataset(dataset, data_dir, image_size), **options)

@@ -6,11 +6,9 @@ are active in it and pruned in the checkpoint that regrowth started from. All ot
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from utils.run import Run
 from utils.selection import Positions
 from utils.stage import Stage, hold_folder
 from utils.stage1 import Outcome
-from utils.training import Recipe, Trainer, TrainResult, evaluate, reestimate_batch_norm
+from utils.training import Recipe, Trainer, evaluate, reestimate_batch_norm
 
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
 Constrain = Callable[[Optimizer], Any]
@@ -100,9 +98,11 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
     if phase.trained == "regrown":
         print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
               "keep every bit, while the running statistics of batch normalisation adapt")
-    make_trainer = partial(Trainer, model, run.train, run.val, phase.recipe, precision=run.precision,
-                           seed=derive_seed(run.seed, "finetune", number))
-    result = train_phase(source, phase, make_trainer, lambda trainer: stage.fit(trainer, f"finetune {phase.trained}"))
+    params, constrain = TRAINED[phase.trained](model, source.regrown, phase)
+    trainer = Trainer(model, run.train, run.val, phase.recipe, precision=run.precision, params=params,
+                      constrain=constrain, seed=derive_seed(run.seed, "finetune", number))
+    result = stage.fit(trainer, f"finetune {phase.trained}")
+    model.requires_grad_(True)
     stage.finish(model.state_dict(), run.card(
         **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start,
         epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
@@ -130,8 +130,7 @@ def recorded_start(artifact: Artifact) -> tuple[str | None, str | None]:
     """Path and SHA-256 of the starting checkpoint, by a best allocation or by the run card of a regrown model."""
     if artifact.kind.is_best:
         return artifact.content.get("starting_checkpoint"), artifact.content.get("starting_digest")
-    card = checkpoint.read_card(artifact.path) or {}
-    return card.get("starting_checkpoint"), card.get("config", {}).get("start")
+    return artifact.card.get("starting_checkpoint"), artifact.card.get("config", {}).get("start")
 
 
 def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | None:
@@ -175,7 +174,7 @@ def _load_model(run: Run, artifact: Artifact, needs_regrown: bool, args: argpars
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
     model = run.new_model()
-    stage1.check_data(run, artifact.path, checkpoint.read_card(artifact.path) or {})
+    stage1.check_data(run, artifact.path, artifact.card)
     load_model_state(model, artifact.weights, str(artifact.path))
     if not (needs_regrown or args.starting_checkpoint):
         return Source(model, artifact.path, None, *recorded_start(artifact))
@@ -242,15 +241,13 @@ def flat_indices(where: Any, shape: torch.Size) -> Tensor:
 
     Raises ValueError (or what PyTorch raises) for positions outside of `shape`.
     """
-    where = torch.as_tensor(where, dtype=torch.int64, device="cpu")
-    if where.dim() == 2:
-        limits = torch.tensor(shape)
-        if where.shape[1] != len(shape) or bool(((where < 0) | (where >= limits)).any()):
-            raise ValueError(f"coordinates outside of a weight of shape {tuple(shape)}")
-        where = torch.from_numpy(np.ravel_multi_index(tuple(where.T.numpy()), tuple(shape)))
-    if where.dim() != 1 or bool(((where < 0) | (where >= math.prod(shape))).any()):
-        raise ValueError(f"positions outside of a weight of shape {tuple(shape)}")
-    return where.unique()
+    where = torch.as_tensor(where, dtype=torch.int64, device="cpu").numpy()
+    try:
+        flat = np.ravel_multi_index(tuple(where.T), shape) if where.ndim == 2 else where
+        np.unravel_index(flat, shape)
+    except ValueError as error:
+        raise ValueError(f"positions outside of a weight of shape {tuple(shape)}") from error
+    return torch.from_numpy(np.unique(flat))
 
 
 # --- which weights train: rules (model, regrown, phase) -> params and constrain of a `Trainer` ---------------------
@@ -265,6 +262,9 @@ def train_regrown(model: nn.Module, regrown: Masks, phase: Phase) -> tuple[Any, 
     layers = prunable_layers(model)
     pairs = [(layers[name].weight_orig, mask) for name, mask in regrown.items() if bool(mask.any())]
     params = [param for param, _ in pairs]
+    model.requires_grad_(False)  # spares the work for gradients that nobody uses
+    for param in params:
+        param.requires_grad_(True)
     keeps = [torch.empty_like(param).copy_(mask) for param, mask in pairs]
 
     @torch.no_grad()
@@ -314,19 +314,3 @@ def train_at_two_rates(model: nn.Module, regrown: Masks, phase: Phase) -> tuple[
 
 TRAINED: dict[str, Callable[[nn.Module, Any, Phase], tuple[Any, Any]]] = {
     "all": lambda *_: (None, None), "regrown": train_regrown, "two rates": train_at_two_rates}
-
-
-def train_phase(source: Source, phase: Phase, make_trainer: Callable[..., Trainer],
-                fit: Callable[[Trainer], TrainResult]) -> TrainResult:
-    """One phase: ``make_trainer(params=..., constrain=...)`` builds the trainer of the model, `fit` runs it."""
-    params, constrain = TRAINED[phase.trained](source.model, source.regrown, phase)
-    trainer = make_trainer(params=params, constrain=constrain)
-    trained = {id(param) for group in trainer.optimizer.param_groups for param in group["params"]}
-    frozen = [param for param in source.model.parameters() if id(param) not in trained]
-    for param in frozen:  # spares the work for gradients that nobody uses
-        param.requires_grad_(False)
-    try:
-        return fit(trainer)
-    finally:
-        for param in frozen:
-            param.requires_grad_(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.channels import effective_sparsity
 from utils.checkpoint import load_checkpoint, read_card
-from utils.common import UserError, one_line
+from utils.common import UserError, flattened, one_line
 from utils.compact_network import is_compact, network_of
 from utils.ladder import Ladder
 from utils.model_loader import (
@@ -57,6 +57,11 @@ class Artifact:
     path: Path
     content: Any
     kind: Kind
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """Its run card, {} where it has none of its own."""
+        return read_card(self.path) or {}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -275,7 +280,7 @@ KINDS = {
 def model_input(artifact: Artifact) -> Mapping[str, Any]:
     """What a model needs to know of its input (`Run.model_input`), by its run card or what is in it; {} if unknown."""
     inside = artifact.content.get("input") if artifact.kind.is_model else None
-    known = (read_card(artifact.path) or {}).get("input") or inside
+    known = artifact.card.get("input") or inside
     return known if isinstance(known, Mapping) else {}
 
 
@@ -295,10 +300,9 @@ def describe(artifact: Artifact) -> Sections:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
-    card = read_card(artifact.path)
     if known := model_input(artifact):
         sections["input"] = known
-    if card:
+    if card := artifact.card:
         facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
         sections |= {"run card": facts, "arguments": sections.get("arguments") or card.get("config")}
     kept = {key: value for key, value in sections.items() if key == "model" or value not in (None, [], {})}
@@ -354,20 +358,12 @@ def render(description: Mapping[str, Any]) -> str:
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             blocks += ["", name, *_table(value)]
         elif isinstance(value, Mapping):
-            blocks += ["", name, *(f"  {key:<24} {_text(item)}" for key, item in _flat(value))]
+            blocks += ["", name, *(f"  {key:<24} {_text(item)}" for key, item in flattened(value, ".").items())]
         elif name == "warnings":
             lines += [f"warning: {item}" for item in value]
         else:
             lines.append(f"{name:<18} {_text(value)}")
     return "\n".join(lines + blocks)
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

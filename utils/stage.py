@@ -19,7 +19,7 @@ from typing import Any
 
 from utils import checkpoint
 from utils.checkpoint import read_csv, save_csv, save_json
-from utils.common import UserError, note
+from utils.common import UserError, flattened, note
 from utils.distributed import World, world
 from utils.training import Trainer, TrainResult
 
@@ -206,18 +206,10 @@ def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
 
     Entries that only one of them has are named only where nothing else differs.
     """
-    saved, requested = _flat(saved), _flat(requested)
+    saved, requested = flattened(saved), flattened(requested)
     keys = [key for key in {**saved, **requested} if saved.get(key) != requested.get(key)]
     keys = [key for key in keys if key in saved and key in requested] or keys
     return ", ".join(f"{key} {saved.get(key)} (asked: {requested.get(key)})" for key in keys)
-
-
-def _flat(config: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{outer}{key}"
-        flat.update(_flat(value, f"{name} ") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def check_same_files(world: World, config: Mapping[str, Any]) -> None:
