@@ -45,10 +45,8 @@ def test_sparse_products_give_the_same_logits(name):
 
 def test_the_benchmark_writes_table_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deploy, "MEASURED_S", 0.001)
-    threads = torch.get_num_threads()
     script.main(["--models", "alexnet:lamp:0.99", "--batch_sizes", "2", "--threads", "1", "--num_runs", "1",
                  "--save_dir", str(tmp_path)])
-    torch.set_num_threads(threads)
     with open(tmp_path / "deploy.csv") as file:
         rows = {row["form"]: row for row in csv.DictReader(file) if row["engine"] == deploy.EAGER}
     assert list(rows) == ["dense", "masked", "compact", "CSR"]

@@ -101,7 +101,7 @@ def measure(label: str, model: nn.Module, threads: list[int], batches: list[int]
     bytes: of the file, for CSR of its tensors in memory (values float32, indices int64); macs: for one image;
     difference: to the masked model's logits, in units of the largest; speedup: over the dense model in the same engine.
     All that is compared is measured in turn. onnxruntime is measured where the packages of
-    ``requirements-export.txt`` are there. The number of PyTorch's threads is left as it was last.
+    ``requirements-export.txt`` are there.
     """
     made = compact(model)
     forms = {"dense": without_masks(model), "masked": model.eval(), "compact": made.network,
@@ -111,20 +111,24 @@ def measure(label: str, model: nn.Module, threads: list[int], batches: list[int]
                     "macs": multiplications(network),
                     "difference": largest_difference(model, network, _images(8))} for form, network in forms.items()}
     facts["compact"]["bytes"] = len(checkpoint_bytes(content(made.steps, made.network.state_dict())))
-    rows = []
+    before, rows = torch.get_num_threads(), []
     for number in threads:
         torch.set_num_threads(number)
         sessions = _sessions({form: forms[form] for form in ("dense", "compact")}, number)
         for batch in batches:
-            images = _images(batch)
-            works = {(form, EAGER): torch.no_grad()(partial(network, images)) for form, network in forms.items()}
-            works |= {(form, ONNX): partial(session.run, None, {"images": images.contiguous().numpy()})
-                      for form, session in sessions.items()}
-            seconds = time_all(works, repeats)
+            seconds = time_all(_works(forms, sessions, _images(batch)), repeats)
             rows += [{**facts[form], "engine": engine, "threads": number, "batch": batch,
                       "images_per_s": batch / taken, "speedup": seconds["dense", engine] / taken}
                      for (form, engine), taken in seconds.items()]
+    torch.set_num_threads(before)
     return rows
+
+
+def _works(forms: Mapping[str, nn.Module], sessions: Mapping[str, Any], images: Tensor) -> dict[Key, Callable[[], Any]]:
+    """A forward pass of the images through each form, in each engine that it has."""
+    works = {(form, EAGER): torch.no_grad()(partial(network, images)) for form, network in forms.items()}
+    inputs = {"images": images.contiguous().numpy()}
+    return works | {(form, ONNX): partial(session.run, None, inputs) for form, session in sessions.items()}
 
 
 def _size(network: nn.Module) -> dict[str, int]:
