@@ -241,24 +241,24 @@ def scale_to_unit(values: np.ndarray) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def map_similarity(one: np.ndarray, other: np.ndarray) -> float:
+def map_similarity(first: np.ndarray, second: np.ndarray) -> float:
     """SSIM of two maps or two vectors in [0, 1]; identical ones give exactly 1. Raises ValueError on unequal shapes."""
-    if one.shape != other.shape:
-        raise ValueError(f"maps of shapes {one.shape} and {other.shape} cannot be compared")
-    if one.ndim == 1:
-        return _vector_similarity(one, other)
-    window = min(LARGEST_WINDOW, *one.shape)
+    if first.shape != second.shape:
+        raise ValueError(f"maps of shapes {first.shape} and {second.shape} cannot be compared")
+    if first.ndim == 1:
+        return _vector_similarity(first, second)
+    window = min(LARGEST_WINDOW, *first.shape)
     from skimage.metrics import structural_similarity  # takes a while, and no --help needs it
 
-    return float(structural_similarity(one, other, data_range=1, win_size=window - 1 + window % 2))
+    return float(structural_similarity(first, second, data_range=1, win_size=window - 1 + window % 2))
 
 
-def _vector_similarity(one: np.ndarray, other: np.ndarray) -> float:
+def _vector_similarity(first: np.ndarray, second: np.ndarray) -> float:
     """SSIM (Wang et al., IEEE TIP 2004, eq. 13) with one window over the whole vector and data range 1."""
     c1, c2 = 0.01**2, 0.03**2
-    means = 2 * one.mean() * other.mean() + c1, one.mean() ** 2 + other.mean() ** 2 + c1
-    covariance = ((one - one.mean()) * (other - other.mean())).mean()
-    spreads = 2 * covariance + c2, one.var() + other.var() + c2
+    means = 2 * first.mean() * second.mean() + c1, first.mean() ** 2 + second.mean() ** 2 + c1
+    covariance = ((first - first.mean()) * (second - second.mean())).mean()
+    spreads = 2 * covariance + c2, first.var() + second.var() + c2
     return float(means[0] * spreads[0] / (means[1] * spreads[1]))
 
 

@@ -229,9 +229,10 @@ def read_csv(path: Path, columns: Mapping[str, str], remedy: str = "Restore it")
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(text) and float(text) is not None
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 def file_digest(path: Path) -> str:

@@ -34,38 +34,31 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         """Takes the lock; UserError with the name of its holder if another process has it."""
-        self.file, path = None, folder / ".lock"  # says who holds the folder, and is there only while somebody does
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        while self.file is None or not _is_same_file(self.file, path):  # else its last holder has just removed it
-            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        file, path = None, folder / ".lock"  # says who holds the folder, and is there only while somebody does
+        while file is None or not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            file = open(path, "a+", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            file.seek(0)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{folder} is in use by {_read(self.file) or 'another process'}. Wait until that has "
+                raise UserError(f"{folder} is in use by {file.read() or 'another process'}. Wait until that has "
                                 "ended, or give this run a folder of its own") from error
             except OSError as error:
                 note(f"two runs in {folder} at a time would not be noticed ({error.strerror})")
-                _release(self.file, path, os.getpid())
+                _release(file, path, os.getpid())
                 return
-        if holder := _read(self.file):
+            # gone or another file by now: its last holder has just removed it
+        if holder := file.read():
             note(f"{folder} was left by {holder}, which was killed; this run takes it over")
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "
-                        f"{shlex.join(sys.argv)}"[:300])
-        self.file.flush()
-        weakref.finalize(self, _release, self.file, path, os.getpid())
-
-
-def _is_same_file(file: Any, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
-def _read(file: Any) -> str:
-    file.seek(0)
-    return file.read()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "
+                   f"{shlex.join(sys.argv)}"[:300])
+        file.flush()
+        weakref.finalize(self, _release, file, path, os.getpid())
 
 
 def _release(file: Any, path: Path, owner: int) -> None:
