@@ -116,7 +116,7 @@ class Study:
         return {**found, **seconds, "seconds": time.perf_counter() - started}
 
     def _regrown(self, allocation: tuple[int, ...]) -> Any:
-        return stage2.apply_allocation(self.step.start.model, self.problem, allocation, self.regrower, 1)[0]
+        return stage2.apply_allocation(self.step.start.model, self.problem.layers, allocation, self.regrower, 1)[0]
 
     def _trained(self, allocation: tuple[int, ...], epochs: float) -> Trainer:
         recipe = replace(stage2.final_recipe(self.options), epochs=epochs, schedule="constant", patience=None)

@@ -326,17 +326,16 @@ def test_the_order_in_which_the_trials_of_a_round_end_changes_nothing(budget, se
     assert len(resumed.evaluate.calls) == len(saved) - len(saved) // 2 - 1
 
 
-def test_a_round_is_a_batch_and_beside_it_what_earlier_rounds_have_earned():
-    """Of five equal layers two of the four rules differ; after the first batch a third of 5 and of 8 go on beside the
-    next batches; at the end the best 4 of 11 have been at the second rung, and 2 of these 4 at the top.
+def test_a_round_is_the_rules_a_batch_or_a_rung():
+    """Of five equal layers two of the four rules differ; at the end the best 4 of 11 go to the second rung, and 2 of
+    these 4 to the top.
     """
     world = Shuffled(0)
     search = RegrowthPolicyGradient(small_problem((90,) * 5, 200), Trainer(), replace(SMALL, num_epochs=3), 3, world)
     search.run()
-    assert world.rounds == [2, 3, 1 + 3, 1 + 3, 2, 2]
-    assert [row["source"] for row in search.history[7:11]] == ["promotion"] + ["rl"] * 3
-    assert [row["fidelity"] for row in search.history] == [1] * 7 + [3, 1, 1, 1] * 2 + [3, 3, 9, 9]
-    assert [row["epoch"] for row in search.history] == [0] * 7 + [1] * 4 + [2] * 4 + [3] * 4
+    assert world.rounds == [2, 3, 3, 3, 4, 2]
+    assert [row["fidelity"] for row in search.history] == [1] * 13 + [3] * 4 + [9] * 2
+    assert [row["epoch"] for row in search.history] == [0] * 7 + [1] * 3 + [2] * 3 + [3] * 6
 
 
 def interrupt(*_) -> None:
@@ -345,7 +344,7 @@ def interrupt(*_) -> None:
 
 def test_a_search_that_is_interrupted_again_while_it_catches_up_repeats_no_training():
     straight, first, second, third = (RegrowthPolicyGradient(small_problem(), Trainer(stop_at), SMALL, seed=3)
-                                      for stop_at in (None, 9, None, None))
+                                      for stop_at in (None, 8, None, None))
     straight.run()
     with pytest.raises(KeyboardInterrupt):
         first.run()
@@ -354,7 +353,7 @@ def test_a_search_that_is_interrupted_again_while_it_catches_up_repeats_no_train
         second.run(on_episode=interrupt)
     third.load_state_dict(second.state_dict())
     third.run()
-    assert not second.evaluate.calls and len(third.evaluate.calls) == len(straight.evaluate.calls) - 9
+    assert not second.evaluate.calls and len(third.evaluate.calls) == len(straight.evaluate.calls) - 8
     assert_same_search(straight, third)
 
 

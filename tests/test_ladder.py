@@ -18,30 +18,25 @@ def climb(ladder: Ladder, next_trials, reward) -> list:
 
 def test_ladder_promotes_the_best_third_of_every_rung():
     ladder = Ladder((1, 3, 9), eta=3)
-    for i in range(8):
-        ladder.record(((i,), 1), i / 10)
-
-    def value(trial):
-        return trial[0][0] / 10
-
-    assert climb(ladder, ladder.promotions, value) == [((7,), 3), ((6,), 3)]  # 8 // 3
-    ladder.record(((8,), 1), 0.65)
-    assert climb(ladder, ladder.promotions, value) == [((8,), 3), ((8,), 9)]  # 3 at rung two: its best to the top
+    for i, reward in enumerate([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.65]):
+        ladder.record(((i,), 1), reward)
+    # 3 of 9, the best first; then 1 of 3, by their rewards there.
+    assert climb(ladder, ladder.promotions, lambda trial: trial[0][0] / 10) == [
+        ((7,), 3), ((8,), 3), ((6,), 3), ((8,), 9)]
     assert ladder.spent == 9 * 1 + 3 * 3 + 9
-    assert climb(ladder, ladder.final_promotions, value) == []  # 3 of 9 and 1 of 3 are up already
     assert ladder.leader() == ((8,), 9)  # the only one at the top
 
 
-def test_the_final_ladder_takes_a_leader_to_the_top_and_spends_what_is_left():
+def test_a_budget_takes_a_leader_to_the_top_and_spends_what_is_left():
     ladder = Ladder((1, 3, 9), eta=3, budget=20)
     for i in range(4):
         ladder.record(((i,), 1), i / 10)
     # 2 of 4 go on (a third, rounded up); on the second rung the order turns round; 1 epoch of 20 is left.
-    assert climb(ladder, ladder.final_promotions, lambda trial: 1 - trial[0][0] / 10) == [
+    assert climb(ladder, ladder.promotions, lambda trial: 1 - trial[0][0] / 10) == [
         ((3,), 3), ((2,), 3), ((2,), 9)]
     assert ladder.spent == 19 and ladder.leader() == ((2,), 9)
     ladder.budget = 1000
-    climb(ladder, ladder.final_promotions, lambda trial: 0.5)
+    climb(ladder, ladder.promotions, lambda trial: 0.5)
     assert ladder.spent == 4 * (1 + 3 + 9)
 
 

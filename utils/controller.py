@@ -6,9 +6,9 @@ trained for the few epochs of the first rung, and only those that stay ahead for
 from the first rung alone, where all rewards are comparable. A trial that was paid for is looked up, never trained
 again.
 
-The search goes in rounds: the plain rules, then each batch of episodes, and beside it those of earlier rounds that have
-earned more epochs. All trials of a round are trained side by side by the processes there are (`World`). Decisions fall
-between rounds, so that the number of processes changes nothing but the time.
+The search goes in rounds: the plain rules, then each batch of episodes, at last, rung by rung, those that have earned
+more epochs. All trials of a round are trained side by side by the processes there are (`World`). Decisions fall between
+rounds, so that the number of processes changes nothing but the time.
 
 Few episodes teach an LSTM little. So by default the controller starts around the best of the plain rules, and of many
 episodes that it samples those are trained which a surrogate of the trials so far finds most promising
@@ -185,7 +185,7 @@ class RegrowthPolicyGradient:
         while self.epoch < self.config.num_epochs and self._update():
             if on_epoch:
                 on_epoch(self.epoch)
-        while trials := self.ladder.final_promotions():
+        while trials := self.ladder.promotions():
             self._round([Episode(trial, "promotion") for trial in trials])
         allocation, fidelity = leader = self.ladder.leader()
         self._settle()
@@ -237,13 +237,10 @@ class RegrowthPolicyGradient:
         entropies = rollout.entropies.detach().sum(dim=1) / rollout.decides.sum(dim=1).clamp(min=1)
         batch = [Episode((allocation, self.ladder.rungs[0]), "rl", entropy)
                  for allocation, entropy in zip(rollout.allocations, entropies.tolist(), strict=True)]
-        beside = [Episode(trial, "promotion") for trial in self.ladder.promotions()]
-        if not self.ladder.affords(episode.trial for episode in beside + batch):
+        if not self.ladder.affords(episode.trial for episode in batch):
             self._sampler.set_state(self._settled_sampler)
-            self._round(beside)
             return False
-        rewards = self._round(beside + batch)[len(beside):]
-        self._learn(rollout, rewards)
+        self._learn(rollout, self._round(batch))
         self.epoch += 1
         self._settle()
         return True

@@ -14,9 +14,10 @@ ROUNDED = 9  # decimals of sums of fractions of an epoch, which floating point h
 class Ladder:
     """Rewards per candidate and rung, the epochs they cost, and who goes on to the next rung.
 
-    A candidate goes on while it is among the best 1/eta of those seen at its rung, without waiting for a rung to fill
-    (asynchronous successive halving, Li et al., MLSys 2020). A trial is trained from the start, so it costs its epochs
-    whatever the candidate had before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
+    Once there are no new candidates, the best 1/eta of each rung go on to the next (successive halving, Jamieson and
+    Talwalkar, AISTATS 2016). While a search still improves, every new leader would earn more epochs at once, and use up
+    those of candidates to come. A trial is trained from the start, so it costs its epochs whatever the candidate had
+    before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
     payment: it is the cache and the whole state of the ladder.
 
     rungs: training lengths in epochs, increasing. eta: see above. budget: epochs over all trials, None for no limit.
@@ -69,17 +70,6 @@ class Ladder:
         return sorted(seen, key=seen.__getitem__, reverse=True)
 
     def promotions(self) -> list[Trial]:
-        """What those who have earned the next rung are trained for while the search goes on, highest rung first."""
-        trials: list[Trial] = []
-        for level in reversed(range(len(self.rungs) - 1)):
-            seen = self.ranked(self.rungs[level])
-            for trial in self._unpaid(seen[:len(seen) // self.eta], level + 1):
-                if not self.affords([*trials, trial]):
-                    return trials
-                trials.append(trial)
-        return trials
-
-    def final_promotions(self) -> list[Trial]:
         """The next trials once no new candidates come, of one rung, the lowest first; none when the ladder is done.
 
         At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
