@@ -340,3 +340,85 @@ def test_max_ratio_is_exact(monkeypatch):
     monkeypatch.setattr(stage2, "layer_capacities", lambda model, layers: {"a": 100, "b": 99})
     args = rl_regrowth_nas.parse_args(["--m_name", "resnet20", "--max_ratio", "0.29"])
     assert stage2._capacities(None, args) == {"a": 29, "b": 28}
+
+
+# --- a mask that moves in the final finetuning -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--exchange", "0.2"], "--exchange needs a --mask_schedule: "),
+    (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
+    (["--mask_schedule", "gradual"], "--mask_schedule gradual only leads from one sparsity to another, and a regrown "
+     "model has the target's already; schedules that exchange weights at one sparsity are rigl, granet, bidirectional"),
+    (["--mask_schedule", "acdc"], "--mask_schedule acdc only leads from one sparsity to another"),
+    (["--mask_schedule", "granet", "--only_live"], "--only_live says where weights may return, and --mask_schedule"),
+    (["--mask_schedule", "rigl", "--target_layers", "linear"], "--target_layers says where weights may return"),
+])
+def test_mask_schedules_that_contradict_other_options_are_refused_by_name(words, said, options, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for module in (rl_regrowth_nas, rl_saliency_regrowth):
+        with pytest.raises(UserError, match=re.escape(said)):
+            module.main([*options, *words])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_moving_mask_in_the_final_finetuning_survives_a_kill(options, tmp_path, run_script):
+    words = [*options, "--allocation", "proportional", "--saliency_max_batches", "1", "--finetune_epochs", "3",
+             "--finetune_batch_size", "8", "--mask_schedule", "bidirectional", "--update_every", "4"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run_script("rl_saliency_regrowth.py", *words, "--save_dir", straight).returncode == 0
+    command = [sys.executable, REPOSITORY / "rl_saliency_regrowth.py", *words, "--save_dir", killed]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stderr:  # a line per epoch
+        if "epoch 2/3" in line:
+            process.kill()
+            break
+    process.wait()
+    assert (killed / "regrown_resnet20_0.97.progress.pth").is_file()
+    resumed = run_script("rl_saliency_regrowth.py", *words, "--save_dir", killed, "--resume")
+    assert resumed.returncode == 0 and "continuing after epoch" in resumed.stdout, resumed.stderr
+    for name in ("regrown_resnet20_0.97.pth", "regrown_resnet20_0.97_mask_updates.csv"):
+        assert (straight / name).read_bytes() == (killed / name).read_bytes()
+    assert (straight / "regrown_resnet20_0.97_mask_updates.png").stat().st_size > 1000
+    with open(straight / "regrown_resnet20_0.97_mask_updates.csv", newline="") as file:
+        updates = list(csv.DictReader(file))
+    assert {row["survivors"] for row in updates} == {str(KEPT + BACK)}  # it starts and ends at the regrown sparsity
+    exchanged = [int(row["regrown"]) for row in updates]
+    assert exchanged == [int(row["pruned"]) for row in updates] and exchanged[0] == 0 < exchanged[1]
+    assert int(get_masks_of(straight / "regrown_resnet20_0.97.pth").sum()) == KEPT + BACK
+    card = json.loads((straight / "regrown_resnet20_0.97.json").read_text())
+    assert card["mask_updates"] == "regrown_resnet20_0.97_mask_updates.csv" and card["regrown"] == BACK
+    assert card["config"]["mask"]["schedule"] == "bidirectional" and card["config"]["mask"]["update_every"] == 4
+    with open(straight / "regrowth_results.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["saliency, bidirectional"]
+    refused = run_script("rl_saliency_regrowth.py", *words[:-4], "--save_dir", straight)
+    assert_user_error(refused, "was made with other arguments")
+
+
+@pytest.mark.parametrize("rule, values", [("reference", "reference"), ("gradient", "reference"), ("random", "kaiming")])
+def test_rules_of_a_moving_mask_look_at_the_dense_model(rule, values, options, tmp_path):
+    """What the regrown model has pruned at first comes back with the dense model's value, where it is asked for."""
+    pruned = checkpoint.pruned_path(tmp_path, "resnet20", 0.99)
+    start = checkpoint.load_checkpoint(pruned)
+    for name in [name for name in start if name.endswith("weight_orig")]:
+        start[name] *= start[name.replace("_orig", "_mask")]  # so that only the dense model has these values
+    checkpoint.save_checkpoint(start, pruned)
+    rl_regrowth_nas.main([*options, "--allocation", "uniform", "--finetune_batch_size", "8", "--mask_schedule", "rigl",
+                          "--update_every", "2", "--regrow_rule", rule, "--regrow_values", values, "--finetune_lr",
+                          "1e-30", "--finetune_weight_decay", "0"])
+    folder = tmp_path / "rl_regrow_savedir/resnet20"
+    before = RegrowthRecord.from_state_dict(checkpoint.load_checkpoint(folder / "best_allocation_resnet20.pth"))
+    state = checkpoint.load_checkpoint(folder / "regrown_resnet20_0.97.pth")
+    dense = checkpoint.load_checkpoint(checkpoint.dense_path(tmp_path, "resnet20"))["net"]
+    assert int(get_masks_of(folder / "regrown_resnet20_0.97.pth").sum()) == KEPT + BACK == KEPT + before.count
+    same = moved = 0
+    for name, mask in start.items():
+        if name.endswith("weight_mask"):
+            new = (state[name] == 1) & (mask == 0)
+            weights = state[name.replace("_mask", "_orig")][new]
+            moved += len(weights)
+            same += int((weights == dense[name.removesuffix("_mask")][new]).sum())
+    assert (same == moved) == (values == "reference") and moved >= BACK
+    with open(folder / "regrown_resnet20_0.97_mask_updates.csv", newline="") as file:
+        assert sum(int(row["regrown"]) for row in csv.DictReader(file)) > 0

@@ -136,6 +136,7 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
 MASK_FIELDS = ("update_every", "update_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values",
                "evidence_steps")  # of a plan, that are free to choose
 
+
 def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
     """`schedule` and every field of `MASK_FIELDS` that it reads: as given, else its own default, else the plan's."""
     row = MASK_SCHEDULES[schedule]
@@ -146,12 +147,13 @@ def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
 # ---- options of the scripts ----------------------------------------------------------------------------------------
 
 
-def add_mask_options(parser: argparse.ArgumentParser) -> None:
-    """`--mask_schedule` and what it takes; None where not given, read by `mask_options`."""
+def add_mask_options(parser: argparse.ArgumentParser, text: str = "fixed prunes before the finetuning; the others "
+                     "start from the unpruned model") -> None:
+    """`--mask_schedule`, of which the help says `text`, and what it takes; None where not given; see `mask_options`."""
     group = parser.add_argument_group("mask schedule", "how the mask moves while the model is finetuned; defaults are "
                                       "those of the schedule")
     group.add_argument("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default="fixed",
-                       help="fixed prunes before the finetuning; the others start from the unpruned model")
+                       help=text)
     group.add_argument("--update_every", type=positive_int, metavar="STEPS",
                        help="steps from one update of the mask to the next (acdc: of a phase)")
     group.add_argument("--update_until", type=fraction, help="fraction of the training after which the mask stays")
@@ -165,11 +167,12 @@ def add_mask_options(parser: argparse.ArgumentParser) -> None:
                        help="training batches over which gradients are gathered before an update")
 
 
-def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str) -> dict[str, Any] | None:
+def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str, at_target: bool = False
+                 ) -> dict[str, Any] | None:
     """The mask schedule's name and the options that are given, completed by its defaults; None for 'fixed'.
 
-    finetune_epochs: of the training in which the mask moves; pruner: which weights go, of `PRUNERS`. UserError for
-    options that mean nothing together.
+    finetune_epochs: of the training in which the mask moves; pruner: which weights go, of `PRUNERS`; at_target: whether
+    the model has the sparsity of the target from the start. UserError for options that mean nothing together.
     """
     given = {name: value for name in MASK_FIELDS if (value := getattr(args, name)) is not None}
     if args.mask_schedule == "fixed":
@@ -177,6 +180,10 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str) ->
             raise UserError(f"--{next(iter(given))} needs a --mask_schedule: {', '.join(MASK_SCHEDULES)}")
         return None
     schedule = MASK_SCHEDULES[args.mask_schedule]
+    if at_target and "exchange" in schedule.ignores:
+        able = ", ".join(name for name, row in MASK_SCHEDULES.items() if "exchange" not in row.ignores)
+        raise UserError(f"--mask_schedule {args.mask_schedule} only leads from one sparsity to another, and a regrown "
+                        f"model has the target's already; schedules that exchange weights at one sparsity are {able}")
     unused = [name for name in given if name in schedule.ignores]
     if unused:
         raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")
@@ -279,11 +286,11 @@ class MaskMover(TrainingHook):
     """
 
     def __init__(self, model: nn.Module, plan: MaskPlan, seed: int, sample: BatchLoader | None = None,
-                 precision: str = "fp32"):
-        """model: as it stands before training, also the reference of rules that need one; masks are put on.
-        sample: un-augmented images over which drift is measured, for plans that allocate by it."""
+                 precision: str = "fp32", reference: nn.Module | None = None):
+        """model: as it stands before training; masks are put on. sample: un-augmented images over which drift is
+        measured, for plans that allocate by it. reference: what rules and drift look at (default: a copy of model)."""
         self.plan, self.seed, self.sample, self.precision = plan, seed, sample, precision
-        self.model, self.reference = model, clone_model(model)
+        self.model, self.reference = model, reference or clone_model(model)
         add_masks(model)
         self.total = count_pruned_params(model).total
         self.ever_regrown = {name: ~torch.ones_like(mask) for name, mask in get_masks(model).items()}

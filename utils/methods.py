@@ -16,6 +16,7 @@ from utils.allocation import ALLOCATORS
 from utils.common import UserError, count, epoch_count, fraction, positive_float, positive_int, unit_interval
 from utils.controller import SearchConfig
 from utils.ladder import Ladder
+from utils.mask_schedule import add_mask_options, mask_options
 from utils.regrowth import INITIALISERS, SELECTORS
 from utils.run import RECIPE_NUMBERS, ArgumentParser, add_model_option, add_recipe_numbers, add_run_options
 from utils.training import RECIPES
@@ -84,6 +85,7 @@ def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
     group.add_argument("--finetune_batch_size", type=positive_int, help="images, default: the recipe's")
     group.add_argument("--patience", type=positive_int,
                        help="epochs without a better validation accuracy before it stops")
+    add_mask_options(parser, "fixed keeps the mask of the regrown model; the others go on from there")
     add_run_options(parser)
     group = parser.add_argument_group("artifacts")
     group.add_argument("--save_dir", type=Path, help=f"default: {save_dir}/{{m_name}} under --root")
@@ -166,6 +168,11 @@ def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:
     for option in ("patience", *(f"finetune_{field}" for field in ("epochs", "batch_size", *RECIPE_NUMBERS))):
         if getattr(args, option) is None:
             setattr(args, option, getattr(RECIPES[args.recipe].final, option.removeprefix("finetune_")))
+    args.mask = mask_options(args, args.finetune_epochs, "magnitude", at_target=True)
+    for option in ("only_live", "target_layers"):
+        if args.mask and getattr(args, option):
+            raise UserError(f"--{option} says where weights may return, and --mask_schedule {args.mask['schedule']} "
+                            "has them return anywhere during the finetuning; leave one of them out")
     config = search_config(args)  # raises on values that do not go together
     if args.allocation == "rl":
         Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)  # raises where it pays no batch

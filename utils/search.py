@@ -54,7 +54,7 @@ def latest_search(stem: Path, config: Mapping[str, Any]) -> Path | None:
 
 def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
-    kept = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    kept = {key: value for key, value in config.items() if key not in {*MAY_CHANGE, "mask"}}
     recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
     return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
 

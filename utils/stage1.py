@@ -265,11 +265,11 @@ def finetuning_seed(run: Run, iteration: int = 1) -> int:
     return derive_seed(run.seed, "finetune", iteration)
 
 
-def mask_mover(run: Run, model: nn.Module, step: PruneStep, seed: int) -> MaskMover:
-    """The hook that moves the model's mask from its sparsity of now to that of the step."""
+def mask_mover(run: Run, model: nn.Module, step: PruneStep, seed: int, reference: nn.Module | None = None) -> MaskMover:
+    """The hook that moves the model's mask from its sparsity of now to that of the step; reference: of `MaskMover`."""
     plan = MaskPlan(start=count_pruned_params(model).sparsity, target=step.sparsity, pruner=step.pruner, **step.mask)
     sample = run.train.balanced_sample(DRIFT_IMAGES, DRIFT_IMAGES, derive_seed(run.seed, "evidence"))
-    return MaskMover(model, plan, seed, sample, run.precision)
+    return MaskMover(model, plan, seed, sample, run.precision, reference)
 
 
 def pruning_evidence(run: Run, model: nn.Module) -> Evidence:

@@ -48,7 +48,7 @@ from utils.regrowth import (
 from utils.run import RECIPE_NUMBERS, Run, prerequisite
 from utils.search import Found, search_allocation
 from utils.stage import Stage, check_same_files, hold_folder
-from utils.stage1 import Outcome
+from utils.stage1 import Outcome, PruneStep
 from utils.training import Recipe, Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
@@ -273,6 +273,7 @@ def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, 
         if args.action_space != "ratio":  # searches of earlier versions, all by ratios, do not say
             names += ("action_space",)
     names += ("only_live",) if args.only_live else ()  # not where it is off, so that what was made before it still fits
+    names += ("mask",) if args.mask else ()
     options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
             "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
@@ -312,9 +313,13 @@ def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step,
           f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
           f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
     live = count_live(model, record.masks(model))
-    facts = stage1.finetune(run, stage, model, final_recipe(args),
-                            f"finetune {checkpoint.format_sparsity(step.sparsity_after)}",
-                            seed=stage1.finetuning_seed(run), passes_before=config["passes_before"])
+    label, mover = f"finetune {checkpoint.format_sparsity(step.sparsity_after)}", None
+    if args.mask:
+        label = f"{args.mask['schedule']}, {label}"
+        moves = PruneStep("magnitude", args.mask["schedule"], step.number, step.sparsity_after, mask=args.mask)
+        mover = stage1.mask_mover(run, model, moves, stage1.pruning_seed(run, moves), evidence.reference)
+    facts = stage1.finetune(run, stage, model, final_recipe(args), label, seed=stage1.finetuning_seed(run), mover=mover,
+                            passes_before=config["passes_before"])
     facts |= {"val_acc_before": before, **regrowth, "sparsity_before": sparsity_before, "regrown": record.count,
               "regrown_live": live, "starting_checkpoint": str(start.artifact),
               "start_test_acc": start.card.get("test_acc"), "drift": dict(zip(problem.layers, problem.drift)),
@@ -395,7 +400,8 @@ def table_row(run: Run, outcome: Outcome) -> dict[str, Any]:
     one_shot = checkpoint.read_card(checkpoint.pruned_path(run.root, run.m_name, card["sparsity"])) or {}
     if one_shot.get("config", {}).get("schedule") != "one-shot":
         one_shot = {}
-    row = {"method": config.get("selection", config["method"]), "allocation": config["allocation"],
+    moved = f", {config['mask']['schedule']}" if "mask" in config else ""  # how, while the model was finetuned
+    row = {"method": config.get("selection", config["method"]) + moved, "allocation": config["allocation"],
            "found_by": card.get("allocation_source"),
            **{name: card[name] for name in ("sparsity_before", "sparsity")},
            "effective_sparsity": card.get("effective_sparsity"), "regrown": card["regrown"],
