@@ -40,6 +40,26 @@ def test_a_budget_takes_a_leader_to_the_top_and_spends_what_is_left():
     assert ladder.spent == 4 * (1 + 3 + 9)
 
 
+def test_standards_go_up_behind_the_leader_to_be_compared_with():
+    """Ten candidates; 0, 1 and 2 are standards. After 10 epochs 3 each for 9 (who leads), 2, 1 (the best standards) and
+    8, which leave 18 of 40 for two climbs to the top: of who leads there, and of the best standard there.
+    """
+    ladder = Ladder((1, 3, 9), eta=3, budget=40)
+    for i in range(10):
+        ladder.record(((i,), 1), i / 10)
+    values = {9: 0.5, 2: 0.1, 1: 0.2, 8: 0.6}
+    assert climb(ladder, lambda: ladder.promotions({(0,), (1,), (2,)}), lambda trial: values[trial[0][0]]) == [
+        ((9,), 3), ((2,), 3), ((1,), 3), ((8,), 3), ((8,), 9), ((1,), 9)]
+    assert ladder.spent == 40 and ladder.leader() == ((8,), 9)
+
+
+def test_a_budget_for_one_climb_is_the_leaders():
+    ladder = Ladder((1, 3, 9), eta=3, budget=16)
+    for i in range(4):
+        ladder.record(((i,), 1), i / 10)
+    assert climb(ladder, lambda: ladder.promotions({(0,), (1,)}), lambda trial: 0.5) == [((3,), 3), ((3,), 9)]
+
+
 def test_new_candidates_leave_the_way_to_the_top_open():
     ladder = Ladder((1, 3, 9), eta=3, budget=20)
     for i in range(4):

@@ -7,8 +7,8 @@ from the first rung alone, where all rewards are comparable. A trial that was pa
 again.
 
 The search goes in rounds: the plain rules, then each batch of episodes, at last, rung by rung, those that have earned
-more epochs. All trials of a round are trained side by side by the processes there are (`World`). Decisions fall between
-rounds, so that the number of processes changes nothing but the time.
+more epochs and the best rules, to compare with. All trials of a round are trained side by side by the processes there
+are (`World`). Decisions fall between rounds, so that the number of processes changes nothing but the time.
 
 Few episodes teach an LSTM little. So by default the controller starts around the best of the plain rules, and of many
 episodes that it samples those are trained which a surrogate of the trials so far finds most promising
@@ -185,7 +185,8 @@ class RegrowthPolicyGradient:
         while self.epoch < self.config.num_epochs and self._update():
             if on_epoch:
                 on_epoch(self.epoch)
-        while trials := self.ladder.promotions():
+        rules = {row["allocation"] for row in self._rules()}
+        while trials := self.ladder.promotions(rules):
             self._round([Episode(trial, "promotion") for trial in trials])
         allocation, fidelity = leader = self.ladder.leader()
         self._settle()
@@ -254,14 +255,16 @@ class RegrowthPolicyGradient:
                 episodes.append(Episode(trial, name))
         return episodes
 
+    def _rules(self) -> list[Row]:
+        return [row for row in self.history if row["source"] in ALLOCATORS]
+
     def _action_space(self) -> ActionSpace:
         """What actions mean: shares are those of the rule that was best at the first rung, if any was tried."""
         number = self.config.action_space_size
         if self.config.action_space == "ratio":
             return RatioActions(self.problem, number)
-        rules = [row for row in self.history if row["source"] in ALLOCATORS]
-        best = max(rules, key=lambda row: row["reward"])["allocation"] if rules else \
-            proportional(self.problem, self._sampler)
+        best = max(self._rules(), key=lambda row: row["reward"], default=None)
+        best = best["allocation"] if best else proportional(self.problem, self._sampler)
         return ShareActions(self.problem, number, shares_near(self.problem, best, TOWARDS_PROPORTIONAL))
 
     def _sample(self, space: ActionSpace) -> Rollout:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from utils.common import UserError
 
@@ -69,22 +69,35 @@ class Ladder:
         seen = self.rewards.get(epochs, {})
         return sorted(seen, key=seen.__getitem__, reverse=True)
 
-    def promotions(self) -> list[Trial]:
+    def promotions(self, standards: Collection[Allocation] = ()) -> list[Trial]:
         """The next trials once no new candidates come, of one rung, the lowest first; none when the ladder is done.
 
         At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
         rung to the top takes. What is then left of a budget goes to the leaders too: the share of a rung that goes on
         grows from 1/eta to 2/eta and so on, until the budget is spent or everybody has been at the top.
+
+        standards: candidates to be compared with, of which the two best at the first rung go on behind its leader, and
+        the best one at each rung after it, as far as the budget pays them.
         """
         for part in range(1, self.eta + 1 if self.budget is not None else 2):
             for level in range(len(self.rungs) - 1):
-                seen, trials = self.ranked(self.rungs[level]), []
-                for trial in self._unpaid(seen[:-(-len(seen) * part // self.eta)], level + 1):
-                    if self.affords([*trials, trial], reserve=sum(self.rungs[level + 2:])):
-                        trials.append(trial)
-                if trials:
+                seen = self.ranked(self.rungs[level])
+                first = [*seen[:1], *[allocation for allocation in seen if allocation in standards][:1 if level else 2]]
+                share = seen[:-(-len(seen) * part // self.eta)]
+                if trials := self._affordable(first, share, level):
                     return trials
         return []
+
+    def _affordable(self, first: Sequence[Allocation], share: Sequence[Allocation], level: int) -> list[Trial]:
+        """New trials at the rung after `level` that the budget pays, with what is left for the way to the top: that of
+        one candidate after those who go first, a leader and standards; that of two, if there are any, after others.
+        """
+        trials: list[Trial] = []
+        climb = sum(self.rungs[level + 2:])
+        for trial in self._unpaid(dict.fromkeys([*first, *share]), level + 1):
+            if self.affords([*trials, trial], reserve=climb * (1 if trial[0] in first or len(first) < 2 else 2)):
+                trials.append(trial)
+        return trials
 
     def leader(self) -> Trial:
         """The best candidate: highest rung reached, then reward, then first come. Raises ValueError if none is seen."""
