@@ -272,7 +272,7 @@ class RegrowthPolicyGradient:
         number, seen = self.config.batch_size, self.ladder.rewards[self.ladder.rungs[0]]
         if isinstance(space, RatioActions):
             return self.agent(space, number, self._sampler)
-        rollout = self.agent(space, SCREENED, self._sampler)
+        rollout = self.agent(space, max(SCREENED, 2 * number), self._sampler)
         sampled = rollout.allocations
         new = [row for row, allocation in enumerate(sampled) if allocation not in {*seen, *sampled[:row]}]
         if len(new) < number or len(seen) < 2:  # hardly another is possible, or nothing to make a surrogate from

@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""What more processes make of a search: trials per hour as measured, and how long processes wait for each other.
+
+Measured: a round of short trials by each of --processes on this machine, one thread each, in turn --repeats times.
+Simulated: the search itself (ten updates, rungs 1 3 9, no budget) on --simulated processes, with rewards at random and
+trials that take what measured ones took, scaled to the rung. Idle is the share of all processes' time in which they
+wait for the end of a round. Starts from the checkpoints of `main.py --m_name ... --pruner magnitude --iter_end 1`.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
+
+from utils import plots, stage2  # noqa: E402
+from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
+from utils.checkpoint import save_csv  # noqa: E402
+from utils.common import RunFailed, epoch_count, fraction, generator, positive_int  # noqa: E402
+from utils.controller import RegrowthPolicyGradient, SearchConfig  # noqa: E402
+from utils.distributed import World, world  # noqa: E402
+from utils.methods import METHODS, regrowth_arguments  # noqa: E402
+from utils.run import ArgumentParser, add_model_option, add_run_options, open_run, script  # noqa: E402
+
+IDLE = 0.2  # the largest share that is acceptable
+RUNGS = (1, 3, 9)
+Row = dict[str, Any]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = ArgumentParser(__doc__)
+    add_model_option(parser)
+    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], help="to measure, 1 among them")
+    parser.add_argument("--trials", type=positive_int, default=8, help="of each length in a measured round")
+    parser.add_argument("--mini_finetune_epochs", type=epoch_count, nargs=2, default=[0.1, 0.3],
+                        help="lengths of the measured trials")
+    parser.add_argument("--repeats", type=positive_int, default=2, help="measured rounds for each number of processes")
+    parser.add_argument("--simulated", type=positive_int, nargs="+", default=[8, 64], help="processes to simulate")
+    parser.add_argument("--batch_sizes", type=positive_int, nargs="+",
+                        default=[2, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024], help="to simulate")
+    parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="of the measured trials")
+    parser.add_argument("--save_dir", type=Path, help="default: search_scaling/{m_name} under --root")
+    parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)  # one measured round, under torchrun
+    add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+# --- measured ------------------------------------------------------------------------------------------------------
+
+
+def measure_round(args: argparse.Namespace) -> None:
+    """Trains a round of trials with the processes there are; prints its seconds and those of each trial, as JSON."""
+    run, processes = open_run(args), world()
+    options = regrowth_arguments(m_name=args.m_name, root=args.root, target_sparsity=args.target_sparsity,
+                                 ssim_batches=1)
+    dense, start = stage2.load_dense(run, options), stage2.load_start(run, options)
+    step = stage2.plan_step(run, options, METHODS["reference"], start, 1)
+    evidence = stage2.evidence_maker(run, options, dense.model)(start.model)
+    regrower = stage2.regrower_of(run, options, METHODS["reference"], evidence)
+    problem = stage2.allocation_problem(options, step, evidence)
+    trial = partial(stage2.trial_reward, run, options, step, regrower, processes.share(problem.layers))
+    if not processes.leads:
+        processes.serve(trial)
+        return
+    draws, trials = generator(run.seed, "scaling"), []
+    jobs = [(ALLOCATORS["random"](problem, draws), run.seed, epochs)
+            for epochs in sorted(args.mini_finetune_epochs, reverse=True) for _ in range(args.trials)]
+    processes.run(trial, jobs[-processes.size:], lambda *_: None)  # the first of every process takes longer
+    began = time.perf_counter()
+    processes.run(trial, jobs, lambda number, _, seconds: trials.append((jobs[number][2], seconds)))
+    seconds = time.perf_counter() - began
+    processes.share()
+    print(json.dumps({"seconds": seconds, "trials": trials}))
+
+
+def measure(args: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """What `measure_round` prints in so many processes of one thread each. RunFailed with its error."""
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), __file__, *sys.argv[1:]]
+    done = subprocess.run([sys.executable, "-m", *words, "--round"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr[-500:]]
+        raise RunFailed(errors[0].removeprefix("error: "))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured_rows(args: argparse.Namespace) -> tuple[list[Row], list[tuple[float, float]]]:
+    """Trials per hour for each number of processes and repeat, and (epochs, seconds) of the trials of one alone."""
+    rows, trials = [], []
+    for repeat in range(1, args.repeats + 1):
+        for processes in args.processes:
+            told = measure(args, processes)
+            per_hour = 3600 * len(told["trials"]) / told["seconds"]
+            rows.append({"repeat": repeat, "processes": processes, "trials": len(told["trials"]),
+                         "seconds": told["seconds"], "trials_per_hour": per_hour})
+            print(f"processes {processes}: {per_hour:.0f} trials an hour", flush=True)
+            trials += told["trials"] if processes == 1 else []
+    return rows, [tuple(trial) for trial in trials]
+
+
+def trial_times(trials: Sequence[tuple[float, float]], seed: int) -> Callable[[float], float]:
+    """Gives seconds of a trial of so many epochs: a line through the measured ones, times one of their deviations."""
+    epochs, seconds = np.array(trials).T
+    line = np.polynomial.Polynomial.fit(epochs, seconds, 1).convert()
+    ratios, random = seconds / line(epochs), np.random.default_rng(seed)
+    return lambda length: float(line(length) * random.choice(ratios))
+
+
+# --- simulated -----------------------------------------------------------------------------------------------------
+
+
+class Simulated(World):
+    """So many processes, of which the one that is free first takes the next trial; nothing is trained.
+
+    beside: as the search does it; False: the batch alone, then each rung that a round has trials of.
+    """
+
+    def __init__(self, processes: int, seconds_of: Callable[[float], float], beside: bool, seed: int):
+        """No time has passed."""
+        self.processes, self.seconds_of, self.beside = processes, seconds_of, beside
+        self.random, self.elapsed, self.busy = np.random.default_rng(seed), 0.0, 0.0
+
+    def run(self, function: Any, jobs: Sequence[tuple], on_result: Callable[..., None]) -> None:
+        """As of `World`, with rewards at random."""
+        lengths = [epochs for *_, epochs in jobs]
+        for part in [lengths] if self.beside else [[x for x in lengths if x == rung] for rung in RUNGS]:
+            free = np.zeros(self.processes)
+            for seconds in map(self.seconds_of, part):
+                free[free.argmin()] += seconds
+            self.elapsed += free.max()
+            self.busy += free.sum()
+        for number in range(len(jobs)):
+            on_result(number, float(self.random.uniform()), 0.0)
+
+
+def simulated_rows(args: argparse.Namespace, trials: Sequence[tuple[float, float]]) -> list[Row]:
+    """Idle share for every number of processes, batch size and order."""
+    problem = AllocationProblem(tuple("abcdefgh"), (10**6,) * 8, 10**6, (2 * 10**6,) * 8, (100,) * 8)
+    rows = []
+    for beside, processes, batch in product((True, False), args.simulated, args.batch_sizes):
+        simulated = Simulated(processes, trial_times(trials, args.seed), beside, args.seed)
+        config = SearchConfig(batch_size=batch, rungs=RUNGS, search_budget=None, action_space="ratio")
+        RegrowthPolicyGradient(problem, lambda *_: 0.0, config, args.seed, simulated).run()
+        rows.append({"processes": processes, "batch_size": batch, "promotions": "beside" if beside else "after",
+                     "idle": float(1 - simulated.busy / simulated.elapsed / processes),
+                     "hours": float(simulated.elapsed / 3600)})
+    return rows
+
+
+def draw(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Idle share against batch size, a line for each number of processes and order."""
+    figure = plots.new_figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (processes, order) in enumerate(dict.fromkeys((row["processes"], row["promotions"]) for row in rows)):
+        own = [row for row in rows if (row["processes"], row["promotions"]) == (processes, order)]
+        axes.plot([row["batch_size"] for row in own], [100 * row["idle"] for row in own], marker=".", color=f"C{place}",
+                  linestyle="-" if order == "beside" else "--", label=f"{processes} processes, promotions {order}")
+    axes.axhline(100 * IDLE, color="0.5", linewidth=0.8)
+    axes.set(xscale="log", xlabel="--batch_size (episodes per update)", ylabel="idle (% of all processes' time)",
+             title=title)
+    axes.grid(alpha=0.3)
+    plots.legend_below(figure)
+    plots.save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, simulates, draws, and says which batch size keeps processes busy."""
+    args = parse_args(argv)
+    if args.round:
+        measure_round(args)
+        return
+    folder = args.save_dir or args.root / "search_scaling" / args.m_name
+    measured, trials = measured_rows(args)
+    save_csv(measured, folder / "measured.csv")
+    rows = simulated_rows(args, trials)
+    save_csv(rows, folder / "simulated.csv")
+    draw(rows, folder / "idle.png", f"{args.m_name}: a search of ten updates, rungs {' '.join(map(str, RUNGS))}")
+    for processes in args.simulated:
+        for order in ("beside", "after"):
+            good = [row["batch_size"] for row in rows
+                    if (row["processes"], row["promotions"]) == (processes, order) and row["idle"] < IDLE]
+            said = f"idle below {100 * IDLE:.0f} % from --batch_size {min(good)} on" if good else "never busy enough"
+            print(f"{processes} processes, promotions {order} the next batch: {said}")
+    print(f"tables and figure: {folder}")
+
+
+if __name__ == "__main__":
+    script(main, resumable=False, several=True)
