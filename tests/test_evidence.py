@@ -17,7 +17,7 @@ import rl_saliency_regrowth
 import single_layer_regrowth_analysis as single_layer
 from tests.test_regrowth import closed_form_gradients, one_linear, pruned_copy
 from tests.test_regrowth_scripts import make_start, options  # noqa: F401  (a fixture)
-from utils import benchmark, checkpoint, stage2
+from utils import checkpoint, stage2
 from utils.analysis_utils import BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
 from utils.common import UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
@@ -147,7 +147,6 @@ def test_every_consumer_sees_every_class(tiny_dataset, small_cnn, small_batches,
     about(train, small_cnn, pruned, saliency_source="pruned").make("saliency")
     assert len(seen) == 5  # drift of two models, saliency of both, gradient
     assert all(batches == [[4] * 5] * 3 for batches in seen)
-    assert counts_of(torch.from_numpy(benchmark.first_images(tiny_dataset, 50).train_targets)) == [10] * 5
     assert counts_of(class_sample(train, 7, seed=0).targets) == [7] * 5
 
 

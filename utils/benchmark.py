@@ -364,17 +364,18 @@ def schedule_row(run: Run, name: str, target: float) -> Row:
     """What the updates of a mask schedule cost, at its defaults, from the dense model to the target sparsity.
 
     Timed in finetuning with an update after every fourth step. `share_percent`: an update, and what keeping
-    gradients adds to the step before it, in per cent of the plain steps from one update to the next (`update_every`).
-    Medians, without the first quarter of the plain steps, which warms up.
+    gradients adds to the `evidence_steps` before it, in per cent of the plain steps from one update to the next
+    (`update_every`). Medians, without the first quarter of the plain steps, which warms up.
     """
     plan = MaskPlan(name, 0.0, target, **MASK_SCHEDULES[name].defaults)
-    mover = TimedMover(run.new_model(), replace(plan, update_every=4, update_until=1.0), run.seed)
+    often = replace(plan, update_every=4, update_until=1.0, evidence_steps=1)
+    mover = TimedMover(run.new_model(), often, run.seed)
     epochs = math.ceil(6 * FINETUNE_FINAL.batch_size / run.train.num_images)  # one, if it has six steps
     recipe, few = replace(FINETUNE_FINAL, epochs=epochs, patience=None), run.val.subset(np.arange(1))
     Trainer(mover.model, run.train, few, recipe, seed=run.seed, precision=run.precision, hook=mover).run(show=False)
     plain, watched = statistics.median(mover.plain[len(mover.plain) // 4:]), statistics.median(mover.watched)
     update = spread(mover.updates)
-    extra = update["median_s"] + max(0.0, watched - plain)
+    extra = update["median_s"] + plan.evidence_steps * max(0.0, watched - plain)
     return {"measurement": f"mask updates, {name}", "step_s": plain, "watched_step_s": watched, **update,
             "update_every": plan.update_every, "share_percent": 100 * extra / (plan.update_every * plain)}
 
@@ -442,8 +443,7 @@ def print_comparisons(rows: Sequence[Row]) -> None:
 
 def print_bars(rows: Sequence[Row]) -> None:
     """A line per bar: what this project aims at on such hardware, its figure, reached or not."""
-    if rows:
-        print("\nspeeds that this project aims at on such hardware")
+    print("\nspeeds that this project aims at on such hardware" if rows else "")
     for row in rows:
         sign = ">=" if row["at_least"] else "<="
         print(f"  {row['bar']:<24} {row['value']:12,.2f} {sign} {row['limit']:8,g} {row['unit']:<22} "
