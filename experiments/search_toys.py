@@ -156,7 +156,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--num_seeds", type=positive_int, default=20, help="seeds --seed, --seed + 1, ...")
-    parser.add_argument("--seed", type=count, default=200, help="first seed; the defaults were chosen on others, 0 to 119")
+    parser.add_argument("--seed", type=count, default=200, help="first seed; defaults were chosen on others, 0 to 119")
     parser.add_argument("--save_dir", type=Path, default=Path("search_toys"), help="where the tables go")
     return parser.parse_args(argv)
 

@@ -22,10 +22,12 @@ from utils.training import (
     OPTIMIZERS,
     PRETRAIN,
     SCHEDULES,
+    Muon,
     Recipe,
     Trainer,
     accuracy_with_new_statistics,
     evaluate,
+    orthogonalised,
     reestimate_batch_norm,
 )
 
@@ -74,9 +76,41 @@ def test_the_warm_up_is_rounded_to_the_nearest_step():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_learns_with_every_optimizer(name, small_cnn, tiny_loaders):
-    recipe = replace(SHORT, optimizer=name, lr={"sgd": 0.05, "nesterov": 0.05, "adamw": 1e-2}[name], epochs=6)
+    rates = {"sgd": 0.05, "nesterov": 0.05, "adamw": 1e-2, "muon": 0.05}
+    recipe = replace(SHORT, optimizer=name, lr=rates[name], epochs=6)
     result = make_trainer(small_cnn, tiny_loaders, recipe).run(show=False)
     assert result.accuracy > 60 and result.epochs == 6  # five classes: chance is 20
+
+
+def test_muon_by_hand():
+    """A kernel moves along an orthogonal matrix, other parameters as under SGD with Nesterov momentum."""
+    matrix = torch.diag(torch.tensor([3.0, 1.0]))  # over its norm: singular values 0.9487 and 0.3162
+    first = [3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5 for x in (3 / 10**0.5, 1 / 10**0.5)]
+    torch.testing.assert_close(orthogonalised(matrix, steps=1), torch.diag(torch.tensor(first)))
+    random = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    for wide in (random, random.T):
+        values = torch.linalg.svdvals(orthogonalised(wide, steps=5))
+        assert orthogonalised(wide).shape == wide.shape and 0.6 < values.min() and values.max() < 1.3
+    kernel, bias = nn.Parameter(torch.zeros(2, 2, 1, 1)), nn.Parameter(torch.ones(2))
+    optimizer = Muon([kernel, bias], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        kernel.grad, bias.grad = matrix.view(2, 2, 1, 1).clone(), torch.tensor([1.0, 0.0])
+        optimizer.step()
+    step = orthogonalised(matrix)  # the direction stays, so momentum changes its length only
+    torch.testing.assert_close(kernel.detach().flatten(1), -0.1 * 0.5 * 2 * step)
+    torch.testing.assert_close(bias.detach(), nesterov_by_hand([1.0, 0.0], rate=0.1, decay=0.5, steps=2))
+
+
+def nesterov_by_hand(grad: list[float], rate: float, decay: float, steps: int) -> torch.Tensor:
+    values = []
+    for slope in grad:
+        weight, momentum = 1.0, 0.0
+        for _ in range(steps):
+            gradient = slope + decay * weight
+            momentum = 0.9 * momentum + gradient
+            weight -= rate * (gradient + 0.9 * momentum)
+        values.append(weight)
+    return torch.tensor(values)
 
 
 @pytest.mark.parametrize("epochs, steps, validations", [(0.25, 1, 1), (0.5, 2, 1), (1.5, 8, 2),
