@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=2, help="measured rounds for each number of processes")
     parser.add_argument("--simulated", type=positive_int, nargs="+", default=[8, 64], help="processes to simulate")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+",
-                        default=[2, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024], help="to simulate")
+                        default=[2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512], help="to simulate")
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="of the measured trials")
     parser.add_argument("--save_dir", type=Path, help="default: search_scaling/{m_name} under --root")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)  # one measured round, under torchrun
@@ -122,51 +122,46 @@ def trial_times(trials: Sequence[tuple[float, float]], seed: int) -> Callable[[f
 
 
 class Simulated(World):
-    """So many processes, of which the one that is free first takes the next trial; nothing is trained.
+    """So many processes, of which the one that is free first takes the next trial; nothing is trained."""
 
-    beside: as the search does it; False: the batch alone, then each rung that a round has trials of.
-    """
-
-    def __init__(self, processes: int, seconds_of: Callable[[float], float], beside: bool, seed: int):
+    def __init__(self, processes: int, seconds_of: Callable[[float], float], seed: int):
         """No time has passed."""
-        self.processes, self.seconds_of, self.beside = processes, seconds_of, beside
+        self.processes, self.seconds_of = processes, seconds_of
         self.random, self.elapsed, self.busy = np.random.default_rng(seed), 0.0, 0.0
 
     def run(self, function: Any, jobs: Sequence[tuple], on_result: Callable[..., None]) -> None:
         """As of `World`, with rewards at random."""
-        lengths = [epochs for *_, epochs in jobs]
-        for part in [lengths] if self.beside else [[x for x in lengths if x == rung] for rung in RUNGS]:
-            free = np.zeros(self.processes)
-            for seconds in map(self.seconds_of, part):
-                free[free.argmin()] += seconds
-            self.elapsed += free.max()
-            self.busy += free.sum()
+        free = np.zeros(self.processes)
+        for *_, epochs in jobs:
+            free[free.argmin()] += self.seconds_of(epochs)
+        self.elapsed += free.max()
+        self.busy += free.sum()
         for number in range(len(jobs)):
             on_result(number, float(self.random.uniform()), 0.0)
 
 
 def simulated_rows(args: argparse.Namespace, trials: Sequence[tuple[float, float]]) -> list[Row]:
-    """Idle share for every number of processes, batch size and order."""
+    """Idle share for every number of processes and batch size."""
     problem = AllocationProblem(tuple("abcdefgh"), (10**6,) * 8, 10**6, (2 * 10**6,) * 8, (100,) * 8)
     rows = []
-    for beside, processes, batch in product((True, False), args.simulated, args.batch_sizes):
-        simulated = Simulated(processes, trial_times(trials, args.seed), beside, args.seed)
+    for processes, batch in product(args.simulated, args.batch_sizes):
+        simulated = Simulated(processes, trial_times(trials, args.seed), args.seed)
         config = SearchConfig(batch_size=batch, rungs=RUNGS, search_budget=None, action_space="ratio")
         RegrowthPolicyGradient(problem, lambda *_: 0.0, config, args.seed, simulated).run()
-        rows.append({"processes": processes, "batch_size": batch, "promotions": "beside" if beside else "after",
+        rows.append({"processes": processes, "batch_size": batch,
                      "idle": float(1 - simulated.busy / simulated.elapsed / processes),
                      "hours": float(simulated.elapsed / 3600)})
     return rows
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Idle share against batch size, a line for each number of processes and order."""
+    """Idle share against batch size, a line for each number of processes."""
     figure = plots.new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for place, (processes, order) in enumerate(dict.fromkeys((row["processes"], row["promotions"]) for row in rows)):
-        own = [row for row in rows if (row["processes"], row["promotions"]) == (processes, order)]
-        axes.plot([row["batch_size"] for row in own], [100 * row["idle"] for row in own], marker=".", color=f"C{place}",
-                  linestyle="-" if order == "beside" else "--", label=f"{processes} processes, promotions {order}")
+    for processes in sorted({row["processes"] for row in rows}):
+        own = [row for row in rows if row["processes"] == processes]
+        axes.plot([row["batch_size"] for row in own], [100 * row["idle"] for row in own], marker=".",
+                  label=f"{processes} processes")
     axes.axhline(100 * IDLE, color="0.5", linewidth=0.8)
     axes.set(xscale="log", xlabel="--batch_size (episodes per update)", ylabel="idle (% of all processes' time)",
              title=title)
@@ -188,11 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_csv(rows, folder / "simulated.csv")
     draw(rows, folder / "idle.png", f"{args.m_name}: a search of ten updates, rungs {' '.join(map(str, RUNGS))}")
     for processes in args.simulated:
-        for order in ("beside", "after"):
-            good = [row["batch_size"] for row in rows
-                    if (row["processes"], row["promotions"]) == (processes, order) and row["idle"] < IDLE]
-            said = f"idle below {100 * IDLE:.0f} % from --batch_size {min(good)} on" if good else "never busy enough"
-            print(f"{processes} processes, promotions {order} the next batch: {said}")
+        good = [row["batch_size"] for row in rows if row["processes"] == processes and row["idle"] < IDLE]
+        said = f"idle below {100 * IDLE:.0f} % from --batch_size {min(good)} on" if good else "never busy enough"
+        print(f"{processes} processes: {said}")
     print(f"tables and figure: {folder}")
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import pytest
 
 from experiments import search_scaling as scaling
@@ -13,12 +12,13 @@ def jobs(*lengths: int) -> list[tuple]:
     return [((), 0, length) for length in lengths]
 
 
-@pytest.mark.parametrize(("beside", "elapsed"), [(True, 10), (False, 1 + 6 + 9)])
-def test_the_process_that_is_free_first_takes_the_next_trial(beside, elapsed):
-    """9, 3, 3, 3, 1, 1 on two: one takes the 9, the other 3 + 3 + 3, and each a 1; or 1 | 1, then 3 + 3 | 3, then 9."""
-    simulated, results = scaling.Simulated(2, float, beside, seed=0), []
+def test_the_process_that_is_free_first_takes_the_next_trial():
+    """9, 3, 3, 3, 1, 1 on two: one takes the 9, the other 3 + 3 + 3, and each a 1."""
+    simulated, results = scaling.Simulated(2, float, seed=0), []
     simulated.run(None, jobs(9, 3, 3, 3, 1, 1), lambda number, *_: results.append(number))
-    assert (simulated.elapsed, simulated.busy, results) == (elapsed, 20, list(range(6)))
+    assert (simulated.elapsed, simulated.busy, results) == (10, 20, list(range(6)))
+    simulated.run(None, jobs(3), lambda number, *_: results.append(number))  # a round begins when the one before ends
+    assert (simulated.elapsed, simulated.busy) == (13, 23)
 
 
 def test_times_of_longer_trials_lie_on_the_line_through_the_measured_ones():
@@ -28,9 +28,9 @@ def test_times_of_longer_trials_lie_on_the_line_through_the_measured_ones():
     assert {round(spread(1) / 13, 2) for _ in range(50)} == {0.75, 1.0, 1.25}
 
 
-def test_promotions_beside_the_next_batch_leave_processes_less_idle():
-    args = argparse.Namespace(seed=0, simulated=[4], batch_sizes=[4, 24])
+def test_larger_batches_leave_processes_less_idle():
+    args = argparse.Namespace(seed=0, simulated=[4, 1], batch_sizes=[2, 16])
     trials = [(0.1, seconds) for seconds in (10.9, 11.1)] + [(0.3, seconds) for seconds in (30.9, 31.1)]
-    idle = {(row["promotions"], row["batch_size"]): row["idle"] for row in scaling.simulated_rows(args, trials)}
-    assert idle["beside", 24] < 0.1 < idle["after", 24] and idle["beside", 4] < idle["after", 4]
-    assert all(0 <= share < 1 for share in idle.values()) and np.isfinite(list(idle.values())).all()
+    idle = {(row["processes"], row["batch_size"]): row["idle"] for row in scaling.simulated_rows(args, trials)}
+    assert idle[4, 16] < 0.1 < 0.3 < idle[4, 2]  # two of four processes have nothing to do while a batch of two runs
+    assert idle[1, 2] == idle[1, 16] == pytest.approx(0, abs=1e-9)
