@@ -24,6 +24,7 @@ from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
 from utils.run import ArgumentParser, cpu_name, positive_int, script  # noqa: E402
 
 SHIPPED = Path(__file__).resolve().parents[1] / "results/checkpoints/resnet20/ckpt_after_prune"
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5)  # of speed
 MEASURED = (str(SHIPPED / "pruned_finetuned_mask_0.99.pth"), "vgg16:lamp:0.99", "vgg16:lamp:0.999")
 
 
@@ -93,9 +94,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             mine = [row for row in rows if (row["model"], row["form"]) == (label, form)]
             places = [settings.index((row["engine"], row["threads"], row["batch"])) for row in mine]
             axes.plot([row["speedup"] for row in mine], places, "osD"[number % 3], color=f"C{number}", label=form)
-        axes.set_yticks(range(len(settings)), [f"{engine}, {threads} threads, batch {batch}"
+        axes.set_yticks(range(len(settings)), [f"{engine}, threads: {threads}, batch {batch}"
                                                for engine, threads, batch in settings])
         axes.set(xscale="log", title=label, xlabel="images/s over the dense model's")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     plots.legend_below(figure)
     plots.save_figure(figure, path)
