@@ -183,9 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_csv(rows, folder / "simulated.csv")
     draw(rows, folder / "idle.png", f"{args.m_name}: a search of ten updates, rungs {' '.join(map(str, RUNGS))}")
     for processes in args.simulated:
-        good = [row["batch_size"] for row in rows if row["processes"] == processes and row["idle"] < IDLE]
-        said = f"idle below {100 * IDLE:.0f} % from --batch_size {min(good)} on" if good else "never busy enough"
-        print(f"{processes} processes: {said}")
+        idle = {row["batch_size"]: row["idle"] for row in rows if row["processes"] == processes}
+        good = [batch for batch in sorted(idle) if idle[batch] < IDLE]
+        sure = [batch for batch in good if all(idle[other] < IDLE for other in idle if other >= batch)]
+        said = f"at --batch_size {min(good)}, and at all from {min(sure)} on" if sure else "at none of the largest"
+        print(f"{processes} processes: idle below {100 * IDLE:.0f} % {said}")
     print(f"tables and figure: {folder}")
 
 
