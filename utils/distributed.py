@@ -137,7 +137,7 @@ class Processes(World):
             if error and self.store.add("ended", 1) == 1:
                 print(error, file=self._stderr)
             self.store.set(f"beat {self.rank}", "left")
-            limit = time.monotonic() + (3 * BEAT if self.leads else 0)  # the store may be the leader's: it goes last
+            limit = time.monotonic() + (1.5 * BEAT if self.leads else 0)  # the store may be the leader's: it goes last
             while time.monotonic() < limit and set(self._beats().values()) != {"left"}:
                 time.sleep(POLL)
         except RuntimeError:  # the store is gone with its machine: a line from each of the others
