@@ -1,0 +1,53 @@
+"""The example of a dynamic method: what it swaps, and that the README shows the code that runs."""
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import dynamic_method
+from tests.conftest import REPOSITORY
+from utils.analysis_utils import get_masks, set_masks
+from utils.common import UserError
+from utils.model_loader import model_loader
+
+
+def options(image_folder, tmp_path) -> list[str]:
+    return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+            "--precision", "fp32", "--epochs", "1", "--update_every", "1"]
+
+
+def test_the_smallest_go_and_as_many_others_come_at_zero():
+    model = nn.Sequential(nn.Linear(6, 2, bias=False))
+    set_masks(model, {"0": torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]])})
+    with torch.no_grad():
+        model[0].weight_orig.copy_(torch.tensor([[0.1, 5, 6, 7, 7, 7], [4, -0.2, 3, 7, 7, 7]]))
+    held = []
+    trainer = SimpleNamespace(step=2, total_steps=10, model=model, hold_pruned=lambda: held.append(True))
+    hook = dynamic_method.Swap(every=2, share=1 / 3, seed=0)
+    hook.on_step(trainer)
+    mask = get_masks(model)["0"]
+    assert mask[:, :3].tolist() == [[False, True, True], [True, False, True]] and int(mask.sum()) == 6 and held
+    assert model[0].weight_orig[:, 3:][mask[:, 3:]].tolist() == [0.0, 0.0]
+    for step in (3, 8):  # not due; the last quarter
+        trainer.step = step
+        hook.on_step(trainer)
+        assert torch.equal(get_masks(model)["0"], mask)
+
+
+def test_it_trains_to_the_sparsity_and_overwrites_nothing(image_folder, tmp_path, capsys):
+    dynamic_method.main(options(image_folder, tmp_path))
+    state = torch.load(tmp_path / "dynamic_method/resnet20.pth", weights_only=True)
+    assert sum(int(value.sum()) for name, value in state.items() if name.endswith("_mask")) == 27090
+    assert set(model_loader("resnet20").state_dict()) <= {name.removesuffix("_orig") for name in state}
+    assert "at sparsity 0.9000" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists"):
+        dynamic_method.main(options(image_folder, tmp_path))
+
+
+def test_the_readme_shows_this_code():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert inspect.getsource(dynamic_method.Swap.on_step).strip() in readme
