@@ -313,7 +313,7 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
 def plot_differences(results: Rows, path: Path, title: str) -> None:
     """A line per arm: mean paired difference to the control with its t interval (thin) and bootstrap interval (thick).
 
-    results: rows of `experiments.matched_compute.compare`; intervals that are not finite (one seed) are not drawn.
+    results: rows of `utils.statistics.compare_arms`; intervals that are not finite (one seed) are not drawn.
     """
     figure = new_figure(figsize=(8.5, 0.42 * len(results) + 1.2), layout="constrained")
     axes = figure.subplots()
@@ -333,7 +333,7 @@ def plot_differences(results: Rows, path: Path, title: str) -> None:
     for tick, row in zip(axes.get_yticklabels(), results):
         tick.set_color(colors[row["verdict"]])
     axes.margins(x=0.1)
-    axes.set(xlabel="test accuracy over one-shot pruning (points)", title=title)
+    axes.set(xlabel="test accuracy over one-shot pruning (points)", title=title, ylim=(len(results) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     known = any(np.isfinite(row["t_low"]) for row in results)
     legend_below(figure, None if known else "one seed: no interval, so no verdict is possible")
