@@ -2,7 +2,8 @@
 """Which recipe reaches the most on validation in a given number of epochs? One row per combination of the values given.
 
 Without --sparsity the network is trained from its start; with it, the dense model under --root is pruned, at once or by
-each --mask_schedule, and finetuned. Only validation is read. Interrupted, it goes on after the last row with --resume.
+each --mask_schedule, and finetuned. An option of the mask schedules goes to those of them that read it. Only validation
+is read. Interrupted, it goes on after the last row with --resume.
 """
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from utils import checkpoint, stage1  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
-from utils.common import UserError, derive_seed, fraction, not_negative, positive_float, positive_int  # noqa: E402
-from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
-from utils.pruning import prune_to  # noqa: E402
+from utils.common import UserError, count, derive_seed, fraction, not_negative, positive_float, positive_int  # noqa: E402
+from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
+from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
     Run,
@@ -34,8 +35,8 @@ from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import PruneStep  # noqa: E402
 from utils.training import OPTIMIZERS, RECIPES, SCHEDULES, Recipe, Trainer  # noqa: E402
 
-KEYS = ("sparsity", "mask_schedule", "epochs", "optimizer", "lr", "schedule", "batch_size", "weight_decay",
-        "label_smoothing", "seed")
+RECIPE = ("epochs", "optimizer", "lr", "schedule", "batch_size", "weight_decay", "label_smoothing", "padding")
+KEYS = ("sparsity", "pruner", "mask_schedule", *MASK_FIELDS, *RECIPE)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,8 +46,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     start = RECIPES["short"].pretrain
     several = {"nargs": "+"}
     parser.add_argument("--sparsity", type=fraction, default=[0.0], help="default: pretraining", **several)
-    parser.add_argument("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default=["fixed"],
-                        help="how the mask moves in finetuning; fixed: pruned at once", **several)
+    parser.add_argument("--pruner", choices=[name for name, score in PRUNERS.items() if not needed(score)],
+                        default=["magnitude"], help="which weights go", **several)
+    add_mask_options(parser, "how the mask moves in finetuning; fixed: pruned at once", several=True)
     parser.add_argument("--epochs", type=positive_int, default=[start.epochs], help="of training", **several)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default=[start.optimizer], help="names", **several)
     parser.add_argument("--lr", type=positive_float, default=[start.lr], help="learning rates", **several)
@@ -56,6 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight_decay", type=not_negative, default=[start.weight_decay], help="decays", **several)
     parser.add_argument("--label_smoothing", type=not_negative, default=[start.label_smoothing], help="in [0, 1)",
                         **several)
+    parser.add_argument("--padding", type=count, default=[start.padding], help="pixels of zeros around an image before "
+                        "its random crop", **several)
     parser.add_argument("--num_seeds", type=positive_int, default=1, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--save_dir", type=Path, help="default: recipe_sweep/{m_name} under --root")
     add_run_options(parser)
@@ -63,21 +67,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sparsity == [0.0] and args.mask_schedule != ["fixed"]:
         raise UserError("--mask_schedule moves the mask of a finetuning; give a --sparsity")
+    schedules = [MASK_SCHEDULES[name] for name in args.mask_schedule if name != "fixed"]
+    for name in MASK_FIELDS:
+        if getattr(args, name) and all(name in schedule.ignores for schedule in schedules):
+            raise UserError(f"--{name} means nothing to --mask_schedule {' '.join(args.mask_schedule)}; leave it out")
     return args
 
 
-def train(run: Run, sparsity: float, mask_schedule: str, recipe: Recipe) -> dict[str, Any]:
+def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every different combination of the values given, by `KEYS`; '' for what means nothing to its mask schedule."""
+    lists = {name: getattr(args, name) or [None] for name in KEYS}
+    found = {}
+    for values in product(*lists.values()):
+        asked = dict(zip(KEYS, values, strict=True))
+        plan = {}
+        if asked["mask_schedule"] != "fixed":
+            ignored = MASK_SCHEDULES[asked["mask_schedule"]].ignores
+            plan = plan_fields(asked["mask_schedule"], **{name: asked[name] for name in MASK_FIELDS
+                                                          if asked[name] is not None and name not in ignored})
+        whole = {**asked, **{name: plan.get(name, "") for name in MASK_FIELDS}}
+        found[tuple(whole.values())] = whole
+    return list(found.values())
+
+
+def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     """Trains one model and returns what came out: best and last validation accuracy (%), seconds, surviving weights."""
+    sparsity, pruner, mask_schedule = asked["sparsity"], asked["pruner"], asked["mask_schedule"]
+    recipe = Recipe(**{name: asked[name] for name in RECIPE})
     seed, hook = derive_seed(run.seed, "pretrain"), None
     if not sparsity:
         model = run.new_model()
     else:
         model = clone_model(stage1.load_outcome(run, checkpoint.dense_path(run.root, run.m_name)).model)
-        seed, step = stage1.finetuning_seed(run), PruneStep("magnitude", "one-shot", 1, sparsity)
+        seed, step = stage1.finetuning_seed(run), PruneStep(pruner, "one-shot", 1, sparsity)
         if mask_schedule == "fixed":
-            prune_to(model, round((1.0 - sparsity) * count_pruned_params(model).total), "magnitude")
+            prune_to(model, round((1.0 - sparsity) * count_pruned_params(model).total), pruner)
         else:
-            step = replace(step, schedule=mask_schedule, mask=plan_fields(mask_schedule))
+            step = replace(step, schedule=mask_schedule, mask=plan_fields(
+                mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))
             hook = stage1.mask_mover(run, model, step, stage1.pruning_seed(run, step))
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=hook)
     result = trainer.run(f"{recipe.optimizer} {recipe.lr:g}, {mask_schedule} {sparsity:g}")
@@ -90,20 +117,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     folder, first, root = args.save_dir or args.root / "recipe_sweep" / args.m_name, args.seed, args.root
     config = {name: getattr(args, name) for name in ("m_name", "dataset", "image_size", "val_split", "precision")}
-    table = ResumableTable(folder / "sweep.csv", KEYS, config, resume=args.resume, overwrite=args.overwrite)
+    table = ResumableTable(folder / "sweep.csv", (*KEYS, "seed"), config, resume=args.resume, overwrite=args.overwrite)
     for seed in range(first, first + args.num_seeds):
         args.seed, args.root = seed, root if seed == first == 0 else root / f"seed_{seed}"
         run = open_run(args)
-        for values in product(*(getattr(args, name) for name in KEYS[:-1])):
-            if not table.has(*values, seed):
-                recipe = Recipe(**dict(zip(KEYS[2:-1], values[2:], strict=True)))
-                row = train(run, *values[:2], recipe)
-                table.add({**dict(zip(KEYS, (*values, seed), strict=True)), **row}, run.card())
+        for asked in combinations(args):
+            if not table.has(*asked.values(), seed):
+                table.add({**asked, "seed": seed, **train(run, asked)}, run.card())
     for row in sorted(table.rows, key=lambda row: (row["sparsity"], row["epochs"], -row["val_acc"])):
-        print(f"{row['sparsity']:<6} {row['epochs']:>3} epochs {row['val_acc']:6.2f} % validation  "
-              f"{row['mask_schedule']}, {row['optimizer']}, rate {row['lr']} {row['schedule']}, batch "
-              f"{row['batch_size']}, decay {row['weight_decay']}, smoothing {row['label_smoothing']}, "
-              f"seed {row['seed']}")
+        told = ", ".join(f"{name} {row[name]}" for name in KEYS[1:] if row[name] != "" and name != "epochs")
+        print(f"{row['sparsity']:<6} {row['epochs']:>3} epochs {row['val_acc']:6.2f} % validation  seed {row['seed']}, "
+              f"{told}")
     print(f"table: {folder / 'sweep.csv'}")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from utils.common import UserError
 from utils.data_loader import (
-    PAD,
+    PADDING,
     BatchLoader,
     TestLoader,
     TestSetReadTwice,
@@ -58,7 +58,7 @@ def test_channel_statistics_match_numpy():
 
 def test_every_crop_is_a_shift_of_the_padded_image_and_flips_are_mirrored():
     images = numbered_images(200)
-    padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
     seen = set()
     augmented = BatchLoader(images, np.arange(200), 50, mean=MEAN, std=STD, augment=True, shuffle=True)
     for inputs, targets in augmented:
@@ -155,3 +155,16 @@ def test_the_test_set_can_be_read_once_and_again_only_by_name(tiny_dataset):
 def test_mismatched_lengths_are_refused():
     with pytest.raises(ValueError, match="as many images as targets"):
         BatchLoader(numbered_images(3), np.arange(2), 2, mean=MEAN, std=STD)
+
+
+def test_padding_says_how_far_a_crop_may_move():
+    images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
+    images[:, 3, 4] = 255
+    loader = BatchLoader(images, np.zeros(64, int), 64, mean=np.zeros(3), std=np.full(3, 255.0), augment=True,
+                         shuffle=True)
+    assert loader.with_padding(4).windows is loader.windows
+    for padding, reach in ((0, 0), (1, 1), (6, 6)):
+        ((inputs, _),) = list(loader.with_padding(padding))
+        rows = {int(row) for row in inputs[:, 0].nonzero()[:, 1]}
+        assert inputs.shape == (64, 3, 8, 8) and {abs(row - 3) for row in rows} <= set(range(reach + 1))
+        assert len(rows) > reach  # it does move

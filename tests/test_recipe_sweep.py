@@ -28,7 +28,7 @@ def test_every_combination_is_a_row_and_none_is_trained_again(image_folder, tmp_
     with pytest.raises(UserError, match="--resume"):
         sweep.main(words)
     trained, real = [], sweep.train
-    monkeypatch.setattr(sweep, "train", lambda *values: trained.append(values[3].optimizer) or real(*values))
+    monkeypatch.setattr(sweep, "train", lambda run, asked: trained.append(asked["optimizer"]) or real(run, asked))
     sweep.main([*words, "--optimizer", "muon", "nesterov", "--resume"])
     assert trained == ["nesterov", "nesterov"]
     assert [(row["optimizer"], row["lr"]) for row in rows_of(tmp_path)] == [
@@ -46,6 +46,17 @@ def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_f
     sweep.main([*words, "--resume"])
     assert [(row["mask_schedule"], row["surviving"]) for row in rows_of(tmp_path)] == [
         ("fixed", "8127"), ("bidirectional", "8127")]
+
+
+def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(image_folder, tmp_path):
+    words = [*options(image_folder, tmp_path), "--sparsity", "0.9", "--mask_schedule", "fixed", "gradual", "bidirectional"]
+    found = sweep.combinations(sweep.parse_args([*words, "--exchange", "0.1", "0.3", "--padding", "2", "4"]))
+    assert [(row["mask_schedule"], row["exchange"], row["padding"]) for row in found] == [
+        ("fixed", "", 2), ("fixed", "", 4), ("gradual", "", 2), ("gradual", "", 4), ("bidirectional", 0.1, 2),
+        ("bidirectional", 0.1, 4), ("bidirectional", 0.3, 2), ("bidirectional", 0.3, 4)]
+    assert {row["update_until"] for row in found} == {"", 0.6}
+    with pytest.raises(UserError, match="--exchange means nothing"):
+        sweep.parse_args([*words[:-1], "--exchange", "0.1"])
 
 
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):

@@ -26,7 +26,7 @@ from utils import checkpoint, stage2
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import clone_model, prunable_layers
 from utils.common import generator
-from utils.data_loader import PAD, BatchLoader, balanced_indices, channel_statistics
+from utils.data_loader import PADDING, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
 from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan
 from utils.methods import regrowth_arguments
@@ -105,7 +105,7 @@ def plain_dataloader(images: np.ndarray, targets: np.ndarray, batch_size: int, m
 
     mean, std: per channel, in [0, 1] units.
     """
-    transform = transforms.Compose([transforms.RandomCrop(images.shape[1], padding=PAD),
+    transform = transforms.Compose([transforms.RandomCrop(images.shape[1], padding=PADDING),
                                     transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                     transforms.Normalize(mean, std)])
     return torch.utils.data.DataLoader(PilDataset(images, targets, transform), batch_size, shuffle=True,

@@ -18,7 +18,7 @@ from torch import Tensor
 from utils.common import UserError, generator
 from utils.datasets import ImageDataset, load_dataset
 
-PAD = 4  # pixels of zero padding on each side before the random crop (He et al., CVPR 2016, section 4.2)
+PADDING = 4  # pixels of zeros on each side before the random crop (He et al., CVPR 2016, section 4.2)
 Batch = tuple[Tensor, Tensor]
 
 
@@ -26,8 +26,8 @@ class BatchLoader:
     """Iterates over (inputs, targets) batches, any number of times, like a PyTorch ``DataLoader``.
 
     inputs: float32 (B, C, H, W) in channels_last memory, normalised per channel; targets: int64 (B,).
-    With ``augment`` each image is zero-padded by 4, cropped at random and flipped with probability 1/2; with
-    ``shuffle`` every pass has a new order. A last batch of a single image is left out of shuffled passes, since
+    With ``augment`` each image is zero-padded (by `PADDING`, or as `with_padding` says), cropped at random and flipped
+    with probability 1/2; with ``shuffle`` every pass has a new order. A last batch of a single image is left out of shuffled passes, since
     batch normalisation cannot train on it.
     """
 
@@ -43,6 +43,7 @@ class BatchLoader:
         self.scale = torch.tensor(1.0 / std, dtype=torch.float32, device=self.device)
         self.shift = torch.tensor(-mean / std, dtype=torch.float32, device=self.device)
         self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
+        self.padding = PADDING
         self.windows = self._windows() if augment else None
         self.reseed(seed)
 
@@ -77,6 +78,14 @@ class BatchLoader:
         other.generator = torch.Generator().set_state(self.generator.get_state())
         return other
 
+    def with_padding(self, padding: int) -> BatchLoader:
+        """The same with so many pixels of zeros on each side before the random crop."""
+        other = self.with_batch_size(self.batch_size)
+        if self.augment and padding != self.padding:
+            other.padding = padding
+            other.windows = other._windows()
+        return other
+
     def unaugmented(self, batch_size: int | None = None) -> BatchLoader:
         """The same images in their stored order, neither augmented nor shuffled; shares memory."""
         other = self.with_batch_size(batch_size or self.batch_size)
@@ -105,10 +114,11 @@ class BatchLoader:
 
     def _windows(self) -> np.ndarray | Tensor:
         """Every crop of the padded images as a strided view (N, 2P+1, 2P+1, H, W, C); only the padding is copied."""
-        padded = torch.nn.functional.pad(self.images, (0, 0, PAD, PAD, PAD, PAD))
+        choices = 2 * self.padding + 1
+        padded = torch.nn.functional.pad(self.images, (0, 0, *4 * [self.padding]))
         n, height, width, channels = self.images.shape
         s_n, s_h, s_w, s_c = padded.stride()
-        view = padded.as_strided((n, 2 * PAD + 1, 2 * PAD + 1, height, width, channels),
+        view = padded.as_strided((n, choices, choices, height, width, channels),
                                  (s_n, s_h, s_w, s_h, s_w, s_c))
         return view.numpy() if self.device.type == "cpu" else view  # numpy's gather is ~20x torch's on a CPU
 
@@ -132,7 +142,7 @@ class BatchLoader:
         order = torch.randperm(self.num_images, generator=self.generator) if self.shuffle else None
         if not self.augment:
             return order, None
-        crops = torch.randint(2 * PAD + 1, (2, self.num_images), generator=self.generator)
+        crops = torch.randint(2 * self.padding + 1, (2, self.num_images), generator=self.generator)
         flips = torch.randint(2, (1, self.num_images), generator=self.generator)
         return order, torch.cat([crops, flips])
 

@@ -11,6 +11,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,23 +149,26 @@ def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
 
 
 def add_mask_options(parser: argparse.ArgumentParser, text: str = "fixed prunes before the finetuning; the others "
-                     "start from the unpruned model") -> None:
-    """`--mask_schedule`, of which the help says `text`, and what it takes; None where not given; see `mask_options`."""
+                     "start from the unpruned model", several: bool = False) -> None:
+    """`--mask_schedule`, of which the help says `text`, and what it takes; None where not given; see `mask_options`.
+
+    several: whether every option takes a list of values.
+    """
     group = parser.add_argument_group("mask schedule", "how the mask moves while the model is finetuned; defaults are "
                                       "those of the schedule")
-    group.add_argument("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default="fixed",
-                       help=text)
-    group.add_argument("--update_every", type=positive_int, metavar="STEPS",
-                       help="steps from one update of the mask to the next (acdc: of a phase)")
-    group.add_argument("--update_until", type=fraction, help="fraction of the training after which the mask stays")
-    group.add_argument("--exchange", type=fraction,
-                       help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
-    group.add_argument("--regrow_rule", choices=list(SELECTORS), help="which weights return")
-    group.add_argument("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
-                       help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
-    group.add_argument("--regrow_values", choices=list(INITIALISERS), help="values that weights return with")
-    group.add_argument("--evidence_steps", type=positive_int, metavar="STEPS",
-                       help="training batches over which gradients are gathered before an update")
+    add = partial(group.add_argument, **({"nargs": "+"} if several else {}))
+    add("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default=["fixed"] if several else "fixed", help=text)
+    add("--update_every", type=positive_int, metavar="STEPS",
+        help="steps from one update of the mask to the next (acdc: of a phase)")
+    add("--update_until", type=fraction, help="fraction of the training after which the mask stays")
+    add("--exchange", type=fraction,
+        help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
+    add("--regrow_rule", choices=list(SELECTORS), help="which weights return")
+    add("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
+        help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
+    add("--regrow_values", choices=list(INITIALISERS), help="values that weights return with")
+    add("--evidence_steps", type=positive_int, metavar="STEPS",
+        help="training batches over which gradients are gathered before an update")
 
 
 def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str, at_target: bool = False

@@ -377,6 +377,7 @@ RECIPE_NUMBERS = {  # of a recipe, beside epochs, batch size and patience -> wha
     "schedule": ("learning rate over the epochs", {"choices": list(SCHEDULES)}),
     "weight_decay": ("weight decay", {"type": not_negative}),
     "label_smoothing": ("label smoothing", {"type": unit_interval}),
+    "padding": ("pixels of zeros around an image before its random crop", {"type": count}),
 }
 
 

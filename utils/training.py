@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.analysis_utils import clone_model, hold_pruned_weights
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
-from utils.data_loader import BatchLoader
+from utils.data_loader import PADDING, BatchLoader
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Recipe:
 
     epochs: a fraction is a last epoch of fewer steps;
     patience: epochs without a better validation accuracy before training stops; None never stops early;
-    label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1).
+    label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1);
+    padding: pixels of zeros on each side of an image before its random crop.
     """
 
     optimizer: str
@@ -36,10 +37,13 @@ class Recipe:
     weight_decay: float = 0.0
     patience: int | None = None
     label_smoothing: float = 0.0
+    padding: int = PADDING
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for run cards and for comparing runs; without label smoothing as cards have always had them."""
-        return {name: value for name, value in asdict(self).items() if value or name != "label_smoothing"}
+        """The fields, for run cards and for comparing runs; smoothing and padding only where they are not usual, as
+        cards have always had it."""
+        usual = {"label_smoothing": 0.0, "padding": PADDING}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
 # The published recipes of arXiv 2511.11675; AdamW's weight decay is PyTorch's default.
@@ -292,7 +296,7 @@ class Trainer:
         after so many epochs with this seed; constrain: called with the optimizer to register step hooks (default: hold
         pruned weights); hook: a method that acts while the model trains."""
         self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
-        self.train_loader = train.with_batch_size(recipe.batch_size)
+        self.train_loader = train.with_batch_size(recipe.batch_size).with_padding(recipe.padding)
         self.train_loader.reseed(derive_seed(seed, "train"))
         self.train_loader.skip(passes_before)
         torch.manual_seed(derive_seed(seed, "dropout"))
