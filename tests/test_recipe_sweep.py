@@ -49,7 +49,8 @@ def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_f
 
 
 def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(image_folder, tmp_path):
-    words = [*options(image_folder, tmp_path), "--sparsity", "0.9", "--mask_schedule", "fixed", "gradual", "bidirectional"]
+    words = [*options(image_folder, tmp_path), "--sparsity", "0.9", "--mask_schedule", "fixed", "gradual",
+             "bidirectional"]
     found = sweep.combinations(sweep.parse_args([*words, "--exchange", "0.1", "0.3", "--padding", "2", "4"]))
     assert [(row["mask_schedule"], row["exchange"], row["padding"]) for row in found] == [
         ("fixed", "", 2), ("fixed", "", 4), ("gradual", "", 2), ("gradual", "", 4), ("bidirectional", 0.1, 2),

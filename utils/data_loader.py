@@ -27,8 +27,8 @@ class BatchLoader:
 
     inputs: float32 (B, C, H, W) in channels_last memory, normalised per channel; targets: int64 (B,).
     With ``augment`` each image is zero-padded (by `PADDING`, or as `with_padding` says), cropped at random and flipped
-    with probability 1/2; with ``shuffle`` every pass has a new order. A last batch of a single image is left out of shuffled passes, since
-    batch normalisation cannot train on it.
+    with probability 1/2; with ``shuffle`` every pass has a new order. A last batch of a single image is left out of
+    shuffled passes, since batch normalisation cannot train on it.
     """
 
     def __init__(self, images: np.ndarray, targets: np.ndarray, batch_size: int, *, mean: np.ndarray, std: np.ndarray,
