@@ -31,8 +31,7 @@ from utils.common import (  # noqa: E402
     positive_float,
     positive_int,
 )
-from utils.data_loader import balanced_indices  # noqa: E402
-from utils.datasets import load_dataset  # noqa: E402
+from utils.data_loader import BatchLoader  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.run import (  # noqa: E402
     ArgumentParser,
@@ -56,8 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_option(parser)
     parser.add_argument("--num_allocations", type=positive_int, default=24, help="the four rules among them")
     parser.add_argument("--rungs", type=epoch_count, nargs="+", default=[0.25, 1, 3, 9], help="epochs, increasing")
-    parser.add_argument("--num_images", type=positive_int, help="training images to take part, validation included; "
-                        "default: all")
+    parser.add_argument("--num_images", type=positive_int, help="training images of an epoch; validation stays whole "
+                        "(default: all)")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity that regrowth starts from")
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="sparsity after regrowth")
     parser.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr, help="of the episodes (AdamW)")
@@ -73,12 +72,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def open_few(args: argparse.Namespace) -> Run:
-    """The run with `--num_images` of the training images, as many of each class as there are."""
-    if args.num_images is None:
-        return open_run(args)
-    data = load_dataset(args.dataset, args.data_dir, args.image_size)
-    few = balanced_indices(data.train_images, data.train_targets, min(args.num_images, len(data.train_targets)), seed=0)
-    return open_run(args, replace(data, train_images=data.train_images[few], train_targets=data.train_targets[few]))
+    """The run with `--num_images` of its training images, as many of each class as there are; what the models have been
+    validated on stays out of them."""
+    run = open_run(args)
+    if args.num_images is None or args.num_images >= run.train.num_images:
+        return run
+    train, seed = run.train, derive_seed(args.seed, "train")
+    few = train.balanced_sample(args.num_images, args.num_images, seed=0)
+    return replace(run, train=BatchLoader(few.images.numpy(force=True), few.targets.numpy(force=True), train.batch_size,
+                                          mean=train.mean, std=train.std, device=run.device, augment=True, shuffle=True,
+                                          seed=seed))
 
 
 class Study:
