@@ -164,6 +164,15 @@ def test_differences_in_words():
     assert differences({"n": 2, "r": {"n": 100}}, {"r": {"n": 100}}) == "n 2 (asked: None)"
 
 
+def test_a_table_goes_on_when_there_is_an_option_more_that_is_not_given(tmp_path):
+    table = ResumableTable(tmp_path / "t.csv", ("seed",), {"lr": 0.1, "gone": None}, resume=False, overwrite=False)
+    table.add({"seed": 0, "acc": 50.0}, {})
+    again = ResumableTable(tmp_path / "t.csv", ("seed",), {"lr": 0.1, "padding": None}, resume=True, overwrite=False)
+    assert again.has(0)
+    with pytest.raises(UserError, match=r"padding None \(asked: 2\)"):
+        ResumableTable(tmp_path / "t.csv", ("seed",), {"lr": 0.1, "padding": 2}, resume=True, overwrite=False)
+
+
 # --- two runs in one folder ----------------------------------------------------------------------------------------
 
 HOLDER = """

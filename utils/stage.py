@@ -197,7 +197,8 @@ class Stage:
 def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``.
 
-    Entries that only one of them has are named only where nothing else differs.
+    Entries that only one of them has are named only where nothing else differs; None, of an option that is not given or
+    that an earlier version did not have, is as good as no entry.
     """
     saved, requested = flattened(saved), flattened(requested)
     keys = [key for key in {**saved, **requested} if saved.get(key) != requested.get(key)]
@@ -231,9 +232,9 @@ class ResumableTable:
 
     def _load_rows(self, resume: bool) -> None:
         card = self._card()
-        if card["config"] != self.config:
-            raise UserError(f"{self.path} was made with other arguments: {differences(card['config'], self.config)}. "
-                            "Use --overwrite to redo it, or --save_dir for another place")
+        if changed := differences(card["config"], self.config):
+            raise UserError(f"{self.path} was made with other arguments: {changed}. Use --overwrite to redo it, or "
+                            "--save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
         columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
