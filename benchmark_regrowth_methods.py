@@ -66,18 +66,15 @@ def load_timings(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """`timings` of an earlier run, of its benchmark.json. UserError in one line when it is none."""
     try:
         return timings(json.loads(path.read_text()))
-    except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path} is not the JSON of a benchmark run (benchmark.json)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare takes the benchmark.json of an earlier run, not {path}: {error}") from error
 
 
 def print_changes(before: dict[str, float], setting: dict[str, Any], card: dict[str, Any]) -> None:
     """Earlier seconds over today's, so that above 1 is faster now; says what makes the two runs incomparable."""
     print("\nagainst the earlier run (its time / this one's; above 1: faster now)")
     medians, today = timings(card)
-    unlike = [f"{key} was {setting.get(key)}, is {value}" for key, value in today.items() if setting.get(key) != value]
-    if unlike:
+    if unlike := [f"{key} was {setting.get(key)}, is {now}" for key, now in today.items() if setting.get(key) != now]:
         print(f"  note: the runs differ: {'; '.join(unlike)}")
     for name, now in medians.items():
         if name in before:

@@ -1,22 +1,33 @@
 #!/usr/bin/env python
 """What sparsity is worth outside of this repository: one model as it is dense, masked, compact and in PyTorch's sparse
-CSR, its size and its images per second in PyTorch and onnxruntime, all measured in turn; a table and a figure.
+CSR, its size and its images per second in PyTorch and (with the packages of ``requirements-export.txt``) onnxruntime,
+all measured in turn; a table and a figure. Dense is the pruned model without masks: speed does not depend on values.
 """
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from utils import checkpoint, deploy, plots  # noqa: E402
-from utils.analysis_utils import count_pruned_params  # noqa: E402
-from utils.common import UserError  # noqa: E402
+from utils import checkpoint, export, plots  # noqa: E402, I001  first: it says which packages are missing
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from experiments.csr import SparseProduct, sparse_products, without_masks  # noqa: E402
+from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
+from utils.benchmark import measure  # noqa: E402
+from utils.channels import SIDE, effective_sparsity  # noqa: E402
+from utils.common import UserError, generator  # noqa: E402
+from utils.compact import compact, content, largest_difference  # noqa: E402
 from utils.inspection import guess_model, load_artifact  # noqa: E402
 from utils.model_loader import load_model_state, model_loader  # noqa: E402
 from utils.models import MODELS  # noqa: E402
@@ -24,14 +35,17 @@ from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
 from utils.run import ArgumentParser, cpu_name, positive_int, script  # noqa: E402
 
 SHIPPED = Path(__file__).resolve().parents[1] / "results/checkpoints/resnet20/ckpt_after_prune"
+MODELS_MEASURED = (str(SHIPPED / "pruned_finetuned_mask_0.99.pth"), "vgg16:lamp:0.99", "vgg16:lamp:0.999")
+MEASURED_S = 0.3  # that one measurement takes at least, by doing the work several times
+EAGER, ONNX = "PyTorch", "onnxruntime"
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5)  # of speed
-MEASURED = (str(SHIPPED / "pruned_finetuned_mask_0.99.pth"), "vgg16:lamp:0.99", "vgg16:lamp:0.999")
+Row = dict[str, Any]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--models", nargs="+", default=MEASURED, metavar="FILE|NAME:PRUNER:SPARSITY",
+    parser.add_argument("--models", nargs="+", default=MODELS_MEASURED, metavar="FILE|NAME:PRUNER:SPARSITY",
                         help="pruned checkpoints, or models that are pruned untrained; default: the shipped resnet20, "
                         "and VGG16 at two sparsities")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 128])
@@ -46,8 +60,13 @@ def pruned_model(word: str) -> tuple[str, nn.Module]:
     name, _, rest = word.partition(":")
     pruner, _, sparsity = rest.partition(":")
     if name in MODELS and pruner in PRUNERS:
+        try:
+            wanted = float(sparsity)
+        except ValueError as error:
+            raise UserError(f"'{sparsity}' is no sparsity; --models takes files, and words such as "
+                            "vgg16:lamp:0.99") from error
         model = model_loader(name, seed=0)
-        weight_pruner_loader(pruner)(model, _fraction(sparsity))
+        weight_pruner_loader(pruner)(model, wanted)
         return f"{name} untrained, {pruner} {sparsity}", model
     weights = load_artifact(Path(word)).weights
     guess = guess_model(weights)
@@ -58,47 +77,112 @@ def pruned_model(word: str) -> tuple[str, nn.Module]:
     return f"{guess[0]} {checkpoint.format_sparsity(count_pruned_params(model).sparsity)}", model
 
 
-def _fraction(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"'{text}' is no sparsity; --models takes files, and words such as vgg16:lamp:0.99") from error
+@torch.no_grad()
+def multiplications(network: nn.Module) -> int:
+    """Multiply-accumulate operations of convolutions and linear layers for one image; in CSR, of weights not zero."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        weights = layer.values if isinstance(layer, SparseProduct) else layer.weight
+        counts.append(weights.numel() * math.prod(output.shape[2:]))
+    handles = [layer.register_forward_hook(count) for layer in network.modules()
+               if isinstance(layer, (SparseProduct, nn.Conv2d, nn.Linear))]
+    network(torch.zeros(1, 3, SIDE, SIDE))
+    for handle in handles:
+        handle.remove()
+    return sum(counts)
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """A line per form with its size, and its speed over the dense model's in every setting."""
-    settings = list(dict.fromkeys((row["engine"], row["threads"], row["batch"]) for row in rows))
-    for label in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == label]
-        print(f"\n{label}: sparsity {mine[0]['sparsity']:.5g}, effective {mine[0]['effective_sparsity']:.5g}")
-        for form in dict.fromkeys(row["form"] for row in mine):
-            found = {(row["engine"], row["threads"], row["batch"]): row for row in mine if row["form"] == form}
-            facts = next(iter(found.values()))
-            print(f"  {form:<8} {facts['parameters']:>12,} numbers {facts['bytes']:>12,} bytes "
-                  f"{facts['macs'] / 1e6:>9.2f} M multiplications")
-            for engine, threads, batch in settings:
-                if row := found.get((engine, threads, batch)):
-                    print(f"    {engine:<12} {threads} threads, batch {batch:<4} {row['images_per_s']:>10,.1f} images/s"
-                          f"  {row['speedup']:5.2f}x")
+def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> list[Row]:
+    """A row for each form, engine, number of threads and batch size of a pruned model.
+
+    bytes: of the file, for CSR of its tensors in memory (values float32, indices int64); macs: for one image;
+    difference: to the masked model's logits, in units of the largest; speedup: over the dense model in the same engine.
+    """
+    made = compact(model)
+    forms = {"dense": without_masks(model), "masked": model.eval(), "compact": made.network,
+             "CSR": sparse_products(model)}
+    files = {"dense": forms["dense"].state_dict(), "masked": model.state_dict(),
+             "compact": content(made.steps, made.network.state_dict())}
+    facts = {}
+    for form, network in forms.items():
+        tensors = [*network.parameters(), *network.buffers()]  # all that a forward pass reads
+        facts[form] = {"model": label, "sparsity": count_pruned_params(model).sparsity,
+                       "effective_sparsity": effective_sparsity(model), "form": form,
+                       "parameters": sum(tensor.numel() for tensor in tensors),
+                       "bytes": len(checkpoint.checkpoint_bytes(files[form])) if form in files else
+                       sum(tensor.nbytes for tensor in tensors), "macs": multiplications(network),
+                       "difference": largest_difference(model, network, images(8))}
+    has_onnx = all(map(find_spec, export.ONNX_PACKAGES))
+    exported = {form: export.onnx_bytes(clone_model(forms[form]), SIDE)[0] for form in ("dense", "compact") if has_onnx}
+    before, rows = torch.get_num_threads(), []
+    for threads, batch in product(args.threads, args.batch_sizes):
+        torch.set_num_threads(threads)
+        works = {(form, EAGER): torch.no_grad()(partial(network, images(batch))) for form, network in forms.items()}
+        works |= {(form, ONNX): onnx_work(file, threads, images(batch)) for form, file in exported.items()}
+        seconds = dict(zip(works, median_seconds(list(works.values()), args.num_runs), strict=True))
+        rows += [{**facts[form], "engine": engine, "threads": threads, "batch": batch, "images_per_s": batch / taken,
+                  "speedup": seconds["dense", engine] / taken} for (form, engine), taken in seconds.items()]
+    torch.set_num_threads(before)
+    return rows
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def images(count: int) -> Tensor:
+    """(count, 3, SIDE, SIDE), always the same."""
+    values = torch.randn(count, 3, SIDE, SIDE, generator=generator(0, "deploy"))
+    return values.to(memory_format=torch.channels_last)
+
+
+def onnx_work(file: bytes, threads: int, inputs: Tensor) -> Callable[[], Any]:
+    """A forward pass through an ONNX file."""
+    import onnxruntime  # an optional extra
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {"images": inputs.contiguous().numpy()})
+
+
+def median_seconds(works: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Of each, measured in turn; quick ones are done several times at once."""
+    def several(work: Callable[[], Any], number: int) -> None:
+        for _ in range(number):
+            work()
+    cpu = torch.device("cpu")
+    numbers = [max(1, round(MEASURED_S / row["median_s"])) for row in measure(works, cpu, repeats=1)]
+    rows = measure([partial(several, *job) for job in zip(works, numbers)], cpu, repeats=repeats)
+    return [row["median_s"] / number for row, number in zip(rows, numbers)]
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Every form of every model with its size, and its speed over the dense model's in every setting."""
+    for label, form in dict.fromkeys((row["model"], row["form"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["form"]) == (label, form)]
+        if form == "dense":
+            print(f"\n{label}: sparsity {own[0]['sparsity']:.5g}, effective {own[0]['effective_sparsity']:.5g}")
+        print(f"  {form:<8} {own[0]['parameters']:>12,} numbers {own[0]['bytes']:>12,} bytes "
+              f"{own[0]['macs'] / 1e6:>9.2f} M multiplications")
+        for row in own:
+            print(f"    {row['engine']:<12} {row['threads']} threads, batch {row['batch']:<4} "
+                  f"{row['images_per_s']:>10,.1f} images/s  {row['speedup']:5.2f}x")
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     """Speed over the dense model's by form and setting, a panel per model, on a log axis."""
     labels, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "form"))
-    settings = list(dict.fromkeys((row["engine"], row["threads"], row["batch"]) for row in rows))
-    figure = plots.new_figure(figsize=(5 * len(labels), 4.5), layout="constrained")
-    figure.suptitle(title)
-    for axes, label in zip(figure.subplots(1, len(labels), sharey=True, squeeze=False)[0], labels):
+    settings = [f"{row['engine']}, threads: {row['threads']}, batch {row['batch']}" for row in rows]
+    places = {setting: place for place, setting in enumerate(dict.fromkeys(settings))}
+    figure, grid = plots.panels((5 * len(labels), 4.5), title, columns=len(labels), sharey=True, squeeze=False)
+    for axes, label in zip(grid.flat, labels):
         axes.axvline(1, color="0.3", linewidth=0.8)
         for number, form in enumerate(forms[1:]):
-            mine = [row for row in rows if (row["model"], row["form"]) == (label, form)]
-            places = [settings.index((row["engine"], row["threads"], row["batch"])) for row in mine]
-            axes.plot([row["speedup"] for row in mine], places, "osD"[number % 3], color=f"C{number}", label=form)
-        axes.set_yticks(range(len(settings)), [f"{engine}, threads: {threads}, batch {batch}"
-                                               for engine, threads, batch in settings])
+            own = [(row["speedup"], places[setting]) for row, setting in zip(rows, settings)
+                   if (row["model"], row["form"]) == (label, form)]
+            axes.plot(*zip(*own), "osD"[number % 3], color=f"C{number}", label=form)
+        axes.set_yticks(range(len(places)), places)
         axes.set(xscale="log", title=label, xlabel="images/s over the dense model's")
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        axes.set_xticks([], minor=True)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     plots.legend_below(figure)
     plots.save_figure(figure, path)
@@ -109,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint.ensure_writable(args.save_dir, "--save_dir")
     models = [pruned_model(word) for word in args.models]
-    rows = [row for label, model in models
-            for row in deploy.measure(label, model, args.threads, args.batch_sizes, args.num_runs)]
+    rows = [row for label, model in models for row in measure_forms(label, model, args)]
     checkpoint.save_csv(rows, args.save_dir / "deploy.csv")
     plot(rows, args.save_dir / "deploy.png", f"{cpu_name()}, medians of {args.num_runs} runs")
     print_table(rows)

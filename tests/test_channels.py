@@ -28,7 +28,7 @@ class Function(nn.Module):
 
 def reads_of(function, **children: nn.Module) -> list[list[int]]:
     """What the model's output reads; the image's channels are 0, 1 and 2."""
-    return [operand.tolist() for operand in trace(Function(function, **children)).layers[-1].reads]
+    return [operand.tolist() for operand in trace(Function(function, **children))[-1].reads]
 
 
 def test_channels_are_followed_through_what_moves_them():
@@ -42,21 +42,21 @@ def test_channels_are_followed_through_what_moves_them():
 
 def test_computing_starts_new_channels():
     layers = trace(Function(lambda m, x: F.relu(m.conv(x)),
-                            conv=nn.Conv2d(3, 2, 1))).layers
+                            conv=nn.Conv2d(3, 2, 1)))
     assert [(layer.kind, layer.first, layer.channels) for layer in layers] == [
         ("input", 0, 3), ("conv", 3, 2), ("relu", 5, 2), ("output", 7, 2)]
     assert layers[2].reads[0].tolist() == [3, 4]
 
 
 def test_features_of_maps_are_grouped_by_channel():
-    layers = trace(Function(lambda m, x: m.pool(x).flatten(1), pool=nn.AdaptiveAvgPool2d(2))).layers
+    layers = trace(Function(lambda m, x: m.pool(x).flatten(1), pool=nn.AdaptiveAvgPool2d(2)))
     assert [(layer.kind, layer.channels) for layer in layers] == [
         ("input", 3), ("adaptive_avg_pool", 3), ("flatten", 12), ("output", 12)]
 
 
 def test_positions_of_grouped_weights():
     conv = nn.Conv2d(4, 4, 1, groups=2)
-    layers = trace(Function(lambda m, x: m.conv(torch.cat([x, x[:, :1]], 1)), conv=conv)).layers
+    layers = trace(Function(lambda m, x: m.conv(torch.cat([x, x[:, :1]], 1)), conv=conv))
     assert positions(layers[1]).tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 

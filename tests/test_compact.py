@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.analysis_utils import count_pruned_params, prunable_layers, set_masks
+from utils.channels import edge_taps
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import RunFailed, UserError
-from utils.compact import compact, edge_taps, largest_difference
-from utils.compact_network import build, content, network_of
+from utils.compact import build, compact, content, largest_difference, network_of
 from utils.datasets import load_dataset
 from utils.model_loader import load_model_state, model_loader
 from utils.models import MODELS

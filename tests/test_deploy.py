@@ -1,6 +1,7 @@
 """What deployed forms cost: counts by hand, and the benchmark from the command line."""
 from __future__ import annotations
 
+import argparse
 import csv
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments import deploy as script
-from utils import deploy
+from experiments.csr import sparse_products
 from utils.analysis_utils import set_masks
 from utils.common import UserError
 from utils.compact import largest_difference
@@ -27,28 +28,31 @@ def small_net() -> nn.Module:
     return model.eval()
 
 
-def test_counts_by_hand():
+def test_counts_by_hand(monkeypatch):
+    monkeypatch.setattr(script, "MEASURED_S", 0.001)
     model = small_net()
-    assert deploy.multiplications(model) == 4 * 27 * 16 * 16 + 8
-    assert sum(map(torch.Tensor.numel, deploy.stored(deploy.without_masks(model)))) == 108 + 4 + 8 + 2
-    sparse = deploy.sparse_products(model)
-    assert deploy.multiplications(sparse) == 3 * 16 * 16 + 2
-    assert sum(map(torch.Tensor.numel, deploy.stored(sparse))) == (3 + 3 + 5) + 4 + (2 + 2 + 3) + 2
+    assert script.multiplications(model) == 4 * 27 * 16 * 16 + 8
+    sparse = sparse_products(model)
+    assert script.multiplications(sparse) == 3 * 16 * 16 + 2
+    rows = script.measure_forms("small", model, argparse.Namespace(threads=[1], batch_sizes=[1], num_runs=1))
+    found = {row["form"]: row["parameters"] for row in rows if row["engine"] == script.EAGER}
+    assert (found["dense"], found["masked"]) == (108 + 4 + 8 + 2, 2 * 108 + 4 + 2 * 8 + 2)
+    assert found["CSR"] == (3 + 3 + 5) + 4 + (2 + 2 + 3) + 2
 
 
 @pytest.mark.parametrize("name", ["resnet20", "effnet"])  # the second with depthwise layers, which CSR leaves alone
 def test_sparse_products_give_the_same_logits(name):
     model = model_loader(name, seed=0).eval()
     weight_pruner_loader("unif")(model, 0.9)
-    assert largest_difference(model, deploy.sparse_products(model), torch.randn(3, 3, 32, 32)) < 1e-5
+    assert largest_difference(model, sparse_products(model), torch.randn(3, 3, 32, 32)) < 1e-5
 
 
 def test_the_benchmark_writes_table_and_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(deploy, "MEASURED_S", 0.001)
+    monkeypatch.setattr(script, "MEASURED_S", 0.001)
     script.main(["--models", "alexnet:lamp:0.99", "--batch_sizes", "2", "--threads", "1", "--num_runs", "1",
                  "--save_dir", str(tmp_path)])
     with open(tmp_path / "deploy.csv") as file:
-        rows = {row["form"]: row for row in csv.DictReader(file) if row["engine"] == deploy.EAGER}
+        rows = {row["form"]: row for row in csv.DictReader(file) if row["engine"] == script.EAGER}
     assert list(rows) == ["dense", "masked", "compact", "CSR"]
     assert float(rows["dense"]["speedup"]) == 1 and all(float(row["difference"]) < 1e-5 for row in rows.values())
     assert int(rows["dense"]["bytes"]) < int(rows["masked"]["bytes"]) and int(rows["CSR"]["bytes"]) < 500_000
@@ -64,5 +68,5 @@ def test_models_that_are_none_are_refused(word, said):
 
 
 def test_the_shipped_model_is_named_by_its_sparsity():
-    label, model = script.pruned_model(script.MEASURED[0])
-    assert label == "resnet20 0.99" and deploy.multiplications(model) == 40_813_184
+    label, model = script.pruned_model(script.MODELS_MEASURED[0])
+    assert label == "resnet20 0.99" and script.multiplications(model) == 40_813_184

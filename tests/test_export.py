@@ -17,8 +17,7 @@ from tests.conftest import assert_user_error
 from utils import checkpoint, export, finetuning, sparse_file, stage1, stage2
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
-from utils.compact import largest_difference
-from utils.compact_network import load_network
+from utils.compact import largest_difference, load_network
 from utils.inspection import describe, load_artifact
 from utils.model_loader import load_model_state, model_loader
 from utils.models import MODELS

@@ -24,8 +24,8 @@ from utils.data_loader import BatchLoader
 from utils.model_loader import model_loader
 from utils.saliency_analysis import (
     ClassSaliency,
-    WeightFunction,
     analyse,
+    chunk_size,
     class_sample,
     find_few_class,
     gradient_saliency,
@@ -179,11 +179,10 @@ def test_an_empty_loader_is_an_error():
 
 
 def test_chunk_size_follows_the_memory():
-    network, image = WeightFunction(model_loader("vgg16", seed=0)), torch.zeros(1, 3, 32, 32)
+    model, image = model_loader("vgg16", seed=0), torch.zeros(1, 3, 32, 32)
     gradient = 4 * 14_715_584  # bytes
-    chunk = network.chunk_size(image)
-    assert 2 <= chunk <= (1 << 30) / (2 * gradient)
-    assert network.chunk_size(image, memory=1) == 1 and network.chunk_size(image, memory=1 << 40) == 64
+    assert 2 <= chunk_size(model, image) <= (1 << 30) / (2 * gradient)
+    assert chunk_size(model, image, memory=1) == 1 and chunk_size(model, image, memory=1 << 40) == 64
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
@@ -259,11 +258,6 @@ def test_the_verdict_follows_the_numbers():
     assert verdict([layer_row(0, 0, (0, 0))], classes, 90, 3) == "no weight stands out for any class"
 
 
-def test_few_classes_fit_the_number_of_classes():
-    assert [saliency_analysis.default_few_classes(count) for count in (2, 3, 5, 10, 100)] == [1, 1, 2, 3, 30]
-    assert saliency_analysis.parse_args(["--m_name", "resnet20"]).few_classes is None
-
-
 def test_class_sample_is_balanced_unaugmented_and_reproducible(tiny_dataset, tiny_loaders):
     train = tiny_loaders[0]
     sample = class_sample(train, 4, seed=0)
@@ -333,7 +327,7 @@ def test_the_module_runs_and_leaves_tables_figures_and_card(tiny_options, tmp_pa
     assert not (folder / "gradient_by_class.csv").exists()
     card = json.loads((folder / "saliency_analysis.json").read_text())
     assert card["command"].startswith("python -m utils.saliency_analysis --m_name")
-    assert card["measures"]["fisher"]["images"] == [1] * 10
+    assert card["measures"]["fisher"]["images"] == [1] * 10 and card["few_classes"] == 3  # three in ten
     assert card["sparsity"] == pytest.approx(0.9, abs=0.01) and card["precision"] == "fp32"
 
 

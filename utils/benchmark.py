@@ -1,6 +1,4 @@
-"""What the benchmark scripts measure: the stages of a regrowth episode, our versions against straightforward ones, and
-the speeds that this project aims at.
-"""
+"""The stages of a regrowth episode, our versions against straightforward ones, and the speeds aimed at."""
 from __future__ import annotations
 
 import argparse
@@ -63,9 +61,8 @@ def timed(seconds: dict[str, float], stage: str, device: torch.device) -> Iterat
 
 def measure(works: Sequence[Callable[..., Any]], device: torch.device, *, repeats: int = 5, warmup: int = 1,
             prepare: Callable[[], Any] | None = None) -> list[Row]:
-    """Times ``work(prepare())`` (``work()`` without `prepare`, which is not timed) of each version `repeats` times
-    after a warm-up, in turn (A B A B ...), so that a machine whose speed drifts treats them alike.
-    """
+    """Times ``work(prepare())``, `prepare` aside, or ``work()`` of each version `repeats` times after a warm-up, in
+    turn (A B A B ...), so that a machine whose speed drifts treats them alike."""
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(warmup + repeats):
         for own, work in zip(taken, works):
@@ -85,12 +82,13 @@ def spread(seconds: Sequence[float]) -> Row:
 # --- the straightforward versions ----------------------------------------------------------------------------------
 
 
+@dataclass
 class PilDataset(torch.utils.data.Dataset):
-    """Images as PIL objects through a transform, one by one, as ``torchvision.datasets`` gives them."""
+    """Images, uint8 (N, H, W, 3), as PIL objects through a transform, one by one, as in ``torchvision.datasets``."""
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray, transform: transforms.Compose):
-        """images: uint8 (N, H, W, 3); targets: (N,)."""
-        self.images, self.targets, self.transform = images, targets, transform
+    images: np.ndarray
+    targets: np.ndarray
+    transform: transforms.Compose
 
     def __len__(self) -> int:
         return len(self.images)
@@ -101,10 +99,7 @@ class PilDataset(torch.utils.data.Dataset):
 
 def plain_dataloader(images: np.ndarray, targets: np.ndarray, batch_size: int, mean: Sequence[float],
                      std: Sequence[float], workers: int = 2) -> torch.utils.data.DataLoader:
-    """The usual CIFAR-10 pipeline: RandomCrop(32, 4), flip, ToTensor, Normalize in worker processes.
-
-    mean, std: per channel, in [0, 1] units.
-    """
+    """The usual CIFAR-10 pipeline in worker processes; mean, std: per channel, in [0, 1] units."""
     transform = transforms.Compose([transforms.RandomCrop(images.shape[1], padding=PADDING),
                                     transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                     transforms.Normalize(mean, std)])
@@ -142,7 +137,8 @@ def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
 
 
 def plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> list[list[Tensor]]:
-    """Per layer: copies of weight, mask, scores and values for the loop; the same evidence as the rule's."""
+    """Of every layer copies, of one shape, of weight, mask (1 active, 0 pruned), the rule's scores, and the values
+    that weights return with."""
     layers, evidence = prunable_layers(regrowth.model), regrowth.evidence
     parts = []
     for name in allocation:
@@ -156,8 +152,7 @@ def plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> li
 def elementwise_regrowth(allocation: Mapping[str, int], parts: Sequence[Sequence[Tensor]]) -> None:
     """Regrows the best-scored pruned weights one index at a time, as the published scripts do; in place.
 
-    parts: of every layer of the allocation weight, mask (1 active, 0 pruned), scores and values (what a weight returns
-    with), tensors of one shape, in any memory format, so that positions are coordinates.
+    parts: of `plain_tensors`, in any memory format, so that positions are coordinates.
     """
     for (weight, mask, scores, values), count in zip(parts, allocation.values(), strict=True):
         candidates = torch.where(mask == 0, scores, -torch.inf)
@@ -184,8 +179,8 @@ def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_imag
 
 def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments that the stage-2 scripts would have, mostly defaults; UserError if nothing is left to regrow."""
-    shared = {name: getattr(args, name) for name in ("m_name", "start_sparsity", "target_sparsity", "seed", "root")}
-    return regrowth_arguments(**shared)
+    shared = ("m_name", "start_sparsity", "target_sparsity", "seed", "root")
+    return regrowth_arguments(**{name: getattr(args, name) for name in shared})
 
 
 def synthetic_dataset(num_images: int, seed: int) -> ImageDataset:
@@ -333,24 +328,18 @@ def lamp_row(device: torch.device, repeats: int) -> Row:
 
 
 class TimedMover(MaskMover):
-    """A mover of the mask that notes, in seconds, what the steps of its training take and what it adds to them.
-
-    plain: steps in which it did nothing; watched: steps whose gradients it kept for the update after them; updates:
-    what it did after these, from the gradients to the new mask. For plans that look at one step before an update.
-    """
+    """Notes the seconds of steps in which it did nothing (`plain`), of those whose gradients it kept for the update
+    after them (`watched`), and of these updates. For plans that look at one step before an update."""
 
     def __init__(self, model: nn.Module, plan: MaskPlan, seed: int):
-        """As `MaskMover`."""
         super().__init__(model, plan, seed)
         self.plain, self.watched, self.updates = [], [], []
 
     def before_step(self, trainer: Trainer) -> None:
-        """Starts the clock."""
         super().before_step(trainer)
         self.start = now(trainer.device)
 
     def on_step(self, trainer: Trainer) -> None:
-        """The step has ended; times what the mover does now."""
         done, updates = now(trainer.device), len(self.history)
         super().on_step(trainer)
         if len(self.history) == updates:

@@ -8,9 +8,9 @@ is a list of `Layer`s that read each other's channels, whatever the architecture
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,6 @@ class Layer:
     def span(self) -> slice:
         """Its channels' numbers."""
         return slice(self.first, self.first + self.channels)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A traced model: its layers in the order in which they run, and how many channels they have together."""
-
-    layers: list[Layer]
-    channels: int
 
 
 class _Numbering(fx.Interpreter):
@@ -182,8 +174,8 @@ def _places(spatial: tuple[int, ...]) -> Tensor:
     return torch.arange(spatial[0])[:, None] * ROW + torch.arange(spatial[1])
 
 
-def trace(model: nn.Module, side: int = SIDE) -> Network:
-    """The layers of a model for images (B, 3, side, side), and the channels that each reads.
+def trace(model: nn.Module, side: int = SIDE) -> list[Layer]:
+    """The layers of a model for images (B, 3, side, side), in the order in which they run.
 
     The model is not changed; the layers' modules are those of a clone in float64, with masks multiplied out. UserError,
     with the operation's name, where the model cannot be traced (its forward pass depends on the values of tensors, say)
@@ -198,7 +190,7 @@ def trace(model: nn.Module, side: int = SIDE) -> Network:
         raise UserError(f"the model cannot be traced for images of {side}x{side}: {error}") from error
     numbering = _Numbering(traced)
     numbering.run(torch.zeros(1), enable_io_processing=False)
-    return Network(numbering.layers, len(numbering.owners))
+    return numbering.layers
 
 
 # --- which channels depend on which ---------------------------------------------------------------------------------
@@ -224,10 +216,10 @@ def sources(layer: Layer, operand: Tensor) -> Tensor:
     return operand.expand(layer.channels)
 
 
-def reached_from_input(network: Network, joined: Mapping[str, Tensor]) -> Tensor:
+def reached_from_input(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> Tensor:
     """bool, by channel: whether any path of joined channels leads to it from the image. joined: `links` by layer."""
-    reached = torch.zeros(network.channels, dtype=torch.bool)
-    for layer in network.layers:
+    reached = torch.zeros(layers[-1].span.stop, dtype=torch.bool)
+    for layer in layers:
         if layer.kind == "input":
             reached[layer.span] = True
         elif layer.path in joined:
@@ -238,10 +230,10 @@ def reached_from_input(network: Network, joined: Mapping[str, Tensor]) -> Tensor
     return reached
 
 
-def leading_to_output(network: Network, joined: Mapping[str, Tensor]) -> Tensor:
+def leading_to_output(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> Tensor:
     """bool, by channel: whether any path of joined channels leads from it to the model's output."""
-    leading = torch.zeros(network.channels, dtype=torch.bool)
-    for layer in reversed(network.layers):
+    leading = torch.zeros(layers[-1].span.stop, dtype=torch.bool)
+    for layer in reversed(layers):
         if layer.kind == "output":
             leading[layer.span] = True
         below = leading[layer.span]
@@ -253,6 +245,84 @@ def leading_to_output(network: Network, joined: Mapping[str, Tensor]) -> Tensor:
     return leading
 
 
+# --- which channels are constant -------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """What a convolution, or a linear layer as one of a single tap, reads: what depends on the image and what does not.
+
+    weight: (outputs, inputs per group, height, width), float64. varies: bool (outputs, inputs per group), where a
+    weight reads a channel that depends on the image. folded: (outputs, height, width), by output and tap the sum of
+    weight * constant. border: bool (outputs,), whether that makes an output which differs near the border of a map.
+    """
+
+    weight: Tensor
+    varies: Tensor
+    folded: Tensor
+    border: Tensor
+
+
+def split(layer: Layer, constant: Tensor) -> Split:
+    """constant: the values of all channels, NaN where they depend on the image."""
+    weight, edges = layer.module.weight.detach(), torch.zeros(1, 1, dtype=torch.bool)
+    if layer.kind == "conv":
+        edges = edge_taps(layer.module)
+    else:
+        weight = weight[:, :, None, None]
+    values = constant[layer.reads[0]][positions(layer)]
+    folded = (weight * values.nan_to_num(nan=0.0)[:, :, None, None]).sum(1)
+    return Split(weight, links(weight) & values.isnan(), folded, (folded[:, edges] != 0).any(1))
+
+
+def edge_taps(conv: nn.Conv2d) -> Tensor:
+    """bool (kernel height, kernel width): the taps that read zero padding somewhere, in maps of one size or another."""
+    edges = []
+    for axis, size in enumerate(conv.kernel_size):
+        offsets, pad = torch.arange(size) * conv.dilation[axis], 0
+        if conv.padding_mode == "zeros" and conv.padding != "valid":
+            pad = conv.dilation[axis] * (size - 1) if conv.padding == "same" else conv.padding[axis]
+        edges.append((offsets < pad) | (offsets.flip(0) < pad))
+    return edges[0][:, None] | edges[1]
+
+
+def constants(layers: Sequence[Layer]) -> Tensor:
+    """The value of each channel that is the same at all positions and for all images, NaN for the others; float64."""
+    values = torch.full((layers[-1].span.stop,), torch.nan, dtype=torch.float64)
+    for layer in layers:
+        if layer.kind in ("conv", "linear"):
+            parts = split(layer, values)
+            found = bias_of(layer.module) + parts.folded.flatten(1).sum(1)
+            values[layer.span] = found.masked_fill(parts.varies.any(1) | parts.border, torch.nan)
+        elif layer.kind != "input":
+            values[layer.span] = _constant(layer, [values[sources(layer, operand)] for operand in layer.reads])
+    return values
+
+
+def _constant(layer: Layer, operands: list[Tensor]) -> Tensor:
+    """The constants of a layer whose channels are each computed from one channel of each operand."""
+    first, norm = operands[0], layer.module
+    if layer.kind.startswith("batch_norm"):
+        if norm.running_var is None:
+            raise UserError("a batch norm without running statistics mixes the images of a batch; it cannot be "
+                            "compacted")
+        found = norm(first.view(1, -1, *[1] * len(layer.spatial))).flatten()
+        return torch.where(norm.weight == 0, norm.bias, found) if norm.affine else found
+    if layer.kind == "mul":
+        return torch.mul(*operands).masked_fill(torch.stack(operands).eq(0).any(0), 0.0)
+    if layer.kind in POINTWISE:
+        return POINTWISE[layer.kind][0](*operands)  # NaN where any of them is
+    options = layer.options
+    if layer.kind == "avg_pool" and (options.get("padding", 0) not in (0, (0, 0)) or options.get("ceil_mode")
+                                     or options.get("divisor_override") is not None):
+        return first.masked_fill(first != 0, torch.nan)  # its windows average more than pixels
+    return first
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """Its bias, zeros where it has none."""
+    return module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+
+
 # --- effective sparsity ---------------------------------------------------------------------------------------------
 
 
@@ -262,11 +332,11 @@ def live_positions(model: nn.Module, side: int = SIDE) -> dict[str, Tensor]:
 
     UserError as `trace`.
     """
-    network, masks = trace(model, side), {name: mask.cpu() for name, mask in get_masks(model).items()}
+    layers, masks = trace(model, side), {name: mask.cpu() for name, mask in get_masks(model).items()}
     joined = {name: links(mask) for name, mask in masks.items()}
-    above, below = reached_from_input(network, joined), leading_to_output(network, joined)
+    above, below = reached_from_input(layers, joined), leading_to_output(layers, joined)
     live = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    for layer in network.layers:
+    for layer in layers:
         if layer.path in live:
             both = above[layer.reads[0]][positions(layer)] & below[layer.span][:, None]
             live[layer.path] |= both.view(*both.shape, *[1] * (live[layer.path].dim() - 2))

@@ -12,27 +12,58 @@ Three analyses over the layers of `utils.channels`, none of which knows an archi
    filter of zeros. Removing these would not be exact, or would cost copies.
 
 Channel shuffles, slices and concatenations disappear into the order in which weights are stored.
+
+The result is written as a list of steps, plain data that any loader can check, in the order in which they run:
+
+    {"name": "layer1.0.conv1", "kind": "conv", "inputs": ["relu"], "options": {"in_channels": 9, ...}}
+
+`name` is what later steps call the result by, and where its tensors lie in the state dict. Kinds are those of
+`utils.channels.KINDS`, and `take` (some channels, in some order), `cat`, `constant`, `flatten`, `input`, `output`.
 """
 from __future__ import annotations
 
+import operator
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from utils.analysis_utils import clone_model
-from utils.channels import POINTWISE, SIDE, Layer, Network, links, positions, sources, trace
+from utils.channels import (
+    POINTWISE,
+    POOLS,
+    SIDE,
+    WEIGHTED,
+    Layer,
+    bias_of,
+    constants,
+    links,
+    sources,
+    split,
+    trace,
+)
+from utils.checkpoint import load_checkpoint
 from utils.common import RunFailed, UserError
-from utils.compact_network import FUNCTIONS, Step, build
 
-CONV_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+Step = dict[str, Any]
+FORMAT = "compact network 1"
 TOLERANCE = 1e-6  # of the largest logit, in float64
+CONV_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+MODULES = {kind: module for module, kind in WEIGHTED.items()}
+FUNCTIONS = {kind: functions[0] for kind, functions in POINTWISE.items()}
+FUNCTIONS |= {kind: functions[0] for kind, (functions, _) in POOLS.items()}
+NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+PADDINGS = ("same", "valid", "zeros", "reflect", "replicate", "circular")
+FRESH = ("conv", "batch_norm", "add", "mul")  # kinds whose result nobody else holds, to be overwritten by an activation
 
 
 @dataclass(frozen=True)
 class Compact:
-    """A compact network: the module, its description (see `utils.compact_network`), and what went.
+    """A compact network: the module, its description, and what went.
 
     layers: for each Conv2d and Linear that runs in the model, its outputs, inputs (of a group) and weights before and
     after (0 where it went), and its active weights; constants: channels that turned out to be constant;
@@ -56,21 +87,16 @@ def compact(model: nn.Module, side: int = SIDE) -> Compact:
     """
     plan = _Plan(trace(model, side))
     writer = _Writer(plan)
-    _check(model, build(writer.steps, writer.state), side)
-    dtype = next(model.parameters()).dtype
-    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in writer.state.items()}
-    network = build(writer.steps, state)
-    known = ~plan.constant.isnan()
-    return Compact(network, writer.steps, writer.rows, int(known.sum()), int((known & plan.kept).sum()))
-
-
-def _check(model: nn.Module, network: nn.Module, side: int) -> None:
-    """RunFailed unless the two give the same logits in float64, where rounding cannot be mistaken for more."""
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    difference = largest_difference(clone_model(model).cpu().double(), network, images)
-    if not difference < TOLERANCE:
+    difference = largest_difference(clone_model(model).cpu().double(), build(writer.steps, writer.state), images)
+    if not difference < TOLERANCE:  # in float64, where rounding cannot be mistaken for more
         raise RunFailed(f"the compact network's logits differ from the model's by {difference:.2g} of the largest one; "
                         "the model does something that its operations do not show")
+    dtype = next(model.parameters()).dtype
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in writer.state.items()}
+    known = ~plan.constant.isnan()
+    return Compact(build(writer.steps, state), writer.steps, writer.rows, int(known.sum()),
+                   int((known & plan.kept).sum()))
 
 
 @torch.no_grad()
@@ -80,131 +106,37 @@ def largest_difference(model: nn.Module, other: nn.Module, images: Tensor) -> fl
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
-# --- constants ------------------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """What a convolution or linear layer reads, split into what depends on the image and what is constant.
-
-    weight: (outputs, inputs per group, ...), float64. varies: bool (outputs, inputs per group), where a weight reads a
-    channel that depends on the image. folded: (outputs, ...), by output and tap the sum of weight * constant.
-    """
-
-    weight: Tensor
-    varies: Tensor
-    folded: Tensor
-
-    def border(self, module: nn.Module) -> Tensor:
-        """bool (outputs,): whether constants make an output that differs near the border of a map."""
-        if self.folded.dim() == 1:
-            return torch.zeros(len(self.folded), dtype=torch.bool)
-        return (self.folded[:, edge_taps(module)] != 0).any(1)
-
-
-def split(layer: Layer, constant: Tensor) -> Split:
-    """constant: the values of all channels, NaN where they depend on the image."""
-    weight, values = layer.module.weight.detach(), constant[layer.reads[0]][positions(layer)]
-    known = values.nan_to_num(nan=0.0)
-    folded = (weight * known.view(*known.shape, *[1] * (weight.dim() - 2))).sum(1)
-    return Split(weight, links(weight) & values.isnan(), folded)
-
-
-def edge_taps(conv: nn.Conv2d) -> Tensor:
-    """bool (kernel height, kernel width): the taps that read zero padding somewhere, in maps of one size or another."""
-    edges = []
-    for axis, size in enumerate(conv.kernel_size):
-        offsets, pad = torch.arange(size) * conv.dilation[axis], 0
-        if conv.padding_mode == "zeros" and conv.padding != "valid":
-            pad = conv.dilation[axis] * (size - 1) if conv.padding == "same" else conv.padding[axis]
-        edges.append((offsets < pad) | (offsets.flip(0) < pad))
-    return edges[0][:, None] | edges[1]
-
-
-def constants(network: Network) -> Tensor:
-    """The value of each channel that is the same at all positions and for all images, NaN for the others; float64."""
-    values = torch.full((network.channels,), torch.nan, dtype=torch.float64)
-    for layer in network.layers:
-        if layer.kind in ("conv", "linear"):
-            parts = split(layer, values)
-            depends = parts.varies.any(1) | parts.border(layer.module)
-            values[layer.span] = (_bias(layer.module) + _sum_taps(parts.folded)).masked_fill(depends, torch.nan)
-        elif layer.kind != "input":
-            values[layer.span] = _constant(layer, [values[sources(layer, operand)] for operand in layer.reads])
-    return values
-
-
-def _constant(layer: Layer, operands: list[Tensor]) -> Tensor:
-    """The constants of a layer whose channels are each computed from one channel of each operand."""
-    first = operands[0]
-    if layer.kind.startswith("batch_norm"):
-        scale, shift = _affine(layer.module)
-        return torch.where(scale == 0, shift, first * scale + shift)
-    if layer.kind in POINTWISE:
-        found = FUNCTIONS[layer.kind](*operands)  # NaN where any of them is
-        zero = layer.kind == "mul" and torch.stack(operands).eq(0).any(0)
-        return torch.where(torch.as_tensor(zero), 0.0, found)
-    if layer.kind == "avg_pool" and not _is_plain_average(layer.options):
-        return first.masked_fill(first != 0, torch.nan)
-    return first
-
-
-def _is_plain_average(options: dict[str, Any]) -> bool:
-    """Whether every window averages pixels only: no padding counted, no divisor of its own."""
-    padding = options.get("padding", 0)
-    unpadded = padding == 0 or padding == (0, 0)
-    return unpadded and not options.get("ceil_mode") and options.get("divisor_override") is None
-
-
-def _bias(module: nn.Module) -> Tensor:
-    """Its bias in float64, zeros where it has none."""
-    if module.bias is None:
-        return torch.zeros(module.weight.shape[0], dtype=torch.float64)
-    return module.bias.detach()
-
-
-def _sum_taps(folded: Tensor) -> Tensor:
-    return folded.flatten(1).sum(1) if folded.dim() > 1 else folded
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in evaluation mode, float64. UserError if it has no running statistics."""
-    if norm.running_var is None:
-        raise UserError("a batch norm without running statistics mixes the images of a batch; it cannot be compacted")
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is None:
-        return scale, -norm.running_mean * scale
-    scale = scale * norm.weight
-    return scale, norm.bias - norm.running_mean * scale
-
-
 # --- needs ----------------------------------------------------------------------------------------------------------
 
 
 class _Plan:
     """Which channels stay.
 
-    kept: bool, by channel; carriers: for a convolution that sees constants over padding, the place in its operand of
-    the one constant that stays for all.
+    kept: bool, by channel; columns: for a convolution or linear layer that is written anew, bool, the places in its
+    operand that it reads; carriers: where it sees constants over padding, the place of the one that stays for all.
     """
 
-    def __init__(self, network: Network):
-        self.network, self.constant = network, constants(network)
-        self.kept = torch.zeros(network.channels, dtype=torch.bool)
+    def __init__(self, layers: list[Layer]):
+        self.layers, self.constant = layers, constants(layers)
+        self.kept = torch.zeros(len(self.constant), dtype=torch.bool)
+        self.columns: dict[str, Tensor] = {}
         self.carriers: dict[str, int] = {}
-        for layer in reversed(network.layers):
+        for layer in reversed(layers):
             self._mark(layer)
 
     def _mark(self, layer: Layer) -> None:
         """Marks what the layer reads for those of its channels that stay."""
-        if layer.kind in ("input", "output") or is_grouped(layer) and self.kept[layer.span].any():
-            self.kept[layer.span] = True
-        stays = self.kept[layer.span]
+        stays = self.kept[layer.span]  # a view
+        if layer.kind in ("input", "output") or is_grouped(layer) and stays.any():
+            stays[:] = True
         if layer.kind == "flatten":
             maps = stays.view(len(layer.reads[0]), -1)
             maps[:] = maps.any(1, keepdim=True)  # all features of a map, or none
         if not stays.any():
             return
-        if layer.kind in ("conv", "linear") and not is_depthwise(layer):
+        if is_grouped(layer):
+            self.kept[layer.reads[0]] = True
+        elif mixes_channels(layer):
             self._mark_weighted(layer, stays)
         else:
             for operand in self.computed(layer):
@@ -212,17 +144,16 @@ class _Plan:
 
     def _mark_weighted(self, layer: Layer, stays: Tensor) -> None:
         reads, parts = layer.reads[0], split(layer, self.constant)
-        if is_grouped(layer):
-            self.kept[reads] = True
-            return
-        self.kept[reads[parts.varies[stays].any(0)]] = True
-        if parts.border(layer.module)[stays].any():
+        used = parts.varies[stays].any(0)
+        if parts.border[stays].any():
             values = self.constant[reads].nan_to_num(nan=0.0).abs() * links(parts.weight)[stays].any(0)
             already = values * self.kept[reads]
             self.carriers[layer.name] = int((already if already.any() else values).argmax())
-            self.kept[reads[self.carriers[layer.name]]] = True
-        if not self.kept[reads].any():
-            self.kept[reads[0]] = True  # an output that reads nothing still needs a map's size
+            used[self.carriers[layer.name]] = True
+        if not used.any():
+            used[self.kept[reads].long().argmax()] = True  # an output that reads nothing still needs a map's size
+        self.columns[layer.name] = used
+        self.kept[reads[used]] = True
 
     def computed(self, layer: Layer) -> list[Tensor]:
         """The operands that are computed: all but those of which everything that is read is constant."""
@@ -232,14 +163,15 @@ class _Plan:
         return varying or layer.reads[:1]
 
 
-def is_depthwise(layer: Layer) -> bool:
-    """Whether each map is filtered by itself."""
-    return layer.kind == "conv" and layer.module.groups == layer.module.in_channels == layer.module.out_channels
+def mixes_channels(layer: Layer) -> bool:
+    """Whether it is a linear layer or a convolution, unless that filters each map by itself."""
+    depthwise = layer.kind == "conv" and layer.module.groups == layer.module.in_channels == layer.module.out_channels
+    return layer.kind in ("conv", "linear") and not depthwise
 
 
 def is_grouped(layer: Layer) -> bool:
     """Whether it is a convolution of several groups that are not single maps: it is left as it is."""
-    return layer.kind == "conv" and layer.module.groups > 1 and not is_depthwise(layer)
+    return layer.kind == "conv" and layer.module.groups > 1 and mixes_channels(layer)
 
 
 # --- the network that is left ---------------------------------------------------------------------------------------
@@ -256,9 +188,9 @@ class _Writer:
         self.rows: list[dict[str, Any]] = []
         self.results: dict[int, tuple[str, int]] = {}  # first channel of a layer -> step, its channels
         self.fetched: dict[tuple[int, ...], str] = {}
-        count = plan.network.channels
+        count = len(plan.kept)
         self.owners, self.at = torch.empty(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-        for layer in plan.network.layers:
+        for layer in plan.layers:
             self.owners[layer.span] = layer.first
             stays = plan.kept[layer.span]
             if stays.any():
@@ -273,7 +205,7 @@ class _Writer:
             self._step(layer.name, "output", [self._fetch(layer.reads[0])])
         elif layer.kind == "flatten":
             self._write_flatten(layer, stays)
-        elif layer.kind in ("conv", "linear") and not is_depthwise(layer):
+        elif mixes_channels(layer):
             self._write_weighted(layer, stays)
         else:
             self._write_each(layer, stays)
@@ -325,7 +257,7 @@ class _Writer:
 
     def _write_each(self, layer: Layer, stays: Tensor) -> None:
         """A layer whose channels are each computed from one channel of each operand."""
-        computed, left = self.plan.computed(layer), stays.nonzero().flatten()
+        computed, left, module = self.plan.computed(layer), stays.nonzero().flatten(), layer.module
         left = left[self._order(sources(layer, computed[0])[left])]
         inputs = []
         for operand in layer.reads:
@@ -336,62 +268,40 @@ class _Writer:
                 inputs.append(self._step("constant", "constant", []))
                 self.state[inputs[-1]] = self.plan.constant[wanted].view(1, -1, *[1] * len(layer.spatial))
         if layer.kind == "conv":
-            self._write_conv(layer, inputs, layer.module.weight.detach()[left], _bias(layer.module)[left], len(left))
-        elif layer.module is not None:
-            self._write_norm(layer, inputs, left)
-        else:
+            self._write_weights(layer, inputs, module.weight.detach()[left], bias_of(module)[left], len(left))
+        elif module is None:
             self._step(layer.name, layer.kind, inputs, **layer.options)
+        else:
+            name = self._step(layer.path, layer.kind, inputs, num_features=len(left), eps=module.eps,
+                              momentum=module.momentum, affine=module.affine)
+            for key, value in module.state_dict().items():
+                self.state[f"{name}.{key}"] = value[left] if value.dim() else value
         self._hold(layer, self.steps[-1]["name"], left)
-
-    def _write_norm(self, layer: Layer, inputs: list[str], left: Tensor) -> None:
-        norm = layer.module
-        name = self._step(layer.path, layer.kind, inputs, num_features=len(left), eps=norm.eps, momentum=norm.momentum,
-                          affine=norm.affine)
-        for key, value in norm.state_dict().items():
-            self.state[f"{name}.{key}"] = value[left] if value.dim() else value
 
     def _write_weighted(self, layer: Layer, stays: Tensor) -> None:
         """A convolution or linear layer that mixes channels; what it reads of constants is folded."""
-        reads, parts, bias = layer.reads[0], split(layer, self.plan.constant), _bias(layer.module)[stays]
+        reads, parts, bias = layer.reads[0], split(layer, self.plan.constant), bias_of(layer.module)[stays]
         if is_grouped(layer):
-            self._write_conv(layer, [self._fetch(reads)], parts.weight, bias, layer.module.groups)
+            self._write_weights(layer, [self._fetch(reads)], parts.weight, bias, layer.module.groups)
         else:
-            carrier = self.plan.carriers.get(layer.name)
-            columns = self._columns(reads, parts.varies[stays].any(0), carrier)
-            varies = parts.varies[stays][:, columns]
-            weight = parts.weight[stays][:, columns]
-            weight *= varies.view(*varies.shape, *[1] * (weight.dim() - 2))
-            folded = parts.folded[stays]
+            columns = self.plan.columns[layer.name].nonzero().flatten()
+            columns = columns[self._order(reads[columns])]
+            weight = (parts.weight * parts.varies[:, :, None, None])[stays][:, columns]
+            folded, carrier = parts.folded[stays], self.plan.carriers.get(layer.name)
             if carrier is None:
-                bias = bias + _sum_taps(folded)
+                bias = bias + folded.flatten(1).sum(1)
             else:
                 weight[:, columns == carrier] = folded[:, None] / self.plan.constant[reads[carrier]]
-            write = self._write_conv if layer.kind == "conv" else self._write_linear
-            write(layer, [self._fetch(reads[columns])], weight, bias)
+            self._write_weights(layer, [self._fetch(reads[columns])], weight, bias)
         self._hold(layer, self.steps[-1]["name"], stays.nonzero().flatten())
 
-    def _columns(self, reads: Tensor, used: Tensor, carrier: int | None) -> Tensor:
-        """The places in the operand of what is read, at least one, in the order in which they come cheapest."""
-        used = used.clone()
-        if carrier is not None:
-            used[carrier] = True
-        if not used.any():
-            used[int(self.plan.kept[reads].long().argmax())] = True
-        places = used.nonzero().flatten()
-        return places[self._order(reads[places])]
-
-    def _write_conv(self, layer: Layer, inputs: list[str], weight: Tensor, bias: Tensor, groups: int = 1) -> None:
-        conv = layer.module
-        options = {"in_channels": weight.shape[1] * groups, "out_channels": len(weight), "groups": groups}
-        options |= {name: getattr(conv, name) for name in CONV_OPTIONS}
-        self._write_parameters(layer, inputs, weight, bias, options)
-
-    def _write_linear(self, layer: Layer, inputs: list[str], weight: Tensor, bias: Tensor) -> None:
-        options = {"in_features": weight.shape[1], "out_features": len(weight)}
-        self._write_parameters(layer, inputs, weight, bias, options)
-
-    def _write_parameters(self, layer: Layer, inputs: list[str], weight: Tensor, bias: Tensor,
-                          options: dict[str, Any]) -> None:
+    def _write_weights(self, layer: Layer, inputs: list[str], weight: Tensor, bias: Tensor, groups: int = 1) -> None:
+        """A convolution or linear layer with these parameters, of the shapes of `Split`."""
+        if layer.kind == "conv":
+            options = {"in_channels": weight.shape[1] * groups, "out_channels": len(weight), "groups": groups}
+            options |= {name: getattr(layer.module, name) for name in CONV_OPTIONS}
+        else:
+            options, weight = {"in_features": weight.shape[1], "out_features": len(weight)}, weight.flatten(1)
         with_bias = layer.module.bias is not None or bool(bias.any())
         name = self._step(layer.path, layer.kind, inputs, **options, bias=with_bias)
         self.state[f"{name}.weight"] = weight.contiguous()
@@ -404,3 +314,99 @@ class _Writer:
         self.rows.append({"layer": layer.path, "outputs": len(before), "outputs_left": len(left),
                           "inputs": before.shape[1], "inputs_left": left.shape[1], "weights": before.numel(),
                           "active": int((before != 0).sum()), "weights_left": left.numel()})
+
+
+# --- from its description to the network ----------------------------------------------------------------------------
+
+
+def build(steps: Sequence[Step], state: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The network of a description, in evaluation mode, with the tensors of `state`, which it shares.
+
+    It maps images (B, 3, S, S) to logits. Raises UserError for a description that is not one, or a state dict that does
+    not fit it, before anything is allocated. PyTorch turns a graph into Python code and runs that: names and options
+    are checked first.
+    """
+    try:
+        graph, root = _graph(steps, state)
+        network = fx.GraphModule(root, graph)
+        network.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, SyntaxError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"this is not the description of a compact network, or it is damaged: {reason}") from error
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def _graph(steps: Sequence[Step], state: Mapping[str, Tensor]) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of all steps, and what it calls or reads by name; the modules hold no memory yet."""
+    graph, root, nodes = fx.Graph(), {}, {}
+    users = [name for step in steps for name in step["inputs"]]
+    kinds = {step["name"]: step["kind"] for step in steps}
+    for step in steps:
+        _check(step)
+        name, kind, options = step["name"], step["kind"], dict(step["options"])
+        inputs = [nodes[source] for source in step["inputs"]]
+        if kind == "input":
+            nodes[name] = graph.placeholder("images")
+        elif kind == "output":
+            graph.output(*inputs)
+        elif kind in MODULES:
+            root[name] = MODULES[kind](**options, device="meta")
+            nodes[name] = graph.call_module(name, tuple(inputs))
+        elif kind == "constant":
+            root[name] = state[name]
+            nodes[name] = graph.get_attr(name)
+        elif kind == "take" and options:  # neighbouring channels, as a view
+            part = slice(options["start"], options["start"] + options["length"])
+            nodes[name] = graph.call_function(operator.getitem, (*inputs, (slice(None), part)))
+        elif kind == "take":
+            root[name] = state[name]
+            nodes[name] = graph.call_function(torch.index_select, (*inputs, 1, graph.get_attr(name)))
+        elif kind == "cat":
+            nodes[name] = graph.call_function(torch.cat, (inputs,), {"dim": 1})
+        elif kind == "flatten":
+            nodes[name] = graph.call_function(torch.flatten, tuple(inputs), {"start_dim": 1})
+        else:
+            source = step["inputs"][0]
+            if kind in ("relu", "relu6", "silu") and users.count(source) == 1 and kinds[source] in FRESH:
+                options["inplace"] = True
+            nodes[name] = graph.call_function(FUNCTIONS[kind], tuple(inputs), options)
+    return graph, root
+
+
+def _check(step: Step) -> None:
+    """ValueError unless name and options are no more than names and plain values."""
+    names = [step["name"], *step["options"]]
+    if bad := [name for name in names if not isinstance(name, str) or not NAME.fullmatch(name)]:
+        raise ValueError(f"{bad[0]!r} is no name")
+    for value in step["options"].values():
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        if not all(part is None or type(part) in (int, float, bool) or part in PADDINGS for part in parts):
+            raise ValueError(f"step {step['name']} has an option {value!r}")
+
+
+def content(steps: Sequence[Step], state: Mapping[str, Tensor], **facts: Any) -> dict[str, Any]:
+    """What a file of a compact network holds: format, facts (plain values), description, state dict."""
+    return {"format": FORMAT, **facts, "steps": list(steps), "state_dict": dict(state)}
+
+
+def is_compact(loaded: Any) -> bool:
+    """Whether a loaded checkpoint is a compact network, of this version or another."""
+    return isinstance(loaded, Mapping) and str(loaded.get("format", "")).startswith(FORMAT.rpartition(" ")[0])
+
+
+def network_of(loaded: Mapping[str, Any]) -> fx.GraphModule:
+    """The network in a loaded file. UserError if it is of another version, or damaged."""
+    if loaded["format"] != FORMAT:
+        raise UserError(f"this is a {loaded['format']!r}, and this version reads {FORMAT!r}")
+    return build(loaded.get("steps", ()), loaded.get("state_dict", {}))
+
+
+def load_network(path: Path) -> fx.GraphModule:
+    """The network in a file that `inspect_checkpoint.py --compact --export dense` wrote, in evaluation mode.
+
+    UserError for any other file; nothing in it is executed.
+    """
+    loaded = load_checkpoint(path)
+    if not is_compact(loaded):
+        raise UserError(f"{path} is no compact network; inspect_checkpoint.py --compact --export dense makes one")
+    return network_of(loaded)

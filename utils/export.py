@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import compact_network, sparse_file
+from utils import sparse_file
 from utils.analysis_utils import remove_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
 from utils.common import RunFailed, UserError, generator, note, write_atomic
-from utils.compact import Compact, compact, largest_difference
+from utils.compact import Compact, compact, content, largest_difference
 from utils.datasets import SIDE
 from utils.inspection import Artifact, guess_model, layer_rows, model_input, plain
 from utils.model_loader import has_mask_entries, load_model_state, model_loader, model_state
@@ -253,8 +253,8 @@ def _onnx_difference(content: bytes, model: nn.Module, image_size: int) -> float
 
 def _compact_dense(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
     made, counts = _compact(artifact, state)
-    content = compact_network.content(made.steps, made.network.state_dict(), input=plain(model_input(artifact)))
-    return Export(checkpoint_bytes(content), f"{counts}; utils.compact_network.load_network(FILE) builds it")
+    packed = content(made.steps, made.network.state_dict(), input=plain(model_input(artifact)))
+    return Export(checkpoint_bytes(packed), f"{counts}; utils.compact.load_network(FILE) builds it")
 
 
 def _compact_onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:

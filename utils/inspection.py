@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.channels import effective_sparsity
 from utils.checkpoint import load_checkpoint, read_card
 from utils.common import UserError, flattened, one_line
-from utils.compact_network import is_compact, network_of
+from utils.compact import is_compact, network_of
 from utils.ladder import Ladder
 from utils.model_loader import (
     find_state,

@@ -66,6 +66,13 @@ def legend_below(figure: Figure, title: str | None = None) -> None:
                   title_fontsize=8)
 
 
+def panels(size: tuple[float, float], title: str = "", rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    """A figure in constrained layout (size in inches) and its axes, one or an array as of `Figure.subplots`."""
+    figure = new_figure(figsize=size, layout="constrained")
+    figure.suptitle(title or None)
+    return figure, figure.subplots(rows, columns, **options)
+
+
 # --- pruning, regrowth and studies ----------------------------------------------------------------------------------
 
 
@@ -96,8 +103,7 @@ def plot_bidirectional(pruning: Rows, regrown: Rows, path: Path, title: str) -> 
     but the seed are drawn as their mean with bars from the lowest to the highest; a column ``run``, where there is one,
     keeps runs apart. Test accuracy (%) is drawn where every model has it, else validation accuracy.
     """
-    figure = new_figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panels((7.5, 4.5))
     kind = "validation" if any(lacks_test(row) for row in (*pruning, *regrown)) else "test"  # never both in one figure
     ends = [row[key] for row in regrown for key in ("sparsity", "sparsity_before")]
     sparsity_axis(axes, map(float, ends + [row["sparsity"] for row in pruning if row["pruner"] != "none"]))
@@ -184,8 +190,7 @@ def plot_search(history: Rows, problem: AllocationProblem, allocation: Sequence[
 
     history: rows of `utils.controller.RegrowthPolicyGradient`; allocation: weights per layer of `problem`.
     """
-    figure = new_figure(figsize=(12, max(4.5, 0.24 * len(allocation) + 1.2)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels((12, max(4.5, 0.24 * len(allocation) + 1.2)), columns=2)
     for number, fidelity in enumerate(sorted({row["fidelity"] for row in history})):
         rows = [row for row in history if row["fidelity"] == fidelity]
         episodes, label = [row["episode"] for row in rows], f"{fidelity} epoch{'s' if fidelity > 1 else ''}"
@@ -221,9 +226,7 @@ def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, float],
 
     updates: `utils.mask_schedule.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> share in [0, 1].
     """
-    figure = new_figure(figsize=(12, max(4.5, 0.24 * len(regrown) + 1.2)), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels((12, max(4.5, 0.24 * len(regrown) + 1.2)), title, columns=2)
     left.step([row["epoch"] for row in updates], [100 * row["sparsity"] for row in updates], where="post", color="C0",
               label="sparsity (left axis)")
     left.set(xlabel="epoch", ylabel="sparsity (% of prunable weights)")
@@ -250,13 +253,12 @@ def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> No
     layers: rows of `single_layer_regrowth_analysis.by_layer`, in SSIM order; results: its correlations, the rows in
     points (not per weight) are shown.
     """
-    figure = new_figure(figsize=(13, 10), layout="constrained")
-    figure.suptitle(title)
+    figure, grid = panels((13, 10), title, rows=2, columns=2)
     ssim, capacity, immediate, final = (np.array([float(row[key]) for row in layers])
                                         for key in ("ssim", "capacity", "immediate_gain", "final_gain"))
     capped, places = np.array([bool(row["capped"]) for row in layers]), np.arange(len(layers))
-    panels = figure.subplots(2, 2).ravel()
-    for axes, x, gain in zip(panels, (ssim, ssim, places, capacity), (final, immediate, final, final)):
+    by_final, by_immediate, by_layer, by_capacity = grid.flat
+    for axes, x, gain in zip(grid.flat, (ssim, ssim, places, capacity), (final, immediate, final, final)):
         for chosen, color, label in ((~capped, "C0", "layer that took the whole budget"),
                                      (capped, "C1", "layer capped by its capacity: took fewer weights")):
             axes.scatter(x[chosen], gain[chosen], color=color, label=label, zorder=3)
@@ -264,18 +266,19 @@ def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> No
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8)
     shown = {row["gain"]: row for row in results if row["unit"] == "points"}
-    for axes, gain, result in zip(panels, (final, immediate), (shown["final_gain"], shown["immediate_gain"])):
+    for axes, gain, result in ((by_final, final, shown["final_gain"]),
+                               (by_immediate, immediate, shown["immediate_gain"])):
         axes.set(xlabel="SSIM of the layer (lower: more drift)", title="no correlation: too few layers, or all alike")
         if not np.isnan(result["pearson"]):
             axes.axline((ssim.mean(), gain.mean()), slope=np.polyfit(ssim, gain, 1)[0], color="C3", linestyle="--",
                         label="least-squares line")
             axes.set_title(f"Pearson r = {result['pearson']:+.2f} (p = {result['pearson_p']:.3f}), "
                            f"Spearman = {result['spearman']:+.2f} (p = {result['spearman_p']:.3f})", fontsize=10)
-    panels[1].set_ylabel("gain right after regrowth,\nbatch-norm statistics re-estimated (points)")
-    panels[2].vlines(places, 0, final, color="0.7", zorder=1)
-    panels[2].set_xticks(places, [row["layer"] for row in layers], rotation=90, fontsize=8)
-    panels[2].set_title("layers by SSIM, lowest first", fontsize=10)
-    panels[3].set(xscale="log", xlabel="capacity of the layer (pruned weights)")
+    by_immediate.set_ylabel("gain right after regrowth,\nbatch-norm statistics re-estimated (points)")
+    by_layer.vlines(places, 0, final, color="0.7", zorder=1)
+    by_layer.set_xticks(places, [row["layer"] for row in layers], rotation=90, fontsize=8)
+    by_layer.set_title("layers by SSIM, lowest first", fontsize=10)
+    by_capacity.set(xscale="log", xlabel="capacity of the layer (pruned weights)")
     legend_below(figure)
     save_figure(figure, path)
 
@@ -289,9 +292,7 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
     methods, stages = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "stage"))
     repeats = max(row["repeats"] for row in rows)
     spread = f"medians of {repeats} runs, bars from the fastest to the slowest" if repeats > 1 else "one run"
-    figure = new_figure(figsize=(12, 4.5), layout="constrained")
-    figure.suptitle(f"{title}\n{spread}")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = panels((12, 4.5), f"{title}\n{spread}", columns=2)
     for number, method in enumerate(methods):
         values, fastest, slowest = np.array([[row[key] for row in rows if row["method"] == method]
                                              for key in ("median_s", "fastest_s", "slowest_s")])
@@ -315,23 +316,18 @@ def plot_differences(results: Rows, path: Path, title: str) -> None:
 
     results: rows of `utils.statistics.compare_arms`; intervals that are not finite (one seed) are not drawn.
     """
-    figure = new_figure(figsize=(8.5, 0.42 * len(results) + 1.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panels((8.5, 0.42 * len(results) + 1.2))
     axes.axvline(0, color="0.3", linewidth=0.8)
     lines = {"mean": {"marker": "o", "linestyle": "none"},
              "95 % t interval (decides the verdict)": {"linewidth": 1, "marker": "|"},
              "95 % bootstrap interval": {"linewidth": 5, "alpha": 0.5, "solid_capstyle": "butt"}}
-    for label, style in lines.items():
-        axes.plot([], [], color="k", label=label, **style)
     colors = {"better": "C2", "worse": "C3", "indistinguishable": "0.4"}
     for position, row in enumerate(results):
         ends = row["mean"], (row["t_low"], row["t_high"]), (row["bootstrap_low"], row["bootstrap_high"])
-        for values, style in zip(ends, lines.values()):
-            axes.plot(values, np.full_like(values, position), color=colors[row["verdict"]], **style)
+        for values, (label, style) in zip(ends, lines.items()):
+            axes.plot(values, np.full_like(values, position), color=colors[row["verdict"]], label=label, **style)
     _name_layers(axes, [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, seeds: {row['pairs']})"
                         for row in results])
-    for tick, row in zip(axes.get_yticklabels(), results):
-        tick.set_color(colors[row["verdict"]])
     axes.margins(x=0.1)
     axes.set(xlabel="test accuracy over one-shot pruning (points)", title=title, ylim=(len(results) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
@@ -345,8 +341,7 @@ def plot_tables(results: Rows, path: Path, title: str) -> None:
 
     results: rows of its `beside_published`; bars are standard deviations, where there are several seeds.
     """
-    figure = new_figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panels((8, 4.5))
     sparsity_axis(axes, [row["sparsity"] for row in results])
     settings = {"A": "iterative, 40 % each", "B": "one-shot", "R": "regrown from 99 %"}
     columns = (("ours", "mean", "std", {"fmt": "o-"}),
@@ -413,8 +408,7 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
 def plot_layer_means(rows: Rows, path: Path, title: str, label: str) -> None:
     """Mean saliency of a layer's active weights, a line per class and one for their mean, on a log axis."""
     layers, classes, (means,) = _by_layer_and_class(rows, "mean")
-    figure = new_figure(figsize=(max(8, 0.24 * len(layers) + 3), 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panels((max(8, 0.24 * len(layers) + 3), 5))
     for number, name in enumerate(classes):
         axes.plot(means[:, number], f"C{number % 10}.", linestyle=("-", "--", ":", "-.")[number // 10 % 4], linewidth=1,
                   markersize=4, label=name)
@@ -432,9 +426,7 @@ def plot_heat_map(rows: Rows, path: Path, title: str) -> None:
     layers, classes, (means,) = _by_layer_and_class(rows, "mean")
     scale = means.mean(axis=1, keepdims=True)
     relative = np.divide(means, scale, out=np.full_like(means, np.nan), where=scale > 0)
-    figure = new_figure(figsize=(max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)),
-                        layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panels((max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)))
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=7)

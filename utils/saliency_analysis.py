@@ -62,49 +62,6 @@ class ClassSaliency(NamedTuple):
     images: list[int]
 
 
-class WeightFunction:
-    """A model in evaluation mode as a function of its prunable weights; masks are folded in, the model is not touched.
-
-    weights: layer name -> effective weight. All in float32: under `vmap`, batch normalisation refuses bfloat16 inputs,
-    and squares of small gradients need the digits.
-    """
-
-    def __init__(self, model: nn.Module):
-        """model: dense or pruned; a copy of it is used."""
-        self.model = clone_model(model)
-        remove_masks(self.model)
-        self.model.eval().requires_grad_(False)
-        self.weights: Weights = {name: layer.weight.detach() for name, layer in prunable_layers(self.model).items()}
-
-    def per_image_gradients(self, inputs: Tensor, targets: Tensor) -> Weights:
-        """Gradients of each image's own cross-entropy (nats), layer -> (B, *weight shape)."""
-        def loss_of_one(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
-            replaced = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items()}
-            return F.cross_entropy(functional_call(self.model, replaced, (image[None],)), target[None])
-        return vmap(grad(loss_of_one), in_dims=(None, 0, 0))(self.weights, inputs, targets)
-
-    def chunk_size(self, image: Tensor, memory: int = CHUNK_MEMORY) -> int:
-        """Images whose gradients fit in `memory` bytes together, at least 1; image: one input (1, C, H, W).
-
-        By measurement an image takes about twice its gradient and eight times its activations.
-        """
-        weights = sum(weight.numel() for weight in self.weights.values())
-        return max(1, min(LARGEST_CHUNK, memory // (4 * (2 * weights + 8 * self._activations(image)))))
-
-    @torch.no_grad()
-    def _activations(self, image: Tensor) -> int:
-        """Numbers that the modules without children give out for one image."""
-        sizes: list[int] = []
-        leaves = [module for module in self.model.modules() if not any(module.children())]
-        handles = [leaf.register_forward_hook(lambda _, __, output: sizes.append(output.numel())) for leaf in leaves]
-        try:
-            self.model(image)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sum(sizes)
-
-
 def compute_parameter_saliency_per_class(model: nn.Module, loader: Loader, num_classes: int,
                                          use_second_order: bool = False, **options) -> ClassSaliency:
     """The published interface: `gradient`, or with `use_second_order` `fisher`; options as of `gradient_saliency`."""
@@ -115,21 +72,35 @@ def compute_parameter_saliency_per_class(model: nn.Module, loader: Loader, num_c
 def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
                       measures: Sequence[str] = tuple(PER_IMAGE), *, chunk: int | None = None,
                       show: bool = False) -> dict[str, ClassSaliency]:
-    """First-order and Fisher saliency of all classes from per-image gradients, in one pass over the data.
+    """First-order and Fisher saliency of all classes from per-image gradients of the cross-entropy, in one pass.
 
-    loader: un-augmented batches (inputs (B, C, H, W), targets (B,)); measures: names of `PER_IMAGE`; chunk: images
-    whose gradients are held at a time, by default what `CHUNK_MEMORY` allows (the results do not depend on it); show:
-    a progress bar. The row of a class without images is zero. Raises ValueError for an empty loader.
+    model: a copy in evaluation mode, with the masks folded in, is used. loader: un-augmented batches (inputs
+    (B, C, H, W), targets (B,)); measures: names of `PER_IMAGE`; chunk: images whose gradients are held at a time, by
+    default `chunk_size` (the results do not depend on it); show: a progress bar. All is in float32: under `vmap`, batch
+    normalisation refuses bfloat16 inputs, and squares of small gradients need the digits. The row of a class without
+    images is zero. Raises ValueError for an empty loader.
     """
-    network = WeightFunction(model)
-    sums = {measure: {name: weight.new_zeros(num_classes, weight.numel()) for name, weight in network.weights.items()}
+    model = clone_model(model)
+    remove_masks(model)
+    model.eval().requires_grad_(False)
+    weights = {name: layer.weight.detach() for name, layer in prunable_layers(model).items()}
+
+    def loss_of_one(weights: Weights, image: Tensor, target: Tensor) -> Tensor:
+        replaced = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items()}
+        return F.cross_entropy(functional_call(model, replaced, (image[None],)), target[None])
+    gradients_of = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    sums = {measure: {name: weight.new_zeros(num_classes, weight.numel()) for name, weight in weights.items()}
             for measure in measures}
     seen = []
     with Progress("images, gradients", getattr(loader, "num_images", None), show=show) as progress:
         for inputs, targets in loader:
-            chunk = chunk or network.chunk_size(inputs[:1])
+            chunk = chunk or chunk_size(model, inputs[:1])
             for part, labels in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-                _add_rows(sums, network.per_image_gradients(part, labels), labels)
+                gradients = gradients_of(weights, part, labels)
+                for name in weights:
+                    rows = gradients.pop(name).flatten(1)  # lets go of them layer by layer
+                    for measure, matrices in sums.items():
+                        matrices[name].index_add_(0, labels, PER_IMAGE[measure](rows))
                 seen.append(labels)
                 progress.advance(len(labels))
     if not seen:
@@ -139,16 +110,22 @@ def gradient_saliency(model: nn.Module, loader: Loader, num_classes: int,
         for name, matrix in matrices.items():
             matrix /= images.clamp_min(1)[:, None]
             if measure == "fisher":
-                matrix *= network.weights[name].square().flatten()
+                matrix *= weights[name].square().flatten()
     return {measure: ClassSaliency(measure, matrices, images.tolist()) for measure, matrices in sums.items()}
 
 
-def _add_rows(sums: Mapping[str, Weights], gradients: Weights, labels: Tensor) -> None:
-    """Adds what each image contributes to the row of its class; lets go of the gradients layer by layer."""
-    for name in list(gradients):
-        rows = gradients.pop(name).flatten(1)
-        for measure, matrices in sums.items():
-            matrices[name].index_add_(0, labels, PER_IMAGE[measure](rows))
+def chunk_size(model: nn.Module, image: Tensor, memory: int = CHUNK_MEMORY) -> int:
+    """Images whose gradients fit in `memory` bytes together, at least 1; image: one input (1, C, H, W).
+
+    By measurement an image takes about twice its gradient and eight times its activations.
+    """
+    model, outputs = clone_model(model).eval(), []
+    for leaf in (module for module in model.modules() if not any(module.children())):
+        leaf.register_forward_hook(lambda _, __, output: outputs.append(output.numel()))
+    with torch.no_grad():
+        model(image)
+    weights = sum(layer.weight.numel() for layer in prunable_layers(model).values())
+    return max(1, min(LARGEST_CHUNK, memory // (4 * (2 * weights + 8 * sum(outputs)))))
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
@@ -172,12 +149,12 @@ def same_scale(values: np.ndarray) -> np.ndarray:
     return np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
 
 
-def analyse(saliency: ClassSaliency, masks: Mapping[str, torch.Tensor], classes: Sequence[str], percentile: float,
+def analyse(saliency: ClassSaliency, masks: Mapping[str, Tensor], classes: Sequence[str], percentile: float,
             few_classes: int) -> tuple[list[Row], list[Row]]:
-    """Statistics of one measure: a row per layer and class, and a row per layer.
+    """Statistics of one measure over the active weights: a row per layer and class, and a row per layer.
 
-    masks: layer -> bool, True where active; statistics are over the active weights, the pruned ones are counted apart.
-    `share` is the layer's part of the class's total; `*_scaled` counts weights after `same_scale`.
+    masks: layer -> bool, True where active. `share` is the layer's part of the class's total; `*_scaled` counts weights
+    after `same_scale`.
     """
     cpu = torch.device("cpu")
     matrices = move_all(list(saliency.matrices.values()), cpu)
@@ -213,11 +190,8 @@ def _spread(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def verdict(by_layer: Sequence[Row], classes: Sequence[str], percentile: float, few_classes: int) -> str:
-    """How many weights are important, and for how few classes.
-
-    Whether classes need the same weights shows on one scale for all (`same_scale`): the share of few-class weights lies
-    between 0 (all agree) and what a binomial gives when each class draws its important weights at random.
-    """
+    """How many weights are important, and for how few classes; on one scale for all classes (`same_scale`) the share
+    lies between 0 (all agree) and what a binomial gives when each class draws its weights at random."""
     important, few, important_scaled, few_scaled = (
         sum(row[key] for row in by_layer) for key in ("important", "few_class", "important_scaled", "few_class_scaled"))
     if not important or not important_scaled:
@@ -265,20 +239,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def default_few_classes(classes: int) -> int:
-    """How many of the data set's classes are few: three in ten, at least one."""
-    return max(1, round(0.3 * classes))
-
-
-def load_model(run: Run, args: argparse.Namespace) -> stage1.Outcome:
-    """The model of `--checkpoint`, or the dense one; UserError with the command that makes it when it is missing."""
-    dense = checkpoint.dense_path(run.root, run.m_name)
-    if args.checkpoint is None and not dense.is_file():
-        raise UserError(f"no dense checkpoint at {dense}; name another with --checkpoint, or "
-                        f"{prerequisite(args, dense, '--pruner', 'none')}")
-    return stage1.load_outcome(run, args.checkpoint or dense)
-
-
 def class_sample(loader: BatchLoader, per_class: int, seed: int) -> BatchLoader:
     """Un-augmented batches of at most `per_class` images of each class (0: all), sorted by class; shares no state."""
     targets = loader.targets.cpu().numpy()
@@ -287,7 +247,7 @@ def class_sample(loader: BatchLoader, per_class: int, seed: int) -> BatchLoader:
                                          for label in range(targets.max() + 1)]))
 
 
-def report(run: Run, args: argparse.Namespace, saliency: ClassSaliency, masks: Mapping[str, torch.Tensor],
+def report(run: Run, args: argparse.Namespace, saliency: ClassSaliency, masks: Mapping[str, Tensor],
            folder: Path) -> Row:
     """Writes the CSV files and figures of one measure, prints its table; returns what the card says about it."""
     classes, measure = run.data.classes, saliency.measure
@@ -321,24 +281,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Computes the measures, analyses them, writes CSV files, figures and a card."""
     args = parse_args(argv)
     run = open_run(args)
-    args.few_classes = args.few_classes or default_few_classes(len(run.data.classes))
-    if args.few_classes >= len(run.data.classes):
-        raise UserError(f"--few_classes {args.few_classes} is not few of {len(run.data.classes)} classes; "
-                        "use a smaller number")
-    outcome = load_model(run, args)
+    classes, dense = list(run.data.classes), checkpoint.dense_path(run.root, run.m_name)
+    args.few_classes = args.few_classes or max(1, round(0.3 * len(classes)))
+    if args.few_classes >= len(classes):
+        raise UserError(f"--few_classes {args.few_classes} is not few of {len(classes)} classes; use a smaller number")
+    if args.checkpoint is None and not dense.is_file():
+        raise UserError(f"no dense checkpoint at {dense}; name another with --checkpoint, or "
+                        f"{prerequisite(args, dense, '--pruner', 'none')}")
+    outcome = stage1.load_outcome(run, args.checkpoint or dense)
     folder = args.save_dir or run.root / "saliency_analysis" / run.m_name
     checkpoint.ensure_writable(folder, "--save_dir")
     sample, masks = class_sample(run.train, args.samples_per_class, run.seed), get_masks(outcome.model)
     sparsity = count_pruned_params(outcome.model).sparsity
-    print(f"{outcome.artifact}: sparsity {sparsity:.5g}, {sample.num_images} training images of "
-          f"{len(run.data.classes)} classes, {run.precision}")
-    if len(sample.targets.unique()) < len(run.data.classes):
+    print(f"{outcome.artifact}: sparsity {sparsity:.5g}, {sample.num_images} training images of {len(classes)} "
+          f"classes, {run.precision}")
+    if len(sample.targets.unique()) < len(classes):
         print("warning: a class without training images has zero saliency throughout")
-    found = gradient_saliency(outcome.model, sample, len(run.data.classes), args.measure, chunk=args.chunk, show=True)
+    found = gradient_saliency(outcome.model, sample, len(classes), args.measure, chunk=args.chunk, show=True)
     measures = {measure: report(run, args, found.pop(measure), masks, folder) for measure in args.measure}
     options = {name: getattr(args, name) for name in ("samples_per_class", "threshold_percentile", "few_classes")}
     checkpoint.save_json(run.card(checkpoint=str(outcome.artifact), sparsity=sparsity, **run.identity(), **options,
-                                  classes=list(run.data.classes), measures=measures), folder / "saliency_analysis.json")
+                                  classes=classes, measures=measures), folder / "saliency_analysis.json")
     print(f"\ntables, figures and card: {folder}")
 
 
