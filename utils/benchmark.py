@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,18 +195,17 @@ def open_benchmark(args: argparse.Namespace, temporary: Path) -> Run:
     """A run over the checkpoints of stage 1, or over synthetic weights and data where `--synthetic` asks for them or
     there are no checkpoints (said in a line); those are written to `temporary`, which then is the run's root.
     """
-    def paths(root: Path) -> tuple[Path, Path]:
-        return checkpoint.dense_path(root, args.m_name), checkpoint.pruned_path(root, args.m_name, args.start_sparsity)
-
-    missing = [path for path in paths(args.root) if not path.is_file()]
+    dense, pruned = (checkpoint.dense_path(Path(), args.m_name),
+                     checkpoint.pruned_path(Path(), args.m_name, args.start_sparsity))
+    missing = [args.root / path for path in (dense, pruned) if not (args.root / path).is_file()]
     if missing and not args.synthetic:
         print(f"no checkpoint at {missing[0]}: timing synthetic weights and data, as --synthetic does")
     if missing or args.synthetic:
         run = open_run(args, synthetic_dataset(args.num_images, args.seed))
-        run.root, model, (dense, pruned) = temporary, run.new_model(), paths(temporary)
-        checkpoint.save_checkpoint({"net": model.state_dict(), "acc": 0.0, "epoch": 0}, dense)
+        run.root, model = temporary, run.new_model()
+        checkpoint.save_checkpoint({"net": model.state_dict(), "acc": 0.0, "epoch": 0}, temporary / dense)
         weight_pruner_loader("erk")(model, args.start_sparsity)  # leaves no layer empty
-        checkpoint.save_checkpoint(model.state_dict(), pruned)
+        checkpoint.save_checkpoint(model.state_dict(), temporary / pruned)
     else:
         data = load_dataset(args.dataset, args.data_dir, args.image_size)
         few = balanced_indices(data.train_images, data.train_targets, args.num_images, seed=0)
@@ -273,20 +271,15 @@ def compared(name: str, ours: Row, plain: Row, work: float, unit: str) -> Row:
 
 def update_row(name: str, episode: Episode, device: torch.device, repeats: int) -> Row:
     """Selection, masks and initial values of an episode, against the element-wise loop; weights as work."""
-    regrowth = episode.regrower(clone_model(episode.start))
-    records = []
+    allocation = episode.allocation
 
-    def undo() -> None:
-        if records:
-            records.pop().undo(regrowth.model)
-
-    def regrow(_: None) -> None:
-        records.append(regrowth.apply_regrowth(episode.allocation))
-    ours, = measure([regrow], device, repeats=max(10, repeats), warmup=3, prepare=undo)
-    undo()
-    plain, = measure([partial(elementwise_regrowth, episode.allocation)], device, repeats=1, warmup=0,
-                     prepare=lambda: plain_tensors(regrowth, episode.allocation))
-    return compared(f"regrowth, {name}", ours, plain, sum(episode.allocation.values()), "weights/s")
+    def start() -> WeightRegrowth:
+        return episode.regrower(clone_model(episode.start))
+    ours, = measure([lambda regrowth: regrowth.apply_regrowth(allocation)], device, repeats=max(10, repeats), warmup=3,
+                    prepare=start)
+    parts = plain_tensors(start(), allocation)
+    plain, = measure([lambda: elementwise_regrowth(allocation, parts)], device, repeats=1, warmup=0)
+    return compared(f"regrowth, {name}", ours, plain, sum(allocation.values()), "weights/s")
 
 
 def loader_rows(run: Run, repeats: int) -> list[Row]:

@@ -32,8 +32,8 @@ MOVES = {
     "chunk", "split", "narrow", "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze",
     "contiguous", "size", "clone",
 }
-# What computes each channel from the same channel of its operands: by name, first the function that does it.
-POINTWISE = {
+# What computes each channel from the same channel of its operands: by kind, first the function that does it.
+TARGETS = {
     "relu": (F.relu, torch.relu, nn.ReLU, "relu", "relu_"),
     "relu6": (F.relu6, nn.ReLU6),
     "silu": (F.silu, nn.SiLU),
@@ -43,20 +43,21 @@ POINTWISE = {
     "hardsigmoid": (F.hardsigmoid, nn.Hardsigmoid),
     "add": (torch.add, operator.add, operator.iadd, "add", "add_"),
     "mul": (torch.mul, operator.mul, operator.imul, "mul", "mul_"),
+    "max_pool": (F.max_pool2d, torch.max_pool2d, nn.MaxPool2d),
+    "avg_pool": (F.avg_pool2d, nn.AvgPool2d),
+    "adaptive_avg_pool": (F.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d),
+    "mean": (torch.mean, "mean"),
 }
-# The same for what has options, with their names in the order of the function's arguments.
-POOLS = {
-    "max_pool": ((F.max_pool2d, torch.max_pool2d, nn.MaxPool2d),
-                 ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    "avg_pool": ((F.avg_pool2d, nn.AvgPool2d),
-                 ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")),
-    "adaptive_avg_pool": ((F.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d), ("output_size",)),
-    "mean": ((torch.mean, "mean"), ("dim", "keepdim")),
+POOLS = {  # the names of their options, in the order of the function's arguments
+    "max_pool": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    "avg_pool": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    "adaptive_avg_pool": ("output_size",),
+    "mean": ("dim", "keepdim"),
 }
-WEIGHTED = {nn.Conv2d: "conv", nn.Linear: "linear", nn.BatchNorm2d: "batch_norm", nn.BatchNorm1d: "batch_norm_1d"}
-KINDS = {target: kind for kind, targets in POINTWISE.items() for target in targets}
-KINDS |= {target: kind for kind, (targets, _) in POOLS.items() for target in targets}
-KINDS |= WEIGHTED
+MODULES = {"conv": nn.Conv2d, "linear": nn.Linear, "batch_norm": nn.BatchNorm2d, "batch_norm_1d": nn.BatchNorm1d}
+FUNCTIONS = {kind: targets[0] for kind, targets in TARGETS.items()}
+KINDS = {target: kind for kind, targets in TARGETS.items() for target in targets}
+KINDS |= {module: kind for kind, module in MODULES.items()}
 
 
 @dataclass
@@ -122,14 +123,15 @@ class _Numbering(fx.Interpreter):
         ranks, widths = {value.dim() for value in inputs}, {value.shape[1] for value in inputs} - {1}
         if len(ranks) > 1 or len(widths) > 1 or kind == "linear" and ranks != {2}:
             raise _unknown(node, "takes operands of other shapes than (B, channels, ...)")
+        names = POOLS.get(kind, ())
         if node.op == "call_module":
             module = self.module.get_submodule(node.target)
-            options = {name: getattr(module, name) for name in _option_names(kind)}
-            return self._start(node, kind, reads, options, module if type(module) in WEIGHTED else None)
+            options = {name: getattr(module, name) for name in names}
+            return self._start(node, kind, reads, options, module if kind in MODULES else None)
         given = node.args[len(inputs):] if len(reads) == len(inputs) else ()
-        options = {**dict(zip(_option_names(kind), given)), **node.kwargs}
+        options = {**dict(zip(names, given)), **node.kwargs}
         options.pop("inplace", None)
-        if len(given) > len(_option_names(kind)) or set(options) - set(_option_names(kind)):
+        if len(given) > len(names) or set(options) - set(names):
             raise _unknown(node, "has arguments that cannot be followed")
         if kind == "mean" and options.get("dim") not in ([2, 3], (2, 3), [-2, -1], (-2, -1)):
             raise _unknown(node, "is a mean over other dimensions than height and width")
@@ -155,10 +157,6 @@ class _Numbering(fx.Interpreter):
             if torch.equal(numbers, whole) and all(self.owners[i].spatial == spatial for i in channels.tolist()):
                 return channels
         raise _unknown(node, "reads something else than whole channels, along dimension 1")
-
-
-def _option_names(kind: str) -> tuple[str, ...]:
-    return POOLS[kind][1] if kind in POOLS else ()
 
 
 def _unknown(node: fx.Node, problem: str) -> UserError:
@@ -307,10 +305,9 @@ def _constant(layer: Layer, operands: list[Tensor]) -> Tensor:
                             "compacted")
         found = norm(first.view(1, -1, *[1] * len(layer.spatial))).flatten()
         return torch.where(norm.weight == 0, norm.bias, found) if norm.affine else found
-    if layer.kind == "mul":
-        return torch.mul(*operands).masked_fill(torch.stack(operands).eq(0).any(0), 0.0)
-    if layer.kind in POINTWISE:
-        return POINTWISE[layer.kind][0](*operands)  # NaN where any of them is
+    if layer.kind in FUNCTIONS and layer.kind not in POOLS:
+        found = FUNCTIONS[layer.kind](*operands)  # NaN where any of them is
+        return found.masked_fill(torch.stack(operands).eq(0).any(0), 0.0) if layer.kind == "mul" else found
     options = layer.options
     if layer.kind == "avg_pool" and (options.get("padding", 0) not in (0, (0, 0)) or options.get("ceil_mode")
                                      or options.get("divisor_override") is not None):

@@ -25,27 +25,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from utils.analysis_utils import clone_model
-from utils.channels import (
-    POINTWISE,
-    POOLS,
-    SIDE,
-    WEIGHTED,
-    Layer,
-    bias_of,
-    constants,
-    links,
-    sources,
-    split,
-    trace,
-)
+from utils.channels import FUNCTIONS, MODULES, SIDE, Layer, bias_of, constants, links, sources, split, trace
 from utils.checkpoint import load_checkpoint
 from utils.common import RunFailed, UserError
 
@@ -53,28 +40,16 @@ Step = dict[str, Any]
 FORMAT = "compact network 1"
 TOLERANCE = 1e-6  # of the largest logit, in float64
 CONV_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-MODULES = {kind: module for module, kind in WEIGHTED.items()}
-FUNCTIONS = {kind: functions[0] for kind, functions in POINTWISE.items()}
-FUNCTIONS |= {kind: functions[0] for kind, (functions, _) in POOLS.items()}
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 PADDINGS = ("same", "valid", "zeros", "reflect", "replicate", "circular")
 FRESH = ("conv", "batch_norm", "add", "mul")  # kinds whose result nobody else holds, to be overwritten by an activation
 
 
-@dataclass(frozen=True)
-class Compact:
-    """A compact network: the module, its description, and what went.
-
-    layers: for each Conv2d and Linear that runs in the model, its outputs, inputs (of a group) and weights before and
-    after (0 where it went), and its active weights; constants: channels that turned out to be constant;
-    kept_constants: those of them that had to stay.
-    """
+class Compact(NamedTuple):
+    """A compact network and its description."""
 
     network: fx.GraphModule
     steps: list[Step]
-    layers: list[dict[str, Any]]
-    constants: int
-    kept_constants: int
 
 
 @torch.no_grad()
@@ -85,8 +60,7 @@ def compact(model: nn.Module, side: int = SIDE) -> Compact:
     image size that the model does. Raises UserError where the model cannot be traced for images of side x side, or has
     an operation that is not known (`utils.channels`), RunFailed if the result's logits differ from the model's.
     """
-    plan = _Plan(trace(model, side))
-    writer = _Writer(plan)
+    writer = _Writer(_Plan(trace(model, side)))
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     difference = largest_difference(clone_model(model).cpu().double(), build(writer.steps, writer.state), images)
     if not difference < TOLERANCE:  # in float64, where rounding cannot be mistaken for more
@@ -94,9 +68,7 @@ def compact(model: nn.Module, side: int = SIDE) -> Compact:
                         "the model does something that its operations do not show")
     dtype = next(model.parameters()).dtype
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in writer.state.items()}
-    known = ~plan.constant.isnan()
-    return Compact(build(writer.steps, state), writer.steps, writer.rows, int(known.sum()),
-                   int((known & plan.kept).sum()))
+    return Compact(build(writer.steps, state), writer.steps)
 
 
 @torch.no_grad()
@@ -178,14 +150,10 @@ def is_grouped(layer: Layer) -> bool:
 
 
 class _Writer:
-    """Writes the steps of what stays, and their tensors. A step may hold its channels in another order than the model.
-
-    rows: see `Compact.layers`.
-    """
+    """Writes the steps of what stays, and their tensors. A step may hold channels in another order than the model."""
 
     def __init__(self, plan: _Plan):
         self.plan, self.steps, self.state = plan, [], {}
-        self.rows: list[dict[str, Any]] = []
         self.results: dict[int, tuple[str, int]] = {}  # first channel of a layer -> step, its channels
         self.fetched: dict[tuple[int, ...], str] = {}
         count = len(plan.kept)
@@ -195,8 +163,6 @@ class _Writer:
             stays = plan.kept[layer.span]
             if stays.any():
                 self._write(layer, stays)
-            elif layer.kind in ("conv", "linear"):
-                self._report(layer, layer.module.weight[:0, :0])
 
     def _write(self, layer: Layer, stays: Tensor) -> None:
         if layer.kind == "input":
@@ -307,13 +273,6 @@ class _Writer:
         self.state[f"{name}.weight"] = weight.contiguous()
         if with_bias:
             self.state[f"{name}.bias"] = bias
-        self._report(layer, weight)
-
-    def _report(self, layer: Layer, left: Tensor) -> None:
-        before = layer.module.weight
-        self.rows.append({"layer": layer.path, "outputs": len(before), "outputs_left": len(left),
-                          "inputs": before.shape[1], "inputs_left": left.shape[1], "weights": before.numel(),
-                          "active": int((before != 0).sum()), "weights_left": left.numel()})
 
 
 # --- from its description to the network ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import sparse_file
-from utils.analysis_utils import remove_masks
+from utils.analysis_utils import prunable_layers, remove_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
 from utils.common import RunFailed, UserError, generator, note, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
@@ -269,8 +269,9 @@ def _compact(artifact: Artifact, state: dict[str, Tensor]) -> tuple[Compact, str
     made = compact(model, side)
     images = torch.randn(8, 3, side, side, generator=generator(0, "compact"))
     difference = largest_difference(model, made.network, images)
-    left, total = (sum(row[key] for row in made.layers) for key in ("weights_left", "weights"))
-    filters, outputs = (sum(row[key] for row in made.layers) for key in ("outputs_left", "outputs"))
+    after, before = ([layer.weight for layer in prunable_layers(each).values()] for each in (made.network, model))
+    left, total = (sum(weight.numel() for weight in weights) for weights in (after, before))
+    filters, outputs = (sum(len(weight) for weight in weights) for weights in (after, before))
     gone = "no filter is dead, nothing was removed" if left == total else f"{filters:,} of {outputs:,} filters are left"
     return made, (f"{_counts(state)}, now a dense network of {left:,}: {gone}; its logits are the model's within "
                   f"{difference:.1g}")
