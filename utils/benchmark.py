@@ -33,7 +33,6 @@ from utils.regrowth import SELECTORS, WeightRegrowth, stored_weight
 from utils.run import Run, add_model_option, add_run_options, fraction, open_run, positive_int
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
 
-STAGES = ("loading", "drift (SSIM)", "evidence", "selection", "mask and values", "mini-finetuning")
 FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
 EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
 EPOCH_SECONDS = {"resnet20": 1, "vgg16": 2}  # of these images, on a GPU
@@ -124,14 +123,11 @@ def argsort_lamp_masks(weights: Sequence[Tensor], keep: int) -> list[Tensor]:
     """LAMP (Lee et al., ICLR 2021) by sorting every layer, then all scores; bool masks of the `keep` best weights."""
     scores = []
     for weight in weights:
-        squares = weight.detach().flatten().double() ** 2
-        order = torch.argsort(squares, descending=True)
-        score = torch.empty_like(squares)
-        score[order] = squares[order] / squares[order].cumsum(0)
-        scores.append(score)
-    best = torch.argsort(torch.cat(scores), descending=True)[:keep]
-    mask = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.bool, device=weights[0].device)
-    mask[best] = True
+        squares, order = weight.detach().flatten().double().square().sort(descending=True)
+        scores.append(torch.empty_like(squares).scatter_(0, order, squares / squares.cumsum(0)))
+    scores = torch.cat(scores)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[torch.argsort(scores, descending=True)[:keep]] = True
     return [part.view(weight.shape) for part, weight in zip(mask.split([w.numel() for w in weights]), weights)]
 
 
@@ -393,10 +389,7 @@ def bars(run: Run, rows: Sequence[Row]) -> list[Row]:
 
 
 def stage_rows(seconds: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
-    """A row per method and stage, and one per method for the whole episode, over its repeats.
-
-    seconds: method -> repeats -> stage -> seconds.
-    """
+    """A row per method and stage, and one for the whole episode; seconds: method -> repeats -> stage -> seconds."""
     return [{"method": method, "stage": stage,
              **spread([sum(once.values()) if stage == TOTAL else once[stage] for once in repeats])}
             for method, repeats in seconds.items() for stage in (*repeats[0], TOTAL)]

@@ -384,9 +384,9 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
     columns = min(len(layers), 5 if len(layers) <= 30 else 8)
     lines, places = math.ceil(len(layers) / columns), range(len(classes))
     figure = new_figure(figsize=(columns * (0.21 * len(classes) + 0.4), 2.2 * lines))  # constrained layout takes long
-    panels = figure.subplots(lines, columns, sharex=True, sharey="row", squeeze=False,
-                             gridspec_kw={"wspace": 0.06, "hspace": 0.28})
-    for number, (axes, name, *(low, lower, median, upper, high)) in enumerate(zip(panels.flat, layers, *quantiles)):
+    grid = figure.subplots(lines, columns, sharex=True, sharey="row", squeeze=False,
+                           gridspec_kw={"wspace": 0.06, "hspace": 0.28})
+    for number, (axes, name, *(low, lower, median, upper, high)) in enumerate(zip(grid.flat, layers, *quantiles)):
         axes.vlines(places, low, high, color="0.55")
         axes.vlines(places, lower, upper, color="C0", linewidth=4)
         axes.plot(places, median, linestyle="none", marker="o", markersize=2.5, color="k")
@@ -395,12 +395,12 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
         axes.set_xticks(places, classes, rotation=90)
         axes.tick_params(labelsize=7)
         axes.tick_params("x", labelbottom=number + columns >= len(layers))
-    for axes in panels[:, 0]:
+    for axes in grid[:, 0]:
         _log_axis(axes)
         axes.minorticks_off()
-    for axes in panels.flat[len(layers):]:
+    for axes in grid.flat[len(layers):]:
         axes.set_visible(False)
-    panels[0, 0].annotate(
+    grid[0, 0].annotate(
         f"{title}: {label}\nlayers (active weights); dot: median, thick: 25–75 %, thin: 5–95 % of the weights\n"
         "an axis for each row of panels; lines that reach the bottom go on to zero", (0, 1), (0, 18),
         xycoords="axes fraction", textcoords="offset points", va="bottom", fontsize=9)
