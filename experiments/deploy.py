@@ -129,8 +129,7 @@ def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> lis
 
 def images(count: int) -> Tensor:
     """(count, 3, SIDE, SIDE), always the same."""
-    values = torch.randn(count, 3, SIDE, SIDE, generator=generator(0, "deploy"))
-    return values.to(memory_format=torch.channels_last)
+    return torch.randn(count, 3, SIDE, SIDE, generator=generator(0, "deploy")).to(memory_format=torch.channels_last)
 
 
 def onnx_work(file: bytes, threads: int, inputs: Tensor) -> Callable[[], Any]:
