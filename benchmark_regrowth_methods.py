@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import benchmark, checkpoint, plots
-from utils.common import Progress, UserError, peak_memory_mb
-from utils.mask_schedule import MASK_SCHEDULES
-from utils.methods import METHODS
-from utils.run import ArgumentParser, Run, environment, script
+from utils.common import UserError, peak_memory_mb
+from utils.run import ArgumentParser, environment, script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,27 +30,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.num_images < 200:
         raise UserError(f"--num_images {args.num_images} is too few to time an epoch; use 200 or more")
     return args
-
-
-def time_episodes(run: Run, args: argparse.Namespace, log: Path) -> tuple[dict[str, list], dict[str, Any]]:
-    """Seconds per method, repeat and stage after a warm-up episode of each, and the last episode of each method.
-
-    The methods take turns; every finished episode is a row of `log`.
-    """
-    options = benchmark.stage2_arguments(args)
-    seconds: dict[str, list] = {name: [] for name in METHODS}
-    last, rows = {}, []
-    jobs = [(number, name) for number in range(args.num_runs + 1) for name in METHODS]
-    with Progress("benchmark", len(jobs)) as progress:
-        for number, name in jobs:
-            progress.say(f"episode {progress.done + 1}/{len(jobs)}  {name}{'' if number else ', to warm up'}")
-            last[name] = benchmark.run_episode(run, options, METHODS[name])
-            progress.advance()
-            if number:
-                seconds[name].append(last[name].seconds)
-                rows.append({"run": number, "method": name, **last[name].seconds})
-                checkpoint.save_csv(rows, log)
-    return seconds, last
 
 
 def timings(card: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -91,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     partial = folder / "episodes.partial.csv"
     with tempfile.TemporaryDirectory() as temporary:
         run = benchmark.open_benchmark(args, Path(temporary))
-        seconds, episodes = time_episodes(run, args, partial)
+        seconds, episodes = benchmark.time_episodes(run, args, warmups=1, log=partial)
         repeats = min(args.num_runs, 5)
         comparisons = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]
         comparisons += [*benchmark.loader_rows(run, repeats), benchmark.lamp_row(run.device, repeats)]
-        schedules = [benchmark.schedule_row(run, name, args.start_sparsity) for name in MASK_SCHEDULES]
+        schedules = [benchmark.schedule_row(run, name, args.start_sparsity) for name in benchmark.MASK_SCHEDULES]
     stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons + schedules)
     weights = sum(next(iter(episodes.values())).allocation.values())
     setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,

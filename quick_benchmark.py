@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import benchmark
-from utils.methods import METHODS
 from utils.run import ArgumentParser, environment, script
 
 
@@ -25,16 +24,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Times and prints."""
     args = parse_args(argv)
-    options = benchmark.stage2_arguments(args)
+    benchmark.stage2_arguments(args)  # raises on sparsities that do not go together
     with tempfile.TemporaryDirectory() as temporary:
         run = benchmark.open_benchmark(args, Path(temporary))
-        episodes = {name: [benchmark.run_episode(run, options, method) for _ in range(args.num_runs)]
-                    for name, method in METHODS.items()}
-    rows = [benchmark.update_row(name, several[-1], run.device, args.num_runs) for name, several in episodes.items()]
+        seconds, episodes = benchmark.time_episodes(run, args)
+    rows = [benchmark.update_row(name, episode, run.device, args.num_runs) for name, episode in episodes.items()]
     hardware = environment(run.device)
     print(f"{args.m_name} on {hardware['device']}, {run.precision}, torch {hardware['torch']}, "
           f"{hardware['threads']} threads; {run.data_label}, {args.num_images:,} images")
-    seconds = {name: [episode.seconds for episode in several] for name, several in episodes.items()}
     benchmark.print_stages(benchmark.stage_rows(seconds))
     benchmark.print_comparisons(rows)
     benchmark.print_bars(benchmark.bars(run, rows))

@@ -13,10 +13,10 @@ import benchmark_regrowth_methods as script
 from tests.conftest import assert_user_error
 from tests.test_regrowth_scripts import make_start
 from utils import benchmark, checkpoint
-from utils import benchmark as report
 from utils.analysis_utils import clone_model, get_masks
 from utils.benchmark import spread
 from utils.mask_schedule import MASK_SCHEDULES
+from utils.methods import METHODS
 
 SMALL = ["--m_name", "resnet20", "--num_images", "200", "--num_runs", "2", "--device", "cpu", "--precision", "fp32"]
 
@@ -32,7 +32,7 @@ def episodes(tmp_path_factory):
     args = arguments(root, "--synthetic")
     run = benchmark.open_benchmark(args, root)
     return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args), method)
-                 for name, method in script.METHODS.items()}
+                 for name, method in METHODS.items()}
 
 
 def test_an_episode_times_every_stage_and_moves_the_whole_budget(episodes):
@@ -120,7 +120,7 @@ def test_a_mask_update_may_take_three_per_cent_of_the_training():
 
 
 def test_bars_are_said_in_words(capsys):
-    report.print_bars(benchmark.bars(fake_run("resnet20", "cpu", "bf16"), [row("training resnet20", 1, 2.9, 1_300)]))
+    benchmark.print_bars(benchmark.bars(fake_run("resnet20", "cpu", "bf16"), [row("training resnet20", 1, 2.9, 1_300)]))
     shown = capsys.readouterr().out.splitlines()
     assert "aims at" in shown[1] and shown[2].endswith(" reached") and shown[3].endswith("not reached here")
 
@@ -133,14 +133,14 @@ def test_checkpoints_of_other_images_are_timed_without_a_warning(image_folder, t
     checkpoint.save_json(card, path)
     args = arguments(tmp_path, "--data_dir", image_folder)
     run = benchmark.open_benchmark(args, tmp_path / "unused")
-    benchmark.run_episode(run, benchmark.stage2_arguments(args), script.METHODS["reference"])
+    benchmark.run_episode(run, benchmark.stage2_arguments(args), METHODS["reference"])
     assert run.root == tmp_path and "other images" not in capsys.readouterr().out
 
 
 def test_stage_rows_by_hand():
-    rows = report.stage_rows({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 4.0}, {"x": 2.0, "y": 9.0}]})
+    rows = benchmark.stage_rows({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0, "y": 4.0}, {"x": 2.0, "y": 9.0}]})
     assert [(row["stage"], row["median_s"], row["fastest_s"], row["slowest_s"], row["repeats"]) for row in rows] == \
-        [("x", 2.0, 1.0, 3.0, 3), ("y", 4.0, 2.0, 9.0, 3), (report.TOTAL, 7.0, 3.0, 11.0, 3)]
+        [("x", 2.0, 1.0, 3.0, 3), ("y", 4.0, 2.0, 9.0, 3), (benchmark.TOTAL, 7.0, 3.0, 11.0, 3)]
 
 
 def test_blocks_of_one_stage_add_up():

@@ -22,11 +22,11 @@ from torchvision import transforms
 from utils import checkpoint, stage2
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import clone_model, prunable_layers
-from utils.common import generator
+from utils.common import Progress, generator
 from utils.data_loader import PADDING, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
 from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan
-from utils.methods import regrowth_arguments
+from utils.methods import METHODS, regrowth_arguments
 from utils.model_loader import model_loader
 from utils.pruning import weight_pruner_loader
 from utils.regrowth import SELECTORS, WeightRegrowth, stored_weight
@@ -252,6 +252,29 @@ def run_episode(run: Run, args: argparse.Namespace, method: stage2.Method) -> Ep
     with timed(seconds, "mini-finetuning", run.device):
         trainer.run(show=False)
     return Episode(seconds, start.model, allocation, regrower)
+
+
+def time_episodes(run: Run, args: argparse.Namespace, warmups: int = 0,
+                  log: Path | None = None) -> tuple[dict[str, list[dict[str, float]]], dict[str, Episode]]:
+    """Seconds per stage-2 method, repeat and stage, and the last episode of each method; the methods take turns.
+
+    warmups: episodes of each method that do not count; log: CSV with a row for every finished episode.
+    """
+    options = stage2_arguments(args)
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    last, rows = {}, []
+    jobs = [(number, name) for number in range(1 - warmups, args.num_runs + 1) for name in METHODS]
+    with Progress("benchmark", len(jobs)) as progress:
+        for number, name in jobs:
+            progress.say(f"episode {progress.done + 1}/{len(jobs)}  {name}{'' if number > 0 else ', to warm up'}")
+            last[name] = run_episode(run, options, METHODS[name])
+            progress.advance()
+            if number > 0:
+                seconds[name].append(last[name].seconds)
+                rows.append({"run": number, "method": name, **last[name].seconds})
+                if log:
+                    checkpoint.save_csv(rows, log)
+    return seconds, last
 
 
 # --- ours against the straightforward version ----------------------------------------------------------------------
