@@ -214,33 +214,26 @@ def sources(layer: Layer, operand: Tensor) -> Tensor:
     return operand.expand(layer.channels)
 
 
-def reached_from_input(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> Tensor:
-    """bool, by channel: whether any path of joined channels leads to it from the image. joined: `links` by layer."""
-    reached = torch.zeros(layers[-1].span.stop, dtype=torch.bool)
-    for layer in layers:
-        if layer.kind == "input":
-            reached[layer.span] = True
-        elif layer.path in joined:
-            reached[layer.span] = (reached[layer.reads[0]][positions(layer)] & joined[layer.path]).any(1)
-        else:
-            for operand in layer.reads:
-                reached[layer.span] |= reached[sources(layer, operand)]
-    return reached
+def joined_channels(layer: Layer, joined: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Pairs of channels: one that the layer reads, and its own that depends on it. joined: `links` by layer."""
+    own = torch.arange(layer.first, layer.first + layer.channels)
+    if layer.path in joined:
+        outputs, inputs = joined[layer.path].nonzero(as_tuple=True)
+        return layer.reads[0][positions(layer)[outputs, inputs]], own[outputs]
+    read = [sources(layer, operand) for operand in layer.reads]
+    return torch.cat(read or [own]), own.repeat(max(1, len(read)))
 
 
-def leading_to_output(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> Tensor:
-    """bool, by channel: whether any path of joined channels leads from it to the model's output."""
-    leading = torch.zeros(layers[-1].span.stop, dtype=torch.bool)
-    for layer in reversed(layers):
-        if layer.kind == "output":
-            leading[layer.span] = True
-        below = leading[layer.span]
-        if layer.path in joined:
-            leading[layer.reads[0][positions(layer)[joined[layer.path] & below[:, None]]]] = True
-            continue
-        for operand in layer.reads:
-            leading[sources(layer, operand)[below]] = True
-    return leading
+def on_paths(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """bool, by channel: whether any path of joined channels leads from the image to it, and from it to the output."""
+    pairs = [joined_channels(layer, joined) for layer in layers]
+    reached, leading = torch.zeros(2, layers[-1].span.stop, dtype=torch.bool)
+    reached[layers[0].span] = leading[layers[-1].span] = True
+    for read, own in pairs:
+        reached[own[reached[read]]] = True
+    for read, own in reversed(pairs):
+        leading[read[leading[own]]] = True
+    return reached, leading
 
 
 # --- which channels are constant -------------------------------------------------------------------------------------
@@ -331,7 +324,7 @@ def live_positions(model: nn.Module, side: int = SIDE) -> dict[str, Tensor]:
     """
     layers, masks = trace(model, side), {name: mask.cpu() for name, mask in get_masks(model).items()}
     joined = {name: links(mask) for name, mask in masks.items()}
-    above, below = reached_from_input(layers, joined), leading_to_output(layers, joined)
+    above, below = on_paths(layers, joined)
     live = {name: torch.zeros_like(mask) for name, mask in masks.items()}
     for layer in layers:
         if layer.path in live:
