@@ -383,9 +383,10 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
     layers, classes, (weights, *quantiles) = _by_layer_and_class(rows, "weights", "q05", "q25", "median", "q75", "q95")
     columns = min(len(layers), 5 if len(layers) <= 30 else 8)
     lines, places = math.ceil(len(layers) / columns), range(len(classes))
-    figure = new_figure(figsize=(columns * (0.21 * len(classes) + 0.4), 2.2 * lines))  # constrained layout takes long
-    grid = figure.subplots(lines, columns, sharex=True, sharey="row", squeeze=False,
-                           gridspec_kw={"wspace": 0.06, "hspace": 0.28})
+    legend = ("layers (active weights); dot: median, thick: 25–75 %, thin: 5–95 % of the weights\n"
+              "an axis for each row of panels; lines that reach the bottom go on to zero")
+    figure, grid = panels((columns * (0.21 * len(classes) + 0.4), 2.2 * lines + 1.2), f"{title}: {label}\n{legend}",
+                          lines, columns, sharex=True, sharey="row", squeeze=False)
     for number, (axes, name, *(low, lower, median, upper, high)) in enumerate(zip(grid.flat, layers, *quantiles)):
         axes.vlines(places, low, high, color="0.55")
         axes.vlines(places, lower, upper, color="C0", linewidth=4)
@@ -400,10 +401,6 @@ def plot_distributions(rows: Rows, path: Path, title: str, label: str) -> None:
         axes.minorticks_off()
     for axes in grid.flat[len(layers):]:
         axes.set_visible(False)
-    grid[0, 0].annotate(
-        f"{title}: {label}\nlayers (active weights); dot: median, thick: 25–75 %, thin: 5–95 % of the weights\n"
-        "an axis for each row of panels; lines that reach the bottom go on to zero", (0, 1), (0, 18),
-        xycoords="axes fraction", textcoords="offset points", va="bottom", fontsize=9)
     save_figure(figure, path)
 
 
