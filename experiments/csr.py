@@ -1,6 +1,7 @@
-"""A pruned model in PyTorch's compressed sparse rows (CSR), as `deploy.py` measures it."""
+"""A pruned model in PyTorch's compressed sparse rows (CSR), as `deploy.py` measures it, and what a form multiplies."""
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.analysis_utils import clone_model, prunable_layers, remove_masks
+from utils.channels import SIDE
 
 
 class SparseProduct(nn.Module):
@@ -51,3 +53,19 @@ def sparse_products(model: nn.Module) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(copy.get_submodule(parent), child, SparseProduct(layer))
     return copy
+
+
+@torch.no_grad()
+def multiplications(network: nn.Module) -> int:
+    """Multiply-accumulate operations of convolutions and linear layers for one image; in CSR, of weights not zero."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+        weights = layer.values if isinstance(layer, SparseProduct) else layer.weight
+        counts.append(weights.numel() * math.prod(output.shape[2:]))
+    handles = [layer.register_forward_hook(count) for layer in network.modules()
+               if isinstance(layer, (SparseProduct, nn.Conv2d, nn.Linear))]
+    network(torch.zeros(1, 3, SIDE, SIDE))
+    for handle in handles:
+        handle.remove()
+    return sum(counts)

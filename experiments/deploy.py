@@ -6,7 +6,6 @@ all measured in turn; a table and a figure. Dense is the pruned model without ma
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from utils import checkpoint, export, plots  # noqa: E402, I001  first: it says 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from experiments.csr import SparseProduct, sparse_products, without_masks  # noqa: E402
+from experiments.csr import multiplications, sparse_products, without_masks  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.benchmark import measure  # noqa: E402
 from utils.channels import SIDE, effective_sparsity  # noqa: E402
@@ -75,22 +74,6 @@ def pruned_model(word: str) -> tuple[str, nn.Module]:
     model = model_loader(guess[0], num_classes=guess[1], seed=0)
     load_model_state(model, weights, word)
     return f"{guess[0]} {checkpoint.format_sparsity(count_pruned_params(model).sparsity)}", model
-
-
-@torch.no_grad()
-def multiplications(network: nn.Module) -> int:
-    """Multiply-accumulate operations of convolutions and linear layers for one image; in CSR, of weights not zero."""
-    counts: list[int] = []
-
-    def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
-        weights = layer.values if isinstance(layer, SparseProduct) else layer.weight
-        counts.append(weights.numel() * math.prod(output.shape[2:]))
-    handles = [layer.register_forward_hook(count) for layer in network.modules()
-               if isinstance(layer, (SparseProduct, nn.Conv2d, nn.Linear))]
-    network(torch.zeros(1, 3, SIDE, SIDE))
-    for handle in handles:
-        handle.remove()
-    return sum(counts)
 
 
 def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> list[Row]:

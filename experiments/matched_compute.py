@@ -104,8 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{once[0]} makes a model denser, and --sparsity {min(args.sparsity)} is not below "
                         f"--start_sparsity {args.start_sparsity}")
     if once and not 0 < round(args.before_share * args.finetune_epochs) < args.finetune_epochs:
-        raise UserError(f"--before_share {args.before_share} of {args.finetune_epochs} epochs leaves a part without "
-                        "epochs")
+        raise UserError(f"--before_share {args.before_share} leaves a part of {args.finetune_epochs} without epochs")
     return args
 
 
@@ -142,11 +141,10 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float,
         m_name=args.m_name, allocation=allocation, recipe=args.recipe, start_sparsity=args.start_sparsity,
         starting_checkpoint=str(start.artifact), target_sparsity=sparsity, finetune_epochs=recipe.epochs,
         patience=recipe.epochs + 1, **{f"finetune_{field}": getattr(recipe, field) for field in RECIPE_NUMBERS},
-        finetune_batch_size=recipe.batch_size,
-        search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
+        finetune_batch_size=recipe.batch_size, search_budget=args.search_budget,
+        mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / f"{arm}_{checkpoint.format_sparsity(sparsity)}",
-        resume="latest" if args.resume else None, overwrite=args.overwrite,
-        selection=selection, init_strategy=values)
+        resume="latest" if args.resume else None, overwrite=args.overwrite, selection=selection, init_strategy=values)
     return stage2.regrow(run, options, method, passes=before)[-1], start.card["seconds"]
 
 

@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     several = {"nargs": "+"}
     parser.add_argument("--sparsity", type=fraction, default=[0.0], help="default: pretraining", **several)
     parser.add_argument("--pruner", choices=[name for name, score in PRUNERS.items() if not needed(score)],
-                        default=["magnitude"], help="which weights go", **several)
+                        help="which weights go (default: magnitude)", **several)
     add_mask_options(parser, "how the mask moves in finetuning; fixed: pruned at once", several=True)
     parser.add_argument("--epochs", type=positive_int, default=[start.epochs], help="of training", **several)
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default=[start.optimizer], help="names", **several)
@@ -67,6 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sparsity == [0.0] and args.mask_schedule != ["fixed"]:
         raise UserError("--mask_schedule moves the mask of a finetuning; give a --sparsity")
+    if args.sparsity == [0.0] and args.pruner:
+        raise UserError("--pruner prunes before a finetuning; give a --sparsity")
     schedules = [MASK_SCHEDULES[name] for name in args.mask_schedule if name != "fixed"]
     for name in MASK_FIELDS:
         if getattr(args, name) and all(name in schedule.ignores for schedule in schedules):
@@ -75,11 +77,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every different combination of the values given, by `KEYS`; '' for what means nothing to its mask schedule."""
+    """Every different combination of the values given, by `KEYS`; '' for what means nothing to pretraining, or to its
+    mask schedule."""
     lists = {name: getattr(args, name) or [None] for name in KEYS}
     found = {}
     for values in product(*lists.values()):
         asked = dict(zip(KEYS, values, strict=True))
+        asked["pruner"] = asked["pruner"] or ("magnitude" if asked["sparsity"] else "")
         plan = {}
         if asked["mask_schedule"] != "fixed":
             ignored = MASK_SCHEDULES[asked["mask_schedule"]].ignores

@@ -77,11 +77,11 @@ def open_few(args: argparse.Namespace) -> Run:
     run = open_run(args)
     if args.num_images is None or args.num_images >= run.train.num_images:
         return run
-    train, seed = run.train, derive_seed(args.seed, "train")
+    train = run.train
     few = train.balanced_sample(args.num_images, args.num_images, seed=0)
     return replace(run, train=BatchLoader(few.images.numpy(force=True), few.targets.numpy(force=True), train.batch_size,
-                                          mean=train.mean, std=train.std, device=run.device, augment=True, shuffle=True,
-                                          seed=seed))
+                                          mean=train.mean, std=train.std, device=run.device, augment=True,
+                                          shuffle=True))
 
 
 class Study:

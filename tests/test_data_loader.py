@@ -158,13 +158,16 @@ def test_mismatched_lengths_are_refused():
 
 
 def test_padding_says_how_far_a_crop_may_move():
-    images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
-    images[:, 3, 4] = 255
-    loader = BatchLoader(images, np.zeros(64, int), 64, mean=np.zeros(3), std=np.full(3, 255.0), augment=True,
-                         shuffle=True)
-    assert loader.with_padding(4).windows is loader.windows
-    for padding, reach in ((0, 0), (1, 1), (6, 6)):
+    """A bright pixel in the middle of every image: where it lands, in 500 crops, is every place within reach."""
+    images = np.zeros((500, 21, 21, 3), dtype=np.uint8)
+    images[:, 10, 10] = 255
+    loader = BatchLoader(images, np.zeros(500, int), 500, mean=np.zeros(3), std=np.full(3, 255.0), augment=True)
+    for padding in (0, 1, 4, 6):
         ((inputs, _),) = list(loader.with_padding(padding))
-        rows = {int(row) for row in inputs[:, 0].nonzero()[:, 1]}
-        assert inputs.shape == (64, 3, 8, 8) and {abs(row - 3) for row in rows} <= set(range(reach + 1))
-        assert len(rows) > reach  # it does move
+        _, rows, columns = inputs[:, 0].nonzero().T
+        reach = set(range(10 - padding, 11 + padding))
+        assert inputs.shape == (500, 3, 21, 21) and set(rows.tolist()) == set(columns.tolist()) == reach
+    for padding in (0, 2, 4):  # at most the loader's own: the same memory
+        assert np.may_share_memory(loader.with_padding(padding).windows, loader.windows)
+        padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        assert np.array_equal(loader.with_padding(padding).windows[3, 0, -1], padded[3, :21, 2 * padding:])

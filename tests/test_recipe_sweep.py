@@ -58,6 +58,13 @@ def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(imag
     assert {row["update_until"] for row in found} == {"", 0.6}
     with pytest.raises(UserError, match="--exchange means nothing"):
         sweep.parse_args([*words[:-1], "--exchange", "0.1"])
+    found = sweep.combinations(sweep.parse_args([*words, "--pruner", "magnitude", "lamp"]))
+    assert [(row["pruner"], row["mask_schedule"]) for row in found] == [
+        (pruner, name) for pruner in ("magnitude", "lamp") for name in ("fixed", "gradual", "bidirectional")]
+    (pretraining,) = sweep.combinations(sweep.parse_args(options(image_folder, tmp_path)))
+    assert (pretraining["pruner"], pretraining["mask_schedule"]) == ("", "fixed")
+    with pytest.raises(UserError, match="--pruner"):
+        sweep.parse_args([*options(image_folder, tmp_path), "--pruner", "lamp"])
 
 
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):

@@ -348,10 +348,12 @@ class TimedMover(MaskMover):
         self.plain, self.watched, self.updates = [], [], []
 
     def before_step(self, trainer: Trainer) -> None:
+        """Starts the clock."""
         super().before_step(trainer)
         self.start = now(trainer.device)
 
     def on_step(self, trainer: Trainer) -> None:
+        """Notes the step's time, and that of an update after it."""
         done, updates = now(trainer.device), len(self.history)
         super().on_step(trainer)
         if len(self.history) == updates:
@@ -364,13 +366,12 @@ class TimedMover(MaskMover):
 def schedule_row(run: Run, name: str, target: float) -> Row:
     """What the updates of a mask schedule cost, at its defaults, from the dense model to the target sparsity.
 
-    Timed in finetuning with an update after every fourth step. `share_percent`: an update, and what keeping
-    gradients adds to the `evidence_steps` before it, in per cent of the plain steps from one update to the next
-    (`update_every`). Medians, without the first quarter of the plain steps, which warms up.
+    Timed in finetuning with an update after every fourth step. `share_percent`: an update, and what keeping gradients
+    adds to the `evidence_steps` before it, in per cent of the plain steps from one update to the next. Medians, without
+    the first quarter of the plain steps, which warms up.
     """
     plan = MaskPlan(name, 0.0, target, **MASK_SCHEDULES[name].defaults)
-    often = replace(plan, update_every=4, update_until=1.0, evidence_steps=1)
-    mover = TimedMover(run.new_model(), often, run.seed)
+    mover = TimedMover(run.new_model(), replace(plan, update_every=4, update_until=1.0, evidence_steps=1), run.seed)
     epochs = math.ceil(6 * FINETUNE_FINAL.batch_size / run.train.num_images)  # one, if it has six steps
     recipe, few = replace(FINETUNE_FINAL, epochs=epochs, patience=None), run.val.subset(np.arange(1))
     Trainer(mover.model, run.train, few, recipe, seed=run.seed, precision=run.precision, hook=mover).run(show=False)

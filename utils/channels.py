@@ -94,6 +94,7 @@ class _Numbering(fx.Interpreter):
         self.owners: list[Layer] = []  # of each channel
 
     def run_node(self, node: fx.Node) -> Any:
+        """The channel numbers of a node's result; UserError for an operation that is not known."""
         inputs = [self.env[source] for source in node.all_input_nodes]
         target = type(self.module.get_submodule(node.target)) if node.op == "call_module" else node.target
         if node.op == "placeholder":

@@ -80,9 +80,12 @@ class BatchLoader:
 
     def with_padding(self, padding: int) -> BatchLoader:
         """The same with so many pixels of zeros on each side before the random crop."""
-        other = self.with_batch_size(self.batch_size)
-        if self.augment and padding != self.padding:
-            other.padding = padding
+        other, less = self.with_batch_size(self.batch_size), self.padding - padding
+        other.padding = padding
+        if self.augment and less > 0:  # the crops in the middle are the ones: nothing is copied
+            middle = slice(less, less + 2 * padding + 1)
+            other.windows = self.windows[:, middle, middle]
+        elif self.augment and less < 0:
             other.windows = other._windows()
         return other
 

@@ -92,6 +92,7 @@ class Processes(World):
         return distributed.PrefixStore(f"start {start}", store)
 
     def share(self, value: Any = None) -> Any:
+        """As of `World`."""
         self._shared += 1
         key = f"shared {self._shared}"
         if self.leads:
@@ -101,6 +102,7 @@ class Processes(World):
         return json.loads(self.store.get(key))
 
     def run(self, function: Function, jobs: Sequence[Sequence[Any]], on_result: OnResult) -> None:
+        """As of `World`."""
         jobs = self.share(jobs)
         with ThreadPoolExecutor(1) as pool:  # results are taken in while this process is busy with a job of its own
             collecting = pool.submit(self._collect, len(jobs), on_result)
@@ -112,6 +114,7 @@ class Processes(World):
                 raise
 
     def serve(self, function: Function) -> None:
+        """As of `World`."""
         while (jobs := self.share()) is not None:
             self._work(function, jobs)
 
@@ -131,6 +134,7 @@ class Processes(World):
             on_result(*json.loads(self.store.get(key)))
 
     def end(self, error: str | None = None) -> None:
+        """As of `World`."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._over.set()
         try:

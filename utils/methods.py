@@ -165,6 +165,7 @@ def search_config(args: argparse.Namespace) -> SearchConfig:
 
 
 def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:
+    """Completes the options by those of the recipe; UserError for what cannot be together."""
     for option in ("patience", *(f"finetune_{field}" for field in ("epochs", "batch_size", *RECIPE_NUMBERS))):
         if getattr(args, option) is None:
             setattr(args, option, getattr(RECIPES[args.recipe].final, option.removeprefix("finetune_")))

@@ -443,8 +443,6 @@ class ReferenceBasedRegrowth(WeightRegrowth):
 
     def __init__(self, model: nn.Module, reference: nn.Module, init_strategy: str = "reference", seed: int = 0,
                  magnitudes: Mapping[str, Tensor] | None = None):
-        """Filled positions of a pruned reference, which has no weight to copy there, start from Kaiming values.
-
-        magnitudes: `reference_magnitudes(reference)`, for callers that regrow by one reference many times.
-        """
+        """Filled positions of a pruned reference, which has no weight to copy there, start from Kaiming values;
+        magnitudes: `reference_magnitudes(reference)`, for callers that regrow by one reference many times."""
         super().__init__(model, "reference", Evidence(reference=reference, magnitude=magnitudes), init_strategy, seed)

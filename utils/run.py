@@ -298,6 +298,7 @@ class _Pipe(io.FileIO):
     """An output whose reader may leave, as ``| head`` does: what is written after that is dropped."""
 
     def write(self, data: Any) -> int:
+        """As of `io.FileIO`."""
         try:
             return super().write(data)
         except BrokenPipeError:
