@@ -75,7 +75,7 @@ def test_schedules_are_arms_at_every_sparsity_with_one_number_of_steps(image_fol
     assert len(cards) == 12 and len({json.dumps(card["config"]["recipe"]) for card in cards}) == 1
     masks = {(card["config"]["mask"]["regrow_rule"], card["config"]["mask"]["regrow_allocation"])
              for card in cards if card["config"]["schedule"] == "bidirectional"}
-    assert masks == {("saliency", "global"), ("random", "erk")}
+    assert masks == {("gradient", "layer"), ("random", "erk")}
     assert {card["epochs"] for card in cards} == {2}
 
 
