@@ -7,8 +7,7 @@ from torch import nn
 
 from utils.analysis_utils import get_masks, set_masks
 from utils.channels import count_live
-from utils.live_regrowth import LiveRegrowth, dead_positions_taken
-from utils.regrowth import Evidence, layer_capacities
+from utils.regrowth import Evidence, WeightRegrowth, dead_positions_taken, layer_capacities
 
 
 def net() -> nn.Module:
@@ -35,7 +34,8 @@ def test_every_weight_that_returns_is_on_a_live_path(rule):
         model = net()
         # the dead weight of hidden 1 from input 2 ranks first
         saliency = {"2": torch.tensor([[1.0, 2, 3], [4, 5, 99], [6, 7, 8]]), "4": torch.rand(2, 3)}
-        record = LiveRegrowth(model, rule, Evidence(saliency=saliency), seed=seed).apply_regrowth({"2": 4, "4": 2})
+        regrower = WeightRegrowth(model, rule, Evidence(saliency=saliency), seed=seed, only_live=True)
+        record = regrower.apply_regrowth({"2": 4, "4": 2})
         assert record.count == 6 == count_live(model, record.masks(model))
         assert rule != "saliency" or record.layers["2"].indices.tolist() == [1, 2, 6, 8]
 
@@ -43,5 +43,5 @@ def test_every_weight_that_returns_is_on_a_live_path(rule):
 def test_more_than_can_live_is_refused():
     model = net()
     with pytest.raises(ValueError, match="cannot return"):
-        LiveRegrowth(model, "random", Evidence()).apply_regrowth({"4": 4})
+        WeightRegrowth(model, "random", Evidence(), only_live=True).apply_regrowth({"4": 4})
     assert layer_capacities(model, ["4"]) == {"4": 4}

@@ -12,9 +12,8 @@ import main
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import checkpoint, stage1
 from utils import pruning as pruners
-from utils.analysis_utils import count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
+from utils.analysis_utils import Evidence, count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
 from utils.common import UserError, derive_seed
-from utils.evidence import Evidence
 from utils.run import open_run
 
 

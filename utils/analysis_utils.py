@@ -1,4 +1,5 @@
-"""Masks of a pruned model: put on, set, read, count, clone, and hold while an optimizer runs; how far layers drift.
+"""Masks of a pruned model: put on, set, read, count, clone, and hold while an optimizer runs; and what rules look at
+besides the weights: saliency, gradients, drift.
 
 A pruned layer uses the reparametrization of `torch.nn.utils.prune`: parameter `weight_orig`, buffer `weight_mask`
 (1 active, 0 pruned) and `weight = weight_orig * weight_mask`, made anew before every forward pass.
@@ -7,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 from torch.optim import Optimizer
@@ -45,27 +49,23 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, NonDynamicallyQuantizableLinear)}
 
 
-def _is_masked(layer: nn.Module) -> bool:
-    return hasattr(layer, "weight_mask")
-
-
 def has_masks(model: nn.Module) -> bool:
     """Whether any prunable layer has a mask."""
-    return any(_is_masked(layer) for layer in prunable_layers(model).values())
+    return any(hasattr(layer, "weight_mask") for layer in prunable_layers(model).values())
 
 
 @torch.no_grad()  # so that `weight`, made here, holds no graph
 def add_masks(model: nn.Module) -> None:
     """Give every prunable layer that has no mask one of all ones. Parameters stay the same objects."""
     for layer in prunable_layers(model).values():
-        if not _is_masked(layer):
+        if not hasattr(layer, "weight_mask"):
             prune.identity(layer, "weight")
 
 
 def remove_masks(model: nn.Module) -> None:
     """Make pruning permanent: `weight` becomes an ordinary parameter, zero where it was pruned."""
     for layer in prunable_layers(model).values():
-        if not _is_masked(layer):
+        if not hasattr(layer, "weight_mask"):
             continue
         prune.remove(layer, "weight")
         if layer.bias is not None:  # back behind `weight`, so that the state dict has the order of a dense model
@@ -96,10 +96,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:
     """A bool copy of every prunable layer's mask, True where active; all True where the layer has none."""
-    return {
-        name: layer.weight_mask.bool() if _is_masked(layer) else torch.ones_like(layer.weight, dtype=torch.bool)
-        for name, layer in prunable_layers(model).items()
-    }
+    return {name: layer.weight_mask.bool() if hasattr(layer, "weight_mask")
+            else torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in prunable_layers(model).items()}
 
 
 def is_binary(mask: Tensor) -> bool:
@@ -171,9 +169,136 @@ def hold_weights(optimizer: Optimizer, params_and_keep: Iterable[tuple[nn.Parame
 
 def hold_pruned_weights(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """`hold_weights` for every pruned position of `weight_orig`; a handle that does nothing if there are no masks."""
-    layers = [layer for layer in prunable_layers(model).values() if _is_masked(layer)]
+    layers = [layer for layer in prunable_layers(model).values() if hasattr(layer, "weight_mask")]
     return hold_weights(optimizer, [(layer.weight_orig, layer.weight_mask) for layer in layers])
 
+
+# ---- what rules look at besides the weights --------------------------------------------------------------------------
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """What the layer stores at every position: `weight_orig` where it is masked, else `weight`; detached."""
+    return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
+
+
+class Evidence:
+    """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
+
+    reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
+    that makes it: saliency, s of `SaliencyComputer`; gradient, |dL/dw| of the model to be changed as to its
+    effective weights, pruned ones included, both of the weight's shape; magnitude, the reference's |w|; drift, the SSIM
+    to the dense model (1: none). A rule names in its registry which of these `KINDS` it needs; no other is made.
+    """
+
+    KINDS = ("saliency", "gradient", "magnitude", "drift")
+
+    def __init__(self, *, reference: nn.Module | None = None, **sources: Mapping[str, Any] | Callable[[], Any] | None):
+        """sources: by names of `KINDS`; TypeError for another name."""
+        if unknown := sources.keys() - set(self.KINDS):
+            raise TypeError(f"evidence of unknown kind {', '.join(sorted(unknown))}; known: {', '.join(self.KINDS)}")
+        self.reference, self._sources = reference, sources
+
+    def make(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, made if it is not there yet; None without a source for it.
+
+        For what is not a rule: a rule may be asked about several layers at once, by as many threads, and uses `get`.
+        """
+        source = self._sources.get(kind)
+        self._sources[kind] = source() if callable(source) else source
+        return self._sources[kind]
+
+    def get(self, kind: str) -> Mapping[str, Any] | None:
+        """The evidence of a kind, None where there is no source for it. Raises ValueError unless `make` made it."""
+        if callable(self._sources.get(kind)):
+            raise ValueError(f"a rule looks at {kind} without naming it among its needs")
+        return self._sources.get(kind)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The layer's tensor of a kind. Raises ValueError if there is none."""
+        tensors = self.get(kind)
+        if tensors is None or name not in tensors:
+            raise ValueError(f"no {kind} is given for layer {name!r}")
+        return tensors[name]
+
+    def reference_layer(self, name: str, layer: nn.Module) -> nn.Module:
+        """The reference's counterpart of a layer. Raises ValueError if there is none of this name and shape."""
+        try:
+            counterpart = self.reference.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"no reference with a layer {name!r} is given") from error
+        if counterpart.weight.shape != layer.weight_mask.shape:
+            raise ValueError(f"{name}: the reference has weights of shape {tuple(counterpart.weight.shape)}")
+        return counterpart
+
+
+class SaliencyComputer:
+    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, in one pass over the loader.
+
+    What is averaged: s = theta^2 * (1/B) * sum over the B batches of g_b^2, where g_b is the gradient of the mean
+    cross-entropy of batch b. Every batch counts the same, also a smaller last one.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, precision: str = "fp32",
+                 max_batches: int | None = None, source: str = "dense"):
+        """loader: un-augmented (inputs, targets) batches; max_batches: how many of them at most (None: all).
+
+        source: what the model is. 'dense': it has no pruned weights. 'pruned': the gradient is with respect to the
+        effective weight, at every position, pruned ones included, and theta is `weight_orig`. Raises ValueError if the
+        model is not of this kind, or for max_batches < 1.
+        """
+        found = "pruned" if count_pruned_params(model).pruned else "dense"
+        if source != found:
+            raise ValueError(f"source is {source!r}, but the model given is {found}")
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+        self.model, self.loader, self.precision, self.max_batches = model, loader, precision, max_batches
+        self.gradients: dict[str, Tensor] = {}  # |mean over batches of g_b|, what RigL ranks by; `compute` fills it
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> saliency, of the weight's shape and on its device; fills `gradients` in the same pass.
+
+        Batch normalisation uses its running statistics. Modes, statistics and `.grad` are left as they were. Raises
+        ValueError if the loader is empty.
+        """
+        layers, count = prunable_layers(self.model), 0
+        squares = [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
+        sums = [torch.zeros_like(square) for square in squares]
+        with _evaluating(self.model):
+            for inputs, targets in islice(self.loader, self.max_batches):
+                gradients = self._gradients(layers.values(), inputs, targets)
+                torch._foreach_addcmul_(squares, gradients, gradients)
+                torch._foreach_add_(sums, gradients)
+                count += 1
+        if not count:
+            raise ValueError("the loader has no batch to compute saliency from")
+        self.gradients = {name: total.div_(count).abs_() for name, total in zip(layers, sums, strict=True)}
+        return {name: square.div_(count).mul_(stored_weight(layer).square())
+                for (name, layer), square in zip(layers.items(), squares, strict=True)}
+
+    @torch.enable_grad()
+    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
+        that its gradient is there at pruned positions too; a layer that no forward pass uses has gradient 0."""
+        with autocast(inputs.device, self.precision):
+            loss = F.cross_entropy(self.model(inputs), targets)
+        weights = [layer.weight for layer in layers]
+        found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
+        return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# ---- drift -----------------------------------------------------------------------------------------------------------
 
 SMALLEST_MAP = 3  # pixels; a smaller map has no window of odd size above 1
 LARGEST_WINDOW = 7  # pixels, the usual SSIM window (Wang et al., IEEE TIP 2004)
@@ -198,30 +323,23 @@ class BlockwiseFeatureExtractor:
         evaluation mode and left in the mode it was in. Raises ValueError for an empty loader.
         """
         sums: dict[str, Tensor] = {}
-        seen, was_training = 0, self.model.training
-        device = next(self.model.parameters()).device
-        handles = [module.register_forward_hook(_adder(sums, name)) for name, module in self.modules.items()]
-        self.model.eval()
+        seen, device = 0, next(self.model.parameters()).device
+
+        def add(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+            sums[name] = sums.get(name, 0.0) + normalised_maps(output.float()).sum(0, dtype=torch.float64)
+        handles = [module.register_forward_hook(partial(add, name)) for name, module in self.modules.items()]
         try:
-            with autocast(device, self.precision):
+            with _evaluating(self.model), autocast(device, self.precision):
                 for inputs, _ in islice(loader, max_batches):
                     self.model(inputs)
                     seen += len(inputs)
         finally:
-            self.model.train(was_training)
             for handle in handles:
                 handle.remove()
         if not seen:
             raise ValueError("the loader gave no batch")
         silent = torch.zeros(1, dtype=torch.float64)  # a layer that never runs (effnet has one) shows no drift
         return {name: scale_to_unit((sums.get(name, silent) / seen).cpu().numpy()) for name in self.modules}
-
-
-def _adder(sums: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def add(_: nn.Module, __: object, output: Tensor) -> None:
-        total = normalised_maps(output.float()).sum(0, dtype=torch.float64)
-        sums[name] = total if name not in sums else sums[name] + total
-    return add
 
 
 def normalised_maps(output: Tensor) -> Tensor:

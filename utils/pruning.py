@@ -11,38 +11,40 @@ alive; `exact_k_masks` sees to that, equal scores by position. To add one, write
     PRUNERS["positive"] = positive
 
 A rule that looks at data says at what, `@needs("gradient")`, and reads `layers.evidence.tensor("gradient", name)`, as
-selection rules do (`utils.evidence`); `snip` is an example. `make_pruner(rule)` prunes by a rule that has no line.
+selection rules do; `snip` is an example. `make_pruner(rule)` prunes by a rule that has no line.
 """
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from utils.allocation import apportion
-from utils.analysis_utils import count_pruned_params, empty_layers, get_masks, prunable_layers, set_masks
+from utils.analysis_utils import Evidence, count_pruned_params, empty_layers, get_masks, prunable_layers, set_masks
 from utils.common import UserError, numbers
-from utils.evidence import Evidence
 from utils.selection import exact_k_mask, exact_k_masks
 
 
-@dataclass(frozen=True)
 class Layers:
     """What a rule sees of the prunable layers, in order: one list entry per layer."""
 
-    names: list[str]
-    is_conv: list[bool]
-    weights: list[nn.Parameter]  # signed, as they stand in the model: not to be changed
-    magnitudes: list[Tensor]  # |weight|
-    alive: list[Tensor]  # bool, True where not pruned yet
-    totals: list[int]
-    survivors: list[int]
-    evidence: Evidence
+    def __init__(self, model: nn.Module, evidence: Evidence):
+        """Raises UserError if a weight is not finite."""
+        found = prunable_layers(model)
+        self.names, self.evidence = list(found), evidence  # the weights below are the model's own, with signs
+        self.is_conv = [isinstance(layer, nn.Conv2d) for layer in found.values()]
+        self.weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
+        self.magnitudes = [weight.detach().abs() for weight in self.weights]
+        self.alive = list(get_masks(model).values())  # bool, True where not pruned yet
+        self.totals = [mask.numel() for mask in self.alive]
+        self.survivors: list[int] = numbers(mask.count_nonzero() for mask in self.alive)
+        for name, largest in zip(self.names, numbers(values.max() for values in self.magnitudes), strict=True):
+            if not math.isfinite(largest):
+                raise UserError(f"layer {name} has weights that are not finite: its training diverged")
 
 
 Rule = Callable[[Layers, int, int], list[Tensor]]
@@ -56,10 +58,7 @@ def weight_pruner_loader(name: str) -> Pruner:
     `round((1 - amount) * surviving)` stay; masks are put on where absent, pruned weights never return, and `seed`
     matters to random rules only. A layer left without weights is named in a UserWarning. It raises UserError, with
     the model unchanged, if `amount` is not in (0, 1), a weight is not finite, the rule cannot prune so far, or
-    `evidence` (`utils.evidence.Evidence`) lacks what it needs.
-
-    Raises:
-        UserError: no such pruner; the message lists the known ones.
+    `evidence` lacks what it needs. UserError, listing the known ones, for an unknown name.
     """
     if name not in PRUNERS:
         raise UserError(f"unknown pruner {name!r}; known are {', '.join(PRUNERS)}")
@@ -69,9 +68,34 @@ def weight_pruner_loader(name: str) -> Pruner:
 def make_pruner(rule: Rule) -> Pruner:
     """The pruner of a rule, in `PRUNERS` or not; `weight_pruner_loader` says what it does."""
     def pruner(model: nn.Module, amount: float, seed: int = 0, evidence: Evidence | None = None) -> None:
-        _prune(model, rule, amount, seed, evidence or Evidence())
+        if not 0 < amount < 1:
+            raise UserError(f"prune amount {amount} is not a fraction between 0 and 1 (both excluded)")
+        keep = round((1 - amount) * count_pruned_params(model).surviving)
+        _prune(model, rule, keep, seed, evidence)
+        if empty := empty_layers(model):
+            warnings.warn(f"no weight is left in layer {', '.join(empty)}: nothing passes through it", stacklevel=2)
 
     return pruner
+
+
+def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: Evidence | None = None) -> None:
+    """Prunes by the rule of `PRUNERS` until exactly `keep` weights survive; nothing where that many or fewer do.
+
+    What leaves a layer empty is not warned of. Raises UserError as `weight_pruner_loader` says.
+    """
+    if keep < count_pruned_params(model).surviving:
+        _prune(model, PRUNERS[pruner], keep, seed, evidence)
+
+
+def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidence | None) -> None:
+    evidence = evidence or Evidence()
+    for kind in needed(rule):
+        if evidence.make(kind) is None:
+            raise UserError(f"this pruning rule looks at data: give evidence=Evidence({kind}=...), by layer name")
+    layers = Layers(model, evidence)
+    with torch.no_grad():  # rules may compute with the parameters themselves
+        masks = rule(layers, keep, seed)
+    set_masks(model, dict(zip(layers.names, masks, strict=True)))
 
 
 def needs(*kinds: str) -> Callable[[Rule], Rule]:
@@ -100,55 +124,6 @@ def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int
         raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
                         f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
     return keep
-
-
-def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: Evidence | None = None) -> None:
-    """Prunes by the rule of `PRUNERS` until exactly `keep` weights survive; nothing where that many or fewer do.
-
-    What leaves a layer empty is not warned of. Raises UserError as `weight_pruner_loader` says.
-    """
-    surviving = count_pruned_params(model).surviving
-    if keep < surviving:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            weight_pruner_loader(pruner)(model, 1.0 - keep / surviving, seed=seed, evidence=evidence)
-
-
-def _prune(model: nn.Module, rule: Rule, amount: float, seed: int, evidence: Evidence) -> None:
-    if not 0 < amount < 1:
-        raise UserError(f"prune amount {amount} is not a fraction between 0 and 1 (both excluded)")
-    for kind in needed(rule):
-        if evidence.make(kind) is None:
-            raise UserError(f"this pruning rule looks at data: give evidence=Evidence({kind}=...), by layer name")
-    layers = _layers_of(model, evidence)
-    keep = round((1 - amount) * sum(layers.survivors))
-    with torch.no_grad():  # rules may compute with the parameters themselves
-        masks = rule(layers, keep, seed)
-    set_masks(model, dict(zip(layers.names, masks, strict=True)))
-    empty = empty_layers(model)
-    if empty:
-        warnings.warn(f"no weight is left in layer {', '.join(empty)}: nothing passes through it", stacklevel=3)
-
-
-def _layers_of(model: nn.Module, evidence: Evidence) -> Layers:
-    found = prunable_layers(model)
-    weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
-    magnitudes = [weight.detach().abs() for weight in weights]
-    largest = numbers(values.max() for values in magnitudes)
-    for name, value in zip(found, largest, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"layer {name} has weights that are not finite: its training diverged")
-    alive = list(get_masks(model).values())
-    return Layers(
-        names=list(found),
-        is_conv=[isinstance(layer, nn.Conv2d) for layer in found.values()],
-        weights=weights,
-        magnitudes=magnitudes,
-        alive=alive,
-        totals=[mask.numel() for mask in alive],
-        survivors=numbers(mask.count_nonzero() for mask in alive),
-        evidence=evidence,
-    )
 
 
 def _mask_layers(layers: Layers, scores: list[Tensor], counts: list[int]) -> list[Tensor]:
@@ -219,9 +194,11 @@ def unifplus(layers: Layers, keep: int, seed: int) -> list[Tensor]:
     least[last] = min(-(-layers.totals[last] // 5), layers.survivors[last])  # 20 %, rounded up
     least[first] = layers.survivors[first]
     if keep < sum(least):
-        raise UserError(_unreachable(layers, layers.names[first], layers.names[last], keep, sum(least)))
-    counts = _uniform_above(least, layers.survivors, keep)
-    return _mask_layers(layers, layers.magnitudes, counts)
+        total = sum(layers.totals)
+        raise UserError(f"unifplus keeps {layers.names[first]} dense and 20 % of {layers.names[last]}, so it reaches a "
+                        f"sparsity of at most {math.floor((1 - sum(least) / total) * 1e4) / 1e4:.4f} here, not "
+                        f"{1 - keep / total:.4f}")
+    return _mask_layers(layers, layers.magnitudes, _uniform_above(least, layers.survivors, keep))
 
 
 def _uniform_above(least: list[int], survivors: list[int], keep: int) -> list[int]:
@@ -230,19 +207,11 @@ def _uniform_above(least: list[int], survivors: list[int], keep: int) -> list[in
     while True:
         room = [0 if i in raised else n for i, n in enumerate(survivors)]
         counts = apportion(room, keep - sum(least[i] for i in raised), room)
-        low = [i for i, count in enumerate(counts) if count < least[i] and i not in raised]
+        counts = [least[i] if i in raised else count for i, count in enumerate(counts)]
+        low = [i for i, count in enumerate(counts) if count < least[i]]
         if not low:
-            return [least[i] if i in raised else count for i, count in enumerate(counts)]
+            return counts
         raised.update(low)
-
-
-def _unreachable(layers: Layers, first: str, last: str, keep: int, least: int) -> str:
-    total = sum(layers.totals)
-    highest = math.floor((1 - least / total) * 1e4) / 1e4
-    return (
-        f"unifplus keeps {first} dense and 20 % of {last}, so it reaches a sparsity of at most {highest:.4f} here, "
-        f"not {1 - keep / total:.4f}"
-    )
 
 
 def erk(layers: Layers, keep: int, seed: int) -> list[Tensor]:

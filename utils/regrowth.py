@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.analysis_utils import count_pruned_params, prunable_layers
+from utils.analysis_utils import (  # noqa: F401  (the computer of saliency is published here)
+    Evidence,
+    SaliencyComputer,
+    count_pruned_params,
+    get_masks,
+    prunable_layers,
+    set_masks,
+    stored_weight,
+)
+from utils.channels import live_positions
 from utils.common import UserError, derive_seed, generator, map_tensors, move_all, numbers
-from utils.evidence import Evidence, SaliencyComputer, stored_weight  # noqa: F401  (the computer is published here)
 from utils.selection import Positions, Ranking, random_indices, top_indices
 
 # What a best allocation's entries beside the record are; the first six are the published ones. Kept in the file.
@@ -139,17 +147,15 @@ class RegrowthRecord:
         """
         if len({record.source_names for record in records}) != 1:
             raise ValueError("merge needs at least one record, and the same source names in all")
-        names = dict.fromkeys(name for record in records for name in record.layers)
-        parts = {name: [record.layers[name] for record in records if name in record.layers] for name in names}
-        return cls({name: _joined(name, parts[name]) for name in names}, records[0].source_names)
-
-
-def _joined(name: str, parts: list[LayerRecord]) -> LayerRecord:
-    columns = [torch.cat([values.cpu() for values in column]) for column in zip(*parts, strict=True)]
-    indices, order = columns[0].sort()
-    if (indices[1:] == indices[:-1]).any():
-        raise ValueError(f"{name}: two records regrew the same weight")
-    return LayerRecord(*(column[order] for column in columns))
+        layers = {}
+        for name in dict.fromkeys(name for record in records for name in record.layers):
+            parts = [record.layers[name] for record in records if name in record.layers]
+            columns = [torch.cat([values.cpu() for values in column]) for column in zip(*parts, strict=True)]
+            indices, order = columns[0].sort()
+            if (indices[1:] == indices[:-1]).any():
+                raise ValueError(f"{name}: two records regrew the same weight")
+            layers[name] = LayerRecord(*(column[order] for column in columns))
+        return cls(layers, records[0].source_names)
 
 
 # ---- targets, capacity, budget -------------------------------------------------------------------------------------
@@ -202,18 +208,21 @@ def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, r
     return budget
 
 
+@contextmanager
+def dead_positions_taken(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the masks of a pruned model are 1 also where a weight would be dead: nothing may return there.
+
+    The model must not run meanwhile. UserError for a model that cannot be followed (`utils.channels.trace`).
+    """
+    masks, live = get_masks(model), live_positions(model)
+    try:
+        set_masks(model, {name: mask | ~live[name].to(mask.device) for name, mask in masks.items()})
+        yield
+    finally:
+        set_masks(model, masks)
+
+
 # ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
-
-
-def _elementwise(ufunc: np.ufunc, operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The same function by NumPy on the CPU, where it is several times faster on large tensors, else by PyTorch."""
-    tensors = [tensor.detach() for tensor in tensors]
-    if tensors[0].device.type != "cpu":
-        return operation(*tensors)
-    return torch.from_numpy(ufunc(*(tensor.numpy() for tensor in tensors)))
-
-
-_magnitude = partial(_elementwise, np.abs, torch.abs)
 
 
 def _by_saliency(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
@@ -224,28 +233,24 @@ def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """Pruned here and active in the reference, by the reference's |w|."""
     reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
     if hasattr(reference, "weight_mask"):
-        mask = _elementwise(np.greater_equal, torch.ge, mask, reference.weight_mask)  # free: 0 here and 1 there
+        mask = mask - reference.weight_mask + 1  # free, that is 0, where it is 0 here and 1 there
     known = evidence.get("magnitude") or {}
-    return Ranking(known[name] if name in known else _magnitude(stored_weight(reference)), mask)
+    return Ranking(known[name] if name in known else stored_weight(reference).abs(), mask)
 
 
 def reference_magnitudes(reference: nn.Module) -> dict[str, Tensor]:
     """|w| of every prunable layer of a reference, at pruned positions of what it stores; of the weight's shape."""
-    return {name: _magnitude(stored_weight(layer)) for name, layer in prunable_layers(reference).items()}
+    return {name: stored_weight(layer).abs() for name, layer in prunable_layers(reference).items()}
 
 
 def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """|gradient| of the sparse model where it is pruned, as RigL grows (Evci et al., ICML 2020)."""
-    return Ranking(_magnitude(evidence.tensor("gradient", name)), layer.weight_mask)
+    return Ranking(evidence.tensor("gradient", name).abs(), layer.weight_mask)
 
 
 def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """|weight_orig|: what the weight was when it was pruned."""
-    return Ranking(_magnitude(layer.weight_orig), layer.weight_mask)
-
-
-def _at_random(name: str, layer: nn.Module, evidence: Evidence) -> None:
-    """No opinion on any position: all are drawn."""
+    return Ranking(stored_weight(layer).abs(), layer.weight_mask)
 
 
 class Selector(NamedTuple):
@@ -261,7 +266,7 @@ SELECTORS: dict[str, Selector] = {
     "reference": Selector(_by_reference, needs=("magnitude",)),
     "gradient": Selector(_by_gradient, needs=("gradient",)),
     "magnitude": Selector(_by_magnitude),
-    "random": Selector(_at_random),
+    "random": Selector(lambda name, layer, evidence: None),  # no opinion on any position: all are drawn
 }
 FILL = "random fill"  # the source of what another rule had no opinion on
 
@@ -280,10 +285,6 @@ class Site(NamedTuple):
     seed: int  # of this layer and step
 
 
-def _zero(site: Site) -> Tensor:
-    return torch.zeros_like(site.previous)
-
-
 def _kaiming(site: Site) -> Tensor:
     """N(0, 2 / fan_in), as `torch.nn.init.kaiming_normal_`."""
     return _normal(site, math.sqrt(2 / _fans(site.layer)[0]))
@@ -292,10 +293,6 @@ def _kaiming(site: Site) -> Tensor:
 def _xavier(site: Site) -> Tensor:
     """N(0, 2 / (fan_in + fan_out)), as `torch.nn.init.xavier_normal_`."""
     return _normal(site, math.sqrt(2 / sum(_fans(site.layer))))
-
-
-def _keep(site: Site) -> Tensor:
-    return site.previous
 
 
 def _copy(site: Site) -> Tensor:
@@ -319,33 +316,32 @@ def _normal(site: Site, std: float) -> Tensor:
 
 
 INITIALISERS: dict[str, Callable[[Site], Tensor]] = {
-    "zero": _zero,
+    "zero": lambda site: torch.zeros_like(site.previous),
     "kaiming": _kaiming,
     "xavier": _xavier,
-    "magnitude": _keep,
+    "magnitude": lambda site: site.previous,
     "reference": _copy,
 }
 
 # ---- regrowth ------------------------------------------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
-    """Weights of one layer that are to return, (n,) each, by ascending index."""
-
-    indices: Tensor  # int64, flat (row-major) in the weight
-    sources: Tensor  # uint8, codes into `RegrowthRecord.source_names`
+# What is to return in a layer, by ascending index: flat indices, int64 (n,), and sources, uint8 (n,), codes into
+# `RegrowthRecord.source_names`.
+Chosen = tuple[Tensor, Tensor]
 
 
 class WeightRegrowth:
     """Regrows weights of a pruned model, in place, by one rule of `SELECTORS` and one of `INITIALISERS`."""
 
-    def __init__(self, model: nn.Module, rule: str, evidence: Evidence, init_strategy: str = "zero", seed: int = 0):
-        """Raises ValueError for an unknown rule or initialiser."""
+    def __init__(self, model: nn.Module, rule: str, evidence: Evidence, init_strategy: str = "zero", seed: int = 0,
+                 only_live: bool = False):
+        """only_live: weights return only where `dead_positions_taken` leaves room. ValueError for an unknown name."""
         for kind, name, registry in (("rule", rule, SELECTORS), ("initialisation", init_strategy, INITIALISERS)):
             if name not in registry:
                 raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(registry)}")
         self.model, self.rule, self.evidence = model, rule, evidence
-        self.init_strategy, self.seed = init_strategy, seed
+        self.init_strategy, self.seed, self.only_live = init_strategy, seed, only_live
 
     def apply_regrowth(self, allocation: Mapping[str, int], step: int = 1) -> RegrowthRecord:
         """Regrow exactly allocation[layer] weights in each named layer; the order of the names does not matter.
@@ -365,9 +361,10 @@ class WeightRegrowth:
         for kind in selector.needs:
             self.evidence.make(kind)
         rankings = [partial(selector.rank, name, layers[name], self.evidence) for name in counts]
-        best = top_indices(rankings, list(counts.values()), next(self.model.parameters()).device)
-        ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
-        drawn = self._draw(counts, layers, ranked, step)
+        with dead_positions_taken(self.model) if self.only_live else nullcontext():
+            best = top_indices(rankings, list(counts.values()), next(self.model.parameters()).device)
+            ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
+            drawn = self._draw(counts, layers, ranked, step)
         return {name: self._chosen(ranked.get(name), drawn.get(name)) for name in counts}
 
     def _draw(self, counts: Mapping[str, int], layers: Mapping[str, nn.Module], ranked: Mapping[str, Tensor],
@@ -401,9 +398,9 @@ class WeightRegrowth:
         own, fill = (_source_names().index(source) for source in (self.rule, FILL))
         if ranked is None or drawn is None:
             indices = drawn if ranked is None else ranked
-            return Chosen(indices, torch.full_like(indices, own, dtype=torch.uint8))
+            return indices, torch.full_like(indices, own, dtype=torch.uint8)
         indices, order = torch.cat([ranked, drawn]).sort()
-        return Chosen(indices, torch.where(order < len(ranked), own, fill).to(torch.uint8))
+        return indices, torch.where(order < len(ranked), own, fill).to(torch.uint8)
 
     def write(self, chosen: Mapping[str, Chosen], step: int = 1) -> RegrowthRecord:
         """The second half of `apply_regrowth`: initial values, masks and weights of what `select` chose."""
@@ -416,12 +413,13 @@ class WeightRegrowth:
 
     def _plan(self, step: int, name: str, layer: nn.Module, chosen: Chosen) -> tuple[Positions, LayerRecord]:
         """What will be written where in one layer."""
-        positions = Positions(chosen.indices)
+        indices, sources = chosen
+        positions = Positions(indices)
         previous = positions.read(layer.weight_orig)
         site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
         values = INITIALISERS[self.init_strategy](site)
-        steps = torch.full_like(chosen.sources, step, dtype=torch.int16)
-        return positions, LayerRecord(*chosen, steps, values, previous)
+        steps = torch.full_like(sources, step, dtype=torch.int16)
+        return positions, LayerRecord(indices, sources, steps, values, previous)
 
 
 def _source_names() -> tuple[str, ...]:

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from utils import export, sparse_file, stage1
-from utils.analysis_utils import clone_model, count_pruned_params, prunable_layers, set_masks
+from utils.analysis_utils import Evidence, clone_model, count_pruned_params, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
-from utils.evidence import Evidence
 from utils.inspection import load_artifact
 from utils.pruning import prune_to
 from utils.run import Run

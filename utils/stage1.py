@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from utils import checkpoint, plots
-from utils.analysis_utils import clone_model, count_pruned_params, empty_layers, layer_sparsity, prunable_layers
+from utils.analysis_utils import (
+    Evidence,
+    SaliencyComputer,
+    clone_model,
+    count_pruned_params,
+    empty_layers,
+    layer_sparsity,
+    prunable_layers,
+)
 from utils.channels import effective_sparsity
 from utils.common import UserError, derive_seed, note, one_line
-from utils.evidence import Evidence, SaliencyComputer
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
 from utils.pruning import prune_to, weights_left

@@ -32,7 +32,6 @@ from utils.common import UserError, derive_seed, generator
 from utils.controller import RegrowthPolicyGradient
 from utils.data_loader import BatchLoader
 from utils.distributed import World
-from utils.live_regrowth import LiveRegrowth, dead_positions_taken
 from utils.methods import Method, search_config
 from utils.regrowth import (
     BEST_ENTRIES,
@@ -40,6 +39,7 @@ from utils.regrowth import (
     RegrowthRecord,
     SaliencyComputer,
     WeightRegrowth,
+    dead_positions_taken,
     layer_capacities,
     reference_magnitudes,
     regrowth_budget,
@@ -217,8 +217,7 @@ def regrower_of(run: Run, args: argparse.Namespace, method: Method, evidence: Ev
     """The method's rule on this evidence; what it needs is made at its first use."""
     rule, init_strategy = method.rule(args)
     seed = derive_seed(run.seed, "regrowth")
-    kind = LiveRegrowth if args.only_live else WeightRegrowth
-    return lambda model: kind(model, rule, evidence, init_strategy, seed)
+    return lambda model: WeightRegrowth(model, rule, evidence, init_strategy, seed, args.only_live)
 
 
 def allocation_problem(args: argparse.Namespace, step: Step, evidence: Evidence) -> AllocationProblem:
