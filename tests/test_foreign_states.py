@@ -250,5 +250,6 @@ def test_a_saved_model_can_be_pruned_by_pytorch_itself(tmp_path):
 
 def test_guessing_takes_any_form():
     state = resnet().state_dict()
-    assert guess_model(renamed(old_style(state), lambda key: "_orig_mod.module." + key)) == ("resnet20", 10)
+    foreign = renamed(old_style(state), lambda key: "_orig_mod.module." + key)
+    assert guess_model(model_state(foreign, "x")) == ("resnet20", 10)
     assert guess_model({}) is None

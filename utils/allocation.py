@@ -16,18 +16,8 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
     A layer whose part would exceed its capacity is filled, and the rest is divided anew among the others. Parts are
     rounded by largest remainder (Hamilton's method), equal remainders by position. A layer with share zero gets
     something only when all others are full; such layers then share in proportion to their capacity. The arithmetic
-    is exact (rational), so equal shares are equal.
-
-    Args:
-        shares: non-negative, any scale, one per layer.
-        total: what is divided, >= 0.
-        capacity: the most each layer takes, >= 0.
-
-    Returns:
-        One integer per layer, in all min(total, sum(capacity)).
-
-    Raises:
-        ValueError: lengths differ; a share is negative or not finite; total or a capacity is negative.
+    is exact (rational), so equal shares are equal. Returns one integer per layer, in all min(total, sum(capacity)).
+    Raises ValueError where lengths differ, a share is negative or not finite, or another number negative.
     """
     if len(shares) != len(capacity):
         raise ValueError(f"{len(shares)} shares for {len(capacity)} capacities")
@@ -36,8 +26,7 @@ def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> l
     if total < 0 or any(limit < 0 for limit in capacity):
         raise ValueError("total and capacity must not be negative")
     parts = _fill([Fraction(float(share)) for share in shares], total, capacity)
-    left = total - sum(parts)
-    if left > 0 and any(share == 0 for share in shares):
+    if left := total - sum(parts):  # all layers with a share are full
         room = [limit - part for limit, part in zip(capacity, parts, strict=True)]
         extra = _fill([Fraction(free) for free in room], left, room)
         parts = [part + more for part, more in zip(parts, extra, strict=True)]
@@ -48,12 +37,17 @@ def _fill(shares: list[Fraction], total: int, capacity: Sequence[int]) -> list[i
     """`apportion` among the layers with a positive share only."""
     parts = [0] * len(shares)
     open_ = [i for i, share in enumerate(shares) if share > 0]
-    left = int(total)
+    left = total
     while open_:
         scale = left / sum(shares[i] for i in open_)
         full = [i for i in open_ if shares[i] * scale >= capacity[i]]
         if not full:
-            return _round(parts, {i: shares[i] * scale for i in open_}, left)
+            exact = {i: shares[i] * scale for i in open_}
+            parts = [math.floor(exact.get(i, part)) for i, part in enumerate(parts)]
+            by_remainder = sorted(open_, key=lambda i: parts[i] - exact[i])  # stable: ties stay by position
+            for i in by_remainder[:left - sum(parts[i] for i in open_)]:
+                parts[i] += 1
+            break
         for i in full:
             parts[i] = int(capacity[i])
         left -= sum(parts[i] for i in full)
@@ -61,41 +55,21 @@ def _fill(shares: list[Fraction], total: int, capacity: Sequence[int]) -> list[i
     return parts
 
 
-def _round(parts: list[int], exact: dict[int, Fraction], total: int) -> list[int]:
-    """Fill in the integers that sum to total, floor first, then one more by largest remainder."""
-    for i, value in exact.items():
-        parts[i] = math.floor(value)
-    spare = total - sum(parts[i] for i in exact)
-    by_remainder = sorted(exact, key=lambda i: parts[i] - exact[i])  # stable: ties stay by position
-    for i in by_remainder[:spare]:
-        parts[i] += 1
-    return parts
-
-
 @dataclass(frozen=True)
 class AllocationProblem:
     """Where a budget of weights may return: one entry per layer, in the order of priority.
 
-    Attributes:
-        layers: names, lowest SSIM (most drift) first.
-        capacities: pruned weights per layer, the most that can return there.
-        budget: weights to regrow, K.
-        sizes: weights per layer, pruned or not.
-        fan: sum of the dimensions of each layer's weight tensor (for ERK).
-        drift: SSIM per layer, increasing; None when it was not measured.
-
-    Raises ValueError for entries that do not fit together.
+    Raises ValueError for entries that do not fit together, so that no allocator needs to.
     """
 
-    layers: tuple[str, ...]
-    capacities: tuple[int, ...]
-    budget: int
-    sizes: tuple[int, ...]
-    fan: tuple[int, ...]
-    drift: tuple[float, ...] | None = None
+    layers: tuple[str, ...]  # names, lowest SSIM (most drift) first
+    capacities: tuple[int, ...]  # pruned weights, the most that can return
+    budget: int  # weights to regrow, K
+    sizes: tuple[int, ...]  # weights, pruned or not
+    fan: tuple[int, ...]  # sum of the dimensions of the weight tensor (for ERK)
+    drift: tuple[float, ...] | None = None  # SSIM, increasing; None when it was not measured
 
     def __post_init__(self) -> None:
-        """Checks on entry, so that no allocator needs to."""
         columns = [self.capacities, self.sizes, self.fan] + ([] if self.drift is None else [self.drift])
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct and at least one: {self.layers}")
@@ -123,13 +97,8 @@ def ratios_to_allocation(ratios: Sequence[float], capacities: Sequence[int], bud
     """Spend a budget layer by layer, each layer taking its ratio of what it could take.
 
     In order of priority a layer gets `spend_ratio` of its capacity and of what is left. What no layer took is handed
-    to the layers in order of priority, each filled up, so that every allocation spends the same.
-
-    Returns:
-        One integer per layer, in all exactly min(budget, sum(capacities)).
-
-    Raises:
-        ValueError: lengths differ, a ratio is outside [0, 1], or the budget or a capacity is negative.
+    to the layers in order of priority, each filled up, so that every allocation spends the same: in all exactly
+    min(budget, sum(capacities)). Raises ValueError where lengths differ, a ratio is outside [0, 1] or a number below 0.
     """
     if len(ratios) != len(capacities):
         raise ValueError(f"{len(ratios)} ratios for {len(capacities)} capacities")
@@ -184,7 +153,6 @@ def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int,
     return tuple(apportion(shares.tolist(), problem.budget, problem.capacities))
 
 
-Allocator = Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]
-ALLOCATORS: dict[str, Allocator] = {
+ALLOCATORS: dict[str, Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]] = {
     "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "random": random,
 }

@@ -126,10 +126,8 @@ class BatchLoader:
         return view.numpy() if self.device.type == "cpu" else view  # numpy's gather is ~20x torch's on a CPU
 
     def _batches(self) -> Iterator[Batch]:
-        order, moves = self._draw_pass()
-        if self.device.type != "cpu":
-            order = None if order is None else order.to(self.device, non_blocking=True)
-            moves = None if moves is None else moves.to(self.device, non_blocking=True)
+        order, moves = (None if drawn is None else drawn.to(self.device, non_blocking=True)
+                        for drawn in self._draw_pass())
         for number in range(len(self)):
             span = slice(number * self.batch_size, (number + 1) * self.batch_size)
             where = span if order is None else order[span]

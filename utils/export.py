@@ -10,21 +10,22 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from utils import sparse_file
-from utils.analysis_utils import prunable_layers, remove_masks
-from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, read_card, save_json
-from utils.common import RunFailed, UserError, generator, note, write_atomic
+from utils.analysis_utils import is_binary, prunable_layers, remove_masks
+from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, save_json
+from utils.common import RunFailed, UserError, generator, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
 from utils.datasets import SIDE
-from utils.inspection import Artifact, guess_model, layer_rows, model_input, plain
-from utils.model_loader import has_mask_entries, load_model_state, model_loader, model_state
+from utils.inspection import Artifact, guess_model, layer_rows, plain
+from utils.model_loader import has_mask_entries, load_model_state, model_loader
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4  # of logits, and of the largest of them where that is above 1
@@ -32,11 +33,7 @@ LARGEST_SIDE = 1024  # pixels of an image; what asks for more can only be damage
 ONNX_BATCHES = (1, 2, 5)  # images, on which PyTorch and onnxruntime are compared
 
 
-class Export(NamedTuple):
-    """What becomes a file, and what there is to say about it."""
-
-    content: bytes
-    remark: str
+Export = tuple[bytes, str]  # what becomes a file, and what there is to say about it
 
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -77,39 +74,33 @@ def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", ove
     """Writes the model of an artifact to `out` in a form of `FORMATS`, with its run card, if it has one, beside it.
 
     dtype: of a compact file's weights, 'float32' or 'float16'; smaller: write the compact network in its place, in a
-    form of `COMPACT`. Returns lines that say what was written. Raises
-    UserError for an artifact without a sound model, for files that are there already unless `overwrite`, and where
-    packages are missing; RunFailed when the model cannot be exported. Files are written last, whole or not at all.
+    form of `COMPACT`. Returns a line that says what was written. Raises UserError for an artifact without a sound
+    model, for files that are there already unless `overwrite`, and where packages are missing; RunFailed when the model
+    cannot be exported. Files are written last, whole or not at all.
     """
-    _check_place(out, artifact.path, overwrite)
-    made = (COMPACT if smaller else FORMATS)[form](artifact, sound_state(artifact.weights, artifact.path), dtype)
-    write_atomic(out, made.content)
-    card = read_card(artifact.path)
-    if card:
-        origin = {"format": f"compact {form}" if smaller else form, "dtype": dtype, "from": card["sha256"]}
-        save_json({**card, "sha256": hashlib.sha256(made.content).hexdigest(), "exported": origin}, card_path(out))
-    return f"{out}: {len(made.content):,} bytes; {made.remark}"
-
-
-def _check_place(out: Path, source: Path, overwrite: bool) -> None:
     ensure_writable(out.parent, "--out")
-    if out.exists() and source.exists() and out.samefile(source):
+    if out.exists() and artifact.path.exists() and out.samefile(artifact.path):
         raise UserError(f"--out {out} is the file that is exported; give another name")
     there = [path for path in (out, card_path(out)) if path.exists()]
     if there and not overwrite:
         raise UserError(f"{there[0]} exists; give --out another name, or --overwrite")
+    _check_sound(artifact)
+    content, remark = (COMPACT if smaller else FORMATS)[form](artifact, dtype)
+    write_atomic(out, content)
+    if artifact.card:
+        origin = {"format": f"compact {form}" if smaller else form, "dtype": dtype, "from": artifact.card["sha256"]}
+        save_json({**artifact.card, "sha256": hashlib.sha256(content).hexdigest(), "exported": origin}, card_path(out))
+    return f"{out}: {len(content):,} bytes; {remark}"
 
 
-def sound_state(weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """`model_state` of weights; UserError for values that are not finite and for masks of other values than 0 and 1."""
-    state = model_state(weights, source, say=lambda text: note(f"{source}: {text}"))
-    for key, value in state.items():
+def _check_sound(artifact: Artifact) -> None:
+    """UserError for values that are not finite and for masks of other values than 0 and 1."""
+    for key, value in artifact.weights.items():
         if not bool(value.isfinite().all()):
-            raise UserError(f"{source}: {key} has values that are not finite (NaN or infinite); no use can be made of "
-                            "the model")
-        if key.endswith("weight_mask") and bool(((value != 0) & (value != 1)).any()):
-            raise UserError(f"{source}: {key} has values other than 0 and 1")
-    return state
+            raise UserError(f"{artifact.path}: {key} has values that are not finite (NaN or infinite); no use can be "
+                            "made of the model")
+        if key.endswith("weight_mask") and not is_binary(value):
+            raise UserError(f"{artifact.path}: {key} has values other than 0 and 1")
 
 
 # --- dense and compact ---------------------------------------------------------------------------------------------
@@ -127,20 +118,22 @@ def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
-def _dense(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
-    return Export(checkpoint_bytes(dense_state(state)), f"{_counts(state)}; plain PyTorch reads it: "
-                  "model.load_state_dict(torch.load(FILE, weights_only=True))")
+def _dense(artifact: Artifact, dtype: str) -> Export:
+    state = artifact.weights
+    return checkpoint_bytes(dense_state(state)), (
+        f"{_counts(state)}; plain PyTorch reads it: model.load_state_dict(torch.load(FILE, weights_only=True))")
 
 
-def _sparse(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+def _sparse(artifact: Artifact, dtype: str) -> Export:
+    state = artifact.weights
     try:
         content = sparse_file.encode(state, dtype)
     except ValueError as error:
         raise UserError(f"{artifact.path}: {error}; leave out --dtype {dtype}") from error
     dense = sum(value.numel() * value.element_size() for value in dense_state(state).values())
     lost = "; the values that pruned weights had are not in it" if has_mask_entries(state) else ""
-    return Export(content, f"{_counts(state)}, {dense / len(content):.1f} times smaller than their {dense:,} bytes"
-                  f"{lost}; every script reads it like a checkpoint")
+    return content, (f"{_counts(state)}, {dense / len(content):.1f} times smaller than their {dense:,} bytes{lost}; "
+                     "every script reads it like a checkpoint")
 
 
 def _counts(state: Mapping[str, Tensor]) -> str:
@@ -151,33 +144,33 @@ def _counts(state: Mapping[str, Tensor]) -> str:
 # --- ONNX ----------------------------------------------------------------------------------------------------------
 
 
-def _onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
+def _onnx(artifact: Artifact, dtype: str, smaller: bool = False) -> Export:
     check_onnx_packages()
-    model = _model(artifact, state)
-    remove_masks(model)
-    return _onnx_export(artifact, model, _counts(state))
+    if smaller:
+        made, counts = _compact(artifact)
+        model = made.network
+    else:
+        model, counts = _model(artifact), _counts(artifact.weights)
+        remove_masks(model)
+    content, difference = onnx_bytes(model, _side(artifact), plain(artifact.input))
+    return content, (f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); onnxruntime's logits are "
+                     f"PyTorch's within {difference:.1g}")
 
 
-def _onnx_export(artifact: Artifact, model: nn.Module, counts: str) -> Export:
-    content, difference = onnx_bytes(model, _side(artifact), plain(model_input(artifact)))
-    return Export(content, f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); "
-                  f"onnxruntime's logits are PyTorch's within {difference:.1g}")
-
-
-def _model(artifact: Artifact, state: dict[str, Tensor]) -> nn.Module:
-    """The network of a state dict, with masks where that has them. UserError if it is none of this project's."""
-    guess = guess_model(state)
+def _model(artifact: Artifact) -> nn.Module:
+    """The artifact's network, with masks where it has them. UserError if it is none of this project's."""
+    guess = guess_model(artifact.weights)
     if guess is None:
         raise UserError(f"{artifact.path} fits none of this project's models, and this needs the network itself; add "
                         "it to MODELS in utils/models/__init__.py")
     model = model_loader(guess[0], num_classes=guess[1], seed=0)
-    load_model_state(model, state, str(artifact.path))
+    load_model_state(model, artifact.weights, str(artifact.path))
     return model
 
 
 def _side(artifact: Artifact) -> int:
     """Pixels of the images that the model was trained on. UserError for what cannot be a size."""
-    side = plain(model_input(artifact)).get("image_size", SIDE)
+    side = plain(artifact.input).get("image_size", SIDE)
     if type(side) is not int or not 0 < side <= LARGEST_SIDE:
         raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number "
                         f"of pixels from 1 to {LARGEST_SIDE} would be right")
@@ -251,21 +244,15 @@ def _onnx_difference(content: bytes, model: nn.Module, image_size: int) -> float
 # --- the compact network -------------------------------------------------------------------------------------------
 
 
-def _compact_dense(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
-    made, counts = _compact(artifact, state)
-    packed = content(made.steps, made.network.state_dict(), input=plain(model_input(artifact)))
-    return Export(checkpoint_bytes(packed), f"{counts}; utils.compact.load_network(FILE) builds it")
+def _compact_dense(artifact: Artifact, dtype: str) -> Export:
+    made, counts = _compact(artifact)
+    packed = content(made.steps, made.network.state_dict(), input=plain(artifact.input))
+    return checkpoint_bytes(packed), f"{counts}; utils.compact.load_network(FILE) builds it"
 
 
-def _compact_onnx(artifact: Artifact, state: dict[str, Tensor], dtype: str) -> Export:
-    check_onnx_packages()
-    made, counts = _compact(artifact, state)
-    return _onnx_export(artifact, made.network, counts)
-
-
-def _compact(artifact: Artifact, state: dict[str, Tensor]) -> tuple[Compact, str]:
+def _compact(artifact: Artifact) -> tuple[Compact, str]:
     """The compact network, and what it has of the model's weights, in words."""
-    model, side = _model(artifact, state), _side(artifact)
+    model, side = _model(artifact), _side(artifact)
     made = compact(model, side)
     images = torch.randn(8, 3, side, side, generator=generator(0, "compact"))
     difference = largest_difference(model, made.network, images)
@@ -273,13 +260,9 @@ def _compact(artifact: Artifact, state: dict[str, Tensor]) -> tuple[Compact, str
     left, total = (sum(weight.numel() for weight in weights) for weights in (after, before))
     filters, outputs = (sum(len(weight) for weight in weights) for weights in (after, before))
     gone = "no filter is dead, nothing was removed" if left == total else f"{filters:,} of {outputs:,} filters are left"
-    return made, (f"{_counts(state)}, now a dense network of {left:,}: {gone}; its logits are the model's within "
-                  f"{difference:.1g}")
+    return made, (f"{_counts(artifact.weights)}, now a dense network of {left:,}: {gone}; its logits are the model's "
+                  f"within {difference:.1g}")
 
 
-FORMATS: dict[str, Callable[[Artifact, dict[str, Tensor], str], Export]] = {
-    "dense": _dense,
-    "sparse": _sparse,
-    "onnx": _onnx,
-}
-COMPACT = {"dense": _compact_dense, "onnx": _compact_onnx}
+FORMATS: dict[str, Callable[[Artifact, str], Export]] = {"dense": _dense, "sparse": _sparse, "onnx": _onnx}
+COMPACT = {"dense": _compact_dense, "onnx": partial(_onnx, smaller=True)}

@@ -94,7 +94,15 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
         print(stage.reuse_note())
         return stage1.load_outcome(run, path)
     started, model = time.perf_counter(), source.model
-    facts = _measure_start(run, source, reset)
+    facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
+    print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
+    if reset:
+        if not reestimate_batch_norm(model, run.train, run.precision):
+            raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
+        facts["val_acc_after_bn_reset"] = evaluate(model, run.val, run.precision).accuracy
+        print(f"validation with new batch-norm statistics {facts['val_acc_after_bn_reset']:.2f} %")
+    if source.regrown is not None:
+        facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())
     if phase.trained == "regrown":
         print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
               "keep every bit, while the running statistics of batch normalisation adapt")
@@ -107,20 +115,6 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
         **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start,
         epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
     return Outcome(model, path, stage.card)
-
-
-def _measure_start(run: Run, source: Source, reset: bool) -> dict[str, Any]:
-    """What the run card says of the model before a phase, printed too; with `reset`, batch norm is estimated anew."""
-    facts = {"val_acc_before": evaluate(source.model, run.val, run.precision).accuracy}
-    print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
-    if reset:
-        if not reestimate_batch_norm(source.model, run.train, run.precision):
-            raise UserError("--reset_bn_stats: the model has no batch normalisation; leave it out")
-        facts["val_acc_after_bn_reset"] = evaluate(source.model, run.val, run.precision).accuracy
-        print(f"validation with new batch-norm statistics {facts['val_acc_after_bn_reset']:.2f} %")
-    if source.regrown is not None:
-        facts["regrown"] = sum(int(mask.sum()) for mask in source.regrown.values())
-    return facts
 
 
 # --- where the model comes from ------------------------------------------------------------------------
@@ -229,25 +223,17 @@ def record_from(indices: Mapping[str, Any], model: nn.Module, reference: nn.Modu
         if name not in layers:
             raise ValueError(f"it names a layer '{name}', which the model does not have")
         weight = layers[name].weight
-        positions = Positions(flat_indices(where, weight.shape).to(weight.device))
+        where = torch.as_tensor(where, dtype=torch.int64, device="cpu").numpy()
+        try:
+            flat = np.ravel_multi_index(tuple(where.T), weight.shape) if where.ndim == 2 else where
+            np.unravel_index(flat, weight.shape)
+        except ValueError as error:
+            raise ValueError(f"positions outside of a weight of shape {tuple(weight.shape)}") from error
+        positions = Positions(torch.from_numpy(np.unique(flat)).to(weight.device))
         zeros = torch.zeros_like(positions.indices)
         records[name] = LayerRecord(positions.indices, zeros.byte(), zeros.short() + 1,
                                     positions.read(values[name].weight), positions.read(layers[name].weight_orig))
     return RegrowthRecord(records, ("reference",))
-
-
-def flat_indices(where: Any, shape: torch.Size) -> Tensor:
-    """Ascending distinct flat indices, int64 (n,), of positions given flat (n,) or as coordinates (n, dimensions).
-
-    Raises ValueError (or what PyTorch raises) for positions outside of `shape`.
-    """
-    where = torch.as_tensor(where, dtype=torch.int64, device="cpu").numpy()
-    try:
-        flat = np.ravel_multi_index(tuple(where.T), shape) if where.ndim == 2 else where
-        np.unravel_index(flat, shape)
-    except ValueError as error:
-        raise ValueError(f"positions outside of a weight of shape {tuple(shape)}") from error
-    return torch.from_numpy(np.unique(flat))
 
 
 # --- which weights train: rules (model, regrown, phase) -> params and constrain of a `Trainer` ---------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,17 +15,9 @@ from torch import Tensor
 
 from utils.channels import effective_sparsity
 from utils.checkpoint import load_checkpoint, read_card
-from utils.common import UserError, flattened, one_line
+from utils.common import UserError, flattened, note, one_line
 from utils.compact import is_compact, network_of
-from utils.ladder import Ladder
-from utils.model_loader import (
-    find_state,
-    has_mask_entries,
-    is_maskable,
-    load_model_state,
-    model_loader,
-    model_state,
-)
+from utils.model_loader import find_state, has_mask_entries, is_maskable, load_model_state, model_loader, model_state
 from utils.models import MODELS
 from utils.regrowth import BEST_ENTRIES, LayerRecord
 
@@ -32,8 +25,8 @@ Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
               "val_acc_after_pruning", "sparsity", "effective_sparsity", "sparsity_before", "regrown",
               "regrown_live", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished", "command")
-RECORD_ENTRIES = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`, after "regrow_"
 LISTED = 12  # longer lists are summarised
+ROUNDED = 9  # decimals of sums of fractions of an epoch
 
 # --- what a file is ------------------------------------------------------------------------------------------------
 
@@ -63,13 +56,19 @@ class Artifact:
         """Its run card, {} where it has none of its own."""
         return read_card(self.path) or {}
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict of a model artifact. UserError for any other kind, saying what would be right."""
+        """The `model_state` of a model artifact. UserError for any other kind, saying what would be right."""
         if not self.kind.is_model:
             raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint "
                             "or a best allocation")
-        return dict(find_state(self.content))
+        return model_state(self.content, self.path, say=lambda text: note(f"{self.path}: {text}"))
+
+    @property
+    def input(self) -> Mapping[str, Any]:
+        """What is known of a model's input (`Run.model_input`), by its run card or its content; {} if nothing."""
+        known = self.card.get("input") or (self.content.get("input") if self.kind.is_model else None)
+        return known if isinstance(known, Mapping) else {}
 
 
 def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
@@ -134,10 +133,7 @@ def _layout(name: str, classes: int) -> dict[str, torch.Size]:
 
 
 def guess_model(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Name and number of classes of the model whose state dict, dense or masked, has these names and shapes."""
-    if not state:
-        return None
-    state = model_state(state, "state dict")
+    """Name and number of classes of the model whose `model_state`, dense or masked, has these names and shapes."""
     shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: value.shape
               for key, value in state.items() if not key.endswith("weight_mask")}
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
@@ -162,7 +158,7 @@ def describe_weights(state: Mapping[str, Tensor]) -> Sections:
     """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict."""
     masks, warnings = has_mask_entries(state), []
     state = model_state(state, "state dict", say=warnings.append)
-    rows, guess = layer_rows(state), guess_model(state) or (None, None)
+    rows, (name, classes) = layer_rows(state), guess_model(state) or (None, None)
     weights, active = sum(row["weights"] for row in rows), sum(row["active"] for row in rows)
     mask_values = [value for key, value in state.items() if key.endswith("weight_mask")]
     if any(bool(((mask != 0) & (mask != 1)).any()) for mask in mask_values):
@@ -171,22 +167,14 @@ def describe_weights(state: Mapping[str, Tensor]) -> Sections:
         warnings.append("there are values that are not finite")
     if empty := [row["layer"] for row in rows if not row["active"]]:
         warnings.append(one_line(f"nothing is left in {', '.join(empty)}"))
-    return {"model": guess[0], "classes": guess[1], "masks": masks,
-            "sparsity": 1 - active / weights if weights else 0.0,
-            "effective_sparsity": _effective_sparsity(state, *guess), "weights": weights, "active": active,
-            "layers": rows, "warnings": warnings}
-
-
-def _effective_sparsity(state: Mapping[str, Tensor], name: str | None, classes: int | None) -> float | None:
-    """See `utils.channels`; None for an unknown model, or one whose values make no sense."""
-    if name is None:
-        return None
-    model = model_loader(name, num_classes=classes, seed=0)
-    try:
-        load_model_state(model, state)
-    except UserError:
-        return None
-    return effective_sparsity(model)
+    effective = None
+    if name:
+        model = model_loader(name, num_classes=classes, seed=0)
+        with suppress(UserError):  # values that make no sense
+            load_model_state(model, state)
+            effective = effective_sparsity(model)
+    return {"model": name, "classes": classes, "masks": masks, "sparsity": 1 - active / weights if weights else 0.0,
+            "effective_sparsity": effective, "weights": weights, "active": active, "layers": rows, "warnings": warnings}
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------
@@ -209,20 +197,20 @@ def _describe_progress(content: Mapping[str, Any]) -> Sections:
 
 def _describe_search(content: Mapping[str, Any]) -> Sections:
     search, history = content["search"], content["search"]["history"]
-    problem, settings = search["problem"], search["config"]
-    ladder = Ladder(settings["rungs"], settings["eta"])
-    ladder.load_state_dict(search["rewards"])
-    rewards = {"episodes": len(history), "updates": search["epoch"], "epochs_spent": ladder.spent,
+    problem, paid = search["problem"], {epochs: seen for epochs, seen in search["rewards"].items() if seen}
+    rewards = {"episodes": len(history), "updates": search["epoch"],
+               "epochs_spent": round(sum(epochs * len(seen) for epochs, seen in paid.items()), ROUNDED),
                "last": history[-1]["reward"] if history else None, "baseline": search["baseline"]}
     rows = [dict(zip(("layer", "weights", "capacity", "drift_ssim"), values, strict=True)) for values in
             zip(problem["layers"], problem["sizes"], problem["capacities"], problem["drift"], strict=True)]
-    if ladder.spent:
-        allocation, fidelity = leader = ladder.leader()
-        rewards |= {"best": ladder.reward(leader), "best_after_epochs": fidelity}
-        for row, amount in zip(rows, allocation, strict=True):
+    if paid:  # the best of those that were trained longest
+        longest = max(paid)
+        best = max(paid[longest], key=paid[longest].get)
+        rewards |= {"best": paid[longest][best], "best_after_epochs": longest}
+        for row, amount in zip(rows, best, strict=True):
             row["regrown"] = amount
     return {**_model_by_layers(problem["layers"]), "rewards": rewards, "budget": problem["budget"],
-            "allocation": rows, "arguments": content["config"], "search settings": settings}
+            "allocation": rows, "arguments": content["config"], "search settings": search["config"]}
 
 
 def _describe_best(content: Mapping[str, Any]) -> Sections:
@@ -233,20 +221,17 @@ def _describe_best(content: Mapping[str, Any]) -> Sections:
     rewards = {key: content[key] for key in BEST_ENTRIES if key not in ("allocation", "regrow_indices")
                and key in content}
     origin = {key: content[key] for key in ("starting_checkpoint", "starting_digest") if key in content}
+    codes = [code for layer in content.get("regrow_sources", {}).values() for code in layer.tolist()]
+    sources = {name: codes.count(number) for number, name in enumerate(content.get("regrow_source_names", []))
+               if number in codes}
     rows = [{"layer": str(name), "regrown": plain(amount), "indices": len(indices.get(name, ()))}
             for name, amount in allocation.items()]
-    known = ("allocation", "entries", *rewards, *origin, *(f"regrow_{name}" for name in RECORD_ENTRIES))
+    record = (*LayerRecord._fields, "source_names")  # of `RegrowthRecord.state_dict`
+    known = ("allocation", "entries", *rewards, *origin, *(f"regrow_{name}" for name in record))
     return {**_model_by_layers(indices), "rewards": rewards, "regrown": sum(row["indices"] for row in rows),
-            "start": origin, "values recorded": "regrow_values" in content, "regrown by source": _sources(content),
+            "start": origin, "values recorded": "regrow_values" in content, "regrown by source": sources,
             "allocation": rows, "what the entries are": content.get("entries"),
             "other entries": entry_rows(content, skip=known)}
-
-
-def _sources(content: Mapping[str, Any]) -> dict[str, int]:
-    """Regrown weights by what chose them, where the artifact records it."""
-    names, codes = content.get("regrow_source_names", []), content.get("regrow_sources", {}).values()
-    return {name: count for number, name in enumerate(names)
-            if (count := sum(int((layer == number).sum()) for layer in codes))}
 
 
 def _describe_compact(content: Mapping[str, Any]) -> Sections:
@@ -277,12 +262,6 @@ KINDS = {
     "other": Kind("checkpoint of another project or version", lambda content: {"entries": entry_rows(content)}),
 }
 
-def model_input(artifact: Artifact) -> Mapping[str, Any]:
-    """What a model needs to know of its input (`Run.model_input`), by its run card or what is in it; {} if unknown."""
-    inside = artifact.content.get("input") if artifact.kind.is_model else None
-    known = artifact.card.get("input") or inside
-    return known if isinstance(known, Mapping) else {}
-
 
 # --- the description -----------------------------------------------------------------------------------------------
 
@@ -300,8 +279,8 @@ def describe(artifact: Artifact) -> Sections:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
-    if known := model_input(artifact):
-        sections["input"] = known
+    if artifact.input:
+        sections["input"] = artifact.input
     if card := artifact.card:
         facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
         sections |= {"run card": facts, "arguments": sections.get("arguments") or card.get("config")}

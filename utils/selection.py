@@ -24,28 +24,17 @@ RUN = 16  # neighbours sampled together
 
 
 def exact_k_mask(scores: Tensor, k: int, eligible: Tensor | None = None) -> Tensor:
-    """Mark the k eligible positions with the highest score.
-
-    Args:
-        scores: any shape and device; higher is better. Infinite scores are allowed.
-        k: how many positions to mark, 0 <= k <= number of eligible positions.
-        eligible: same shape, nonzero where a position may be marked; None means everywhere.
-
-    Returns:
-        A bool tensor of the shape of `scores` with exactly k True. Equal scores are taken by position, lowest flat
-        (row-major) index first, whatever the memory format.
-
-    Raises:
-        ValueError: shapes differ, k is negative or more than what is eligible, or an eligible score is NaN.
-    """
+    """`exact_k_masks` of one tensor: a bool tensor of its shape with exactly k True."""
     return exact_k_masks([scores], k, None if eligible is None else [eligible])[0]
 
 
 def exact_k_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None = None) -> list[Tensor]:
-    """Mark the k best eligible positions of several tensors together, as if they were concatenated.
+    """Mark the k eligible positions with the highest scores of several tensors together, as if they were concatenated.
 
-    Args and errors are those of `exact_k_mask`; equal scores are taken in list order, then by flat index. All tensors
-    must lie on one device. Returns one bool mask per score tensor.
+    scores: any shapes, on one device, infinite ones allowed; eligible: of the same shapes, nonzero where a position may
+    be marked (None: everywhere). Returns one bool mask per tensor; equal scores are taken in list order, then by flat
+    (row-major) index, lowest first, whatever the memory format. Raises ValueError if shapes differ, k is negative or
+    more than what is eligible, or an eligible score is NaN.
     """
     k = operator.index(k)
     if eligible is not None and [e.shape for e in eligible] != [s.shape for s in scores]:
@@ -68,7 +57,6 @@ def _exact_dtype(scores: list[Tensor]) -> torch.dtype:
 
 
 def _check_count(k: int, available: int) -> None:
-    """Raise ValueError if more positions are asked for than are eligible."""
     if k > available:
         raise ValueError(f"k = {k} is more than the {available} eligible positions")
 
@@ -81,13 +69,18 @@ def _host_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -> 
     places = _contenders(values, taken, k)
     threshold = _kth_largest([array[at] for array, at in zip(values, places, strict=True)], k)
     masks = [torch.empty_like(s, dtype=torch.bool) for s in scores]
-    flats = [flat_view(mask).numpy() for mask in masks]
-    for flat, array, barred in zip(flats, values, taken, strict=True):
+    surplus = -k
+    for mask, array, barred in zip(masks, values, taken, strict=True):
+        flat = flat_view(mask).numpy()
         np.greater_equal(array, threshold, out=flat)
         if barred is not None:
             np.greater(flat, barred, out=flat)
-    surplus = sum(int(np.count_nonzero(flat)) for flat in flats) - k
-    _drop_last_ties(scores, masks, float(threshold), surplus)
+        surplus += int(np.count_nonzero(flat))
+    for score, mask in zip(reversed(scores), reversed(masks), strict=True):  # too many are equal to the threshold
+        if surplus:
+            ties = np.flatnonzero((mask & (score == float(threshold))).reshape(-1).numpy())[-surplus:]
+            Positions(torch.from_numpy(ties)).write(mask, False)
+            surplus -= len(ties)
     return masks
 
 
@@ -97,17 +90,6 @@ def _taken(scores: Tensor, eligible: Tensor | None) -> np.ndarray | None:
         return None
     free = flat_view(_laid_out_as(eligible.detach(), scores)).numpy()
     return None if free.all() else np.logical_not(free)
-
-
-def _drop_last_ties(scores: list[Tensor], masks: list[Tensor], threshold: float, surplus: int) -> None:
-    """Unmark the last `surplus` positions, by flat index, whose score equals the threshold; changes the masks."""
-    for score, mask in zip(reversed(scores), reversed(masks), strict=True):
-        if surplus == 0:
-            return
-        ties = np.flatnonzero((mask & (score == threshold)).reshape(-1).numpy())
-        dropped = torch.from_numpy(ties[-surplus:])
-        Positions(dropped).write(mask, False)
-        surplus -= len(dropped)
 
 
 def _device_masks(scores: list[Tensor], k: int, eligible: list[Tensor] | None) -> list[Tensor]:

@@ -22,7 +22,6 @@ from utils.pruning import prune_to
 from utils.run import Run
 from utils.stage1 import Outcome, PruneStep
 
-Sizes = Callable[[int], int]  # number of surviving weights -> bytes of the compact file
 UNITS = {"KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
 WEIGHT = 4  # bytes of a float32
 LAYER = 32  # bytes of a layer, at most, for longer numbers in the index and for bits that fill no byte
@@ -36,8 +35,8 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def worst_sizes(model: nn.Module) -> Sizes:
-    """The bytes, at most, that the compact file of the model takes, wherever the surviving weights lie.
+def worst_sizes(model: nn.Module) -> Callable[[int], int]:
+    """The bytes, at most, that the compact file of the model takes with so many surviving weights, wherever they lie.
 
     With one shift l for all layers, n survivors of N weights take n (l + 1) + (N - n) / 2^l bits or fewer, as the gaps
     of all layers add up to N - n at most; with the shift that is best for each layer they take no more.

@@ -68,11 +68,9 @@ def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
     anything but 0 and 1, or where a value is too large for float16.
     """
     index, data = [], []
-    for key, value in state.items():
-        if _is_mask(key, state):
-            continue
-        mask = state.get(_mask_of(key))
-        entry, parts = _encode_tensor(key, value, mask, dtype)
+    masks = {key: f"{key.removesuffix('_orig')}_mask" for key in state if key.endswith("weight_orig")}
+    for key in [key for key in state if key not in masks.values()]:
+        entry, parts = _encode_tensor(key, state[key], state.get(masks.get(key, "")), dtype)
         index.append(entry)
         data += parts
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
@@ -80,16 +78,7 @@ def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
     return HEADER.pack(MAGIC, VERSION, len(packed), hashlib.sha256(body).digest()) + body
 
 
-def _mask_of(key: str) -> str:
-    return f"{key.removesuffix('_orig')}_mask" if key.endswith("weight_orig") else ""
-
-
-def _is_mask(key: str, state: Mapping[str, Tensor]) -> bool:
-    return key.endswith("weight_mask") and f"{key.removesuffix('_mask')}_orig" in state
-
-
-def _encode_tensor(key: str, value: Tensor, mask: Tensor | None, dtype: str
-                   ) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _encode_tensor(key: str, value: Tensor, mask: Tensor | None, dtype: str) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The tensor's object in the index, and the parts of its data."""
     kind = str(value.dtype).removeprefix("torch.")
     if value.is_floating_point():
@@ -113,17 +102,12 @@ def encode_positions(positions: np.ndarray) -> Gaps:
     """Rice coding of ascending flat positions (n,), by the shift that takes the fewest bytes."""
     gaps = np.diff(positions, prepend=-1) - 1
     shifts = range(min(int(gaps.max(initial=0)).bit_length(), LARGEST_SHIFT) + 1)
-    shift = min(shifts, key=lambda shift: sum(_coded_bytes(gaps, shift)))
+    shift = min(shifts, key=lambda s: _bytes(len(gaps) * s) + _bytes(len(gaps) + int((gaps >> s).sum())))  # low, unary
     low = (gaps[:, None] >> np.arange(shift)) & 1
     ends = np.cumsum((gaps >> shift) + 1) - 1
     unary = np.zeros(ends[-1] + 1 if len(ends) else 0, np.uint8)
     unary[ends] = 1
     return Gaps(shift, *(np.packbits(bits.astype(np.uint8), bitorder="little") for bits in (low, unary)))
-
-
-def _coded_bytes(gaps: np.ndarray, shift: int) -> tuple[int, int]:
-    """Bytes of the low bits and of the unary part."""
-    return _bytes(len(gaps) * shift), _bytes(len(gaps) + int((gaps >> shift).sum()))
 
 
 def _bytes(bits: int) -> int:
