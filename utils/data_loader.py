@@ -73,15 +73,11 @@ class BatchLoader:
 
     def with_batch_size(self, batch_size: int) -> BatchLoader:
         """The same images, augmentation and order of seeds in batches of another size; shares memory."""
-        other = copy.copy(self)
-        other.batch_size = batch_size
-        other.generator = torch.Generator().set_state(self.generator.get_state())
-        return other
+        return self._with(batch_size=batch_size)
 
     def with_padding(self, padding: int) -> BatchLoader:
         """The same with so many pixels of zeros on each side before the random crop."""
-        other, less = self.with_batch_size(self.batch_size), self.padding - padding
-        other.padding = padding
+        other, less = self._with(padding=padding), self.padding - padding
         if self.augment and less > 0:  # the crops in the middle are the ones: nothing is copied
             middle = slice(less, less + 2 * padding + 1)
             other.windows = self.windows[:, middle, middle]
@@ -91,14 +87,17 @@ class BatchLoader:
 
     def unaugmented(self, batch_size: int | None = None) -> BatchLoader:
         """The same images in their stored order, neither augmented nor shuffled; shares memory."""
-        other = self.with_batch_size(batch_size or self.batch_size)
-        other.augment, other.shuffle, other.windows = False, False, None
-        return other
+        return self._with(batch_size=batch_size or self.batch_size, augment=False, shuffle=False, windows=None)
 
     def subset(self, indices: np.ndarray, batch_size: int | None = None) -> BatchLoader:
         """The images at these positions, in this order, neither augmented nor shuffled."""
-        other, where = self.unaugmented(batch_size), torch.from_numpy(indices).to(self.device)
-        other.images, other.targets = self.images[where], self.targets[where]
+        where = torch.from_numpy(indices).to(self.device)
+        return self.unaugmented(batch_size)._with(images=self.images[where], targets=self.targets[where])
+
+    def _with(self, **changes: Any) -> BatchLoader:
+        """A copy in which these attributes are others, with a generator of its own in the same state."""
+        other = copy.copy(self)
+        vars(other).update(changes, generator=torch.Generator().set_state(self.generator.get_state()))
         return other
 
     def balanced_sample(self, num_images: int, batch_size: int, seed: int) -> BatchLoader:
