@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 from utils import size_budget, stage1
 from utils.common import UserError, fraction
 from utils.mask_schedule import add_mask_options, mask_options
 from utils.pruning import PRUNERS
 from utils.run import (
-    ArgumentParser,
     add_iteration_options,
-    add_model_option,
-    add_overwrite_options,
     add_recipe_options,
-    add_run_options,
     check_iterations,
-    finetune_changes,
     open_run,
-    pretrain_changes,
+    run_parser,
     script,
+    stage1_recipes,
 )
 from utils.stage1 import PruneStep
 from utils.training import RECIPES, Recipe
@@ -33,8 +28,7 @@ from utils.training import RECIPES, Recipe
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__)
     parser.add_argument("--pruner", choices=[*PRUNERS, "none"], default="magnitude",
                         help="none stops after pretraining")
     parser.add_argument("--sparsity", type=fraction, nargs="+",
@@ -44,8 +38,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser)
     add_mask_options(parser)
-    add_run_options(parser)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     check_schedule(args)
     return args
@@ -69,7 +61,7 @@ def recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe]:
     """The recipes of pretraining and finetuning with what the command line changes."""
     chosen = RECIPES[args.recipe]
     finetune = chosen.iterative if args.iter_end > 1 else chosen.one_shot
-    return replace(chosen.pretrain, **pretrain_changes(args)), replace(finetune, **finetune_changes(args))
+    return stage1_recipes(args, chosen.pretrain, finetune)
 
 
 def plan(args: argparse.Namespace, finetune: Recipe) -> list[PruneStep]:
@@ -81,7 +73,7 @@ def plan(args: argparse.Namespace, finetune: Recipe) -> list[PruneStep]:
         return []
     if args.iter_end == 1:
         return stage1.sweep_steps(args.pruner, args.sparsity, mask)
-    rate = args.amount or stage1.rate_towards(args.sparsity[0], args.iter_end)
+    rate = args.amount or 1.0 - (1.0 - args.sparsity[0]) ** (1.0 / args.iter_end)  # ends there after so many
     return stage1.iterative_steps(args.pruner, rate, args.iter_start, args.iter_end, mask)
 
 
@@ -91,18 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrain_recipe, finetune_recipe = recipes(args)
     steps = plan(args, finetune_recipe)
     run = open_run(args)
-    keep = {"resume": args.resume, "overwrite": args.overwrite}
     if args.size_budget:
         args.sparsity = [size_budget.safe_sparsity(run.new_model(), args.pruner, args.size_budget)]
         steps = plan(args, finetune_recipe)
     tried_out = args.size_budget and args.iter_end == 1 and args.mask_schedule == "fixed"
     stage1.check_steps(run, steps, "--amount" if args.amount else "--sparsity")
-    stage1.check_stages(run, stage1.dense_stage(run, pretrain_recipe, **keep), [] if tried_out else steps,
-                        finetune_recipe, **keep)
-    outcomes = [stage1.pretrain(run, pretrain_recipe, **keep)]
+    stage = stage1.dense_stage(run, pretrain_recipe)
+    stage1.check_stages(run, stage, [] if tried_out else steps, finetune_recipe)
+    outcomes = [stage1.pretrain(run, pretrain_recipe, stage)]
     if tried_out:
         steps = [size_budget.fit(run, outcomes[0], steps[0], args.size_budget)]
-    outcomes += stage1.prune_steps(run, outcomes[0], steps, finetune_recipe, **keep)
+    outcomes += stage1.prune_steps(run, outcomes[0], steps, finetune_recipe)
     stage1.report(run, outcomes)
     if args.size_budget:
         print(f"compact file: {size_budget.write(outcomes[-1], args.size_budget)}")

@@ -10,28 +10,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils import stage2
-from utils.distributed import world
-from utils.methods import METHODS, parse_regrowth_args, regrowth_parser
-from utils.run import open_run, script
-
-METHOD = METHODS["reference"]
+from utils.methods import parse_regrowth_args
+from utils.run import script
+from utils.stage2 import run_script
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = regrowth_parser(__doc__, METHOD.save_dir)
-    METHOD.add_options(parser)
-    return parse_regrowth_args(parser, argv)
+    return parse_regrowth_args("reference", __doc__, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Finds an allocation, regrows by it, finetunes, reports."""
-    args = parse_args(argv)
-    run = open_run(args)
-    outcomes = stage2.regrow(run, args, METHOD, world=world())
-    if world().leads:
-        stage2.report(run, stage2.save_folder(run, args, METHOD), outcomes)
+    run_script(parse_args(argv))
 
 
 if __name__ == "__main__":

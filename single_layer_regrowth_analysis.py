@@ -19,21 +19,19 @@ import utils  # noqa: F401  (first: it says which packages are missing)
 # isort: split
 from torch import nn
 
-from utils import checkpoint, plots, stage2
+from utils import checkpoint, plots, stage1, stage2
 from utils.analysis_utils import clone_model
 from utils.common import derive_seed
 from utils.regrowth import Evidence, WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.run import (
-    ArgumentParser,
     Run,
-    add_model_option,
-    add_overwrite_options,
-    add_run_options,
+    add_start_options,
     count,
     fraction,
     open_run,
     positive_float,
     positive_int,
+    run_parser,
     script,
 )
 from utils.stage import ResumableTable
@@ -46,12 +44,9 @@ IMMEDIATE = ("immediate_gain_as_is", "immediate_gain")  # with stale batch-norm 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
-    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
+    parser = run_parser(__doc__)
+    add_start_options(parser)
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="sparsity that the budget would reach")
-    parser.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
-                        help="insist on a kind of starting checkpoint, or name a file")
     parser.add_argument("--reference_model", metavar="FILE|SPARSITY",
                         help="whose weights return; default: the dense model")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="layers by name or pattern; default: all")
@@ -61,8 +56,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="its learning rate (AdamW)")
     parser.add_argument("--ssim_batches", type=positive_int, default=10, help="batches of 500 images for the drift")
     parser.add_argument("--save_dir", type=Path, help="default: single_layer_savedir/{m_name} under --root")
-    add_run_options(parser)
-    add_overwrite_options(parser)
     return parser.parse_args(argv)
 
 
@@ -152,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures every layer, then correlates, draws and says what came out."""
     args = parse_args(argv)
     run = open_run(args)
-    dense, start = stage2.load_dense(run, args), stage2.load_start(run, args)
+    dense, start = stage1.load_models(run, args)
     folder = args.save_dir or run.root / "single_layer_savedir" / run.m_name
     config = configuration(run, args, start.artifact, dense.artifact)
     table = ResumableTable(folder / "single_layer.csv", ("layer", "seed"), config,

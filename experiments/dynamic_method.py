@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from utils.analysis_utils import count_pruned_params, prunable_layers  # noqa: E402
 from utils.common import UserError, fraction, generator, positive_int  # noqa: E402
 from utils.pruning import prune_to  # noqa: E402
-from utils.run import ArgumentParser, add_model_option, add_run_options, open_run, script  # noqa: E402
+from utils.run import open_run, run_parser, script  # noqa: E402
 from utils.selection import exact_k_mask  # noqa: E402
 from utils.training import SHORT_PRETRAIN, Trainer, TrainingHook  # noqa: E402
 
@@ -49,13 +49,11 @@ class Swap(TrainingHook):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__, resumable=False)
     parser.add_argument("--sparsity", type=fraction, default=0.9, help="of the whole training")
     parser.add_argument("--epochs", type=positive_int, default=4, help="of training")
     parser.add_argument("--update_every", type=positive_int, default=10, help="steps from one swap to the next")
     parser.add_argument("--exchange", type=fraction, default=0.1, help="share of the active weights")
-    add_run_options(parser)
     return parser.parse_args(argv)
 
 

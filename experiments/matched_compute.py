@@ -25,20 +25,17 @@ from utils.common import UserError, epoch_count  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.distributed import world  # noqa: E402
 from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
-from utils.methods import METHODS, regrowth_arguments  # noqa: E402
+from utils.methods import regrowth_arguments  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.run import (  # noqa: E402
     RECIPE_NUMBERS,
-    ArgumentParser,
     Run,
-    add_model_option,
-    add_overwrite_options,
     add_recipe_numbers,
-    add_run_options,
     count,
-    finetune_changes,
     fraction,
     positive_int,
+    recipe_changes,
+    run_parser,
     script,
 )
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
@@ -71,8 +68,7 @@ def arm_name(text: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__)
     parser.add_argument("--arms", nargs="+", type=arm_name, default=DEFAULT_ARMS, metavar="ARM",
                         help=f"schedule[+rule[+allocation]]: {', '.join(MASK_SCHEDULES)}; {', '.join(SELECTORS)}; "
                         f"layer, global, {', '.join(ALLOCATORS)}. Or allocation+selection[+values]: rl or a rule of "
@@ -95,8 +91,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(SearchConfig.rungs),
                         help="epochs of an episode of a search, as of the stage-2 scripts")
     parser.add_argument("--save_dir", type=Path, help="default: matched_compute/{m_name} under --root")
-    add_run_options(parser)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     args.arms, args.sparsity = [CONTROL, *(arm for arm in ARMS[1:] if arm in args.arms)], sorted(set(args.sparsity))
     once = [arm for arm in args.arms if arm in REGROWN]
@@ -110,14 +104,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def finetuning(args: argparse.Namespace, epochs: int) -> Recipe:
     """The recipe of a training after the dense model's; no arm stops early."""
-    return replace(RECIPES[args.recipe].final, **{**finetune_changes(args), "epochs": epochs, "patience": None})
+    changes = {**recipe_changes(args, "finetune_"), "epochs": epochs, "patience": None}
+    return replace(RECIPES[args.recipe].final, **changes)
 
 
 def dense_model(run: Run, args: argparse.Namespace) -> Outcome:
     """The dense model of the run's seed; if it is made already, it is reused."""
     pretrain = RECIPES[args.recipe].pretrain
-    return stage1.pretrain(run, replace(pretrain, epochs=args.max_epochs or pretrain.epochs), resume=args.resume,
-                           overwrite=args.overwrite)
+    return stage1.pretrain(run, replace(pretrain, epochs=args.max_epochs or pretrain.epochs))
 
 
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int, arm: str = CONTROL) -> Outcome:
@@ -126,26 +120,26 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     plan = MOVING.get(arm)
     step = PruneStep("magnitude", plan["schedule"] if plan else "one-shot", 1, sparsity, mask=plan)
     own = replace(run, root=run.root / f"{arm}_{epochs}")  # files are named by their sparsity only
-    return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs), resume=args.resume,
-                                     overwrite=args.overwrite)
+    return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs))
 
 
 def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int) -> tuple[Outcome, float]:
     """The model that an arm which regrows once ends with, and the seconds of training before it regrows."""
     allocation, selection, values = REGROWN[arm]
     published = (selection, values) == ("reference", "reference")
-    method = METHODS["reference" if published else "saliency"]
     start = pruned_model(run, args, args.start_sparsity, before)
     recipe = finetuning(args, args.finetune_epochs - before)
     options = regrowth_arguments(
-        m_name=args.m_name, allocation=allocation, recipe=args.recipe, start_sparsity=args.start_sparsity,
+        "reference" if published else "saliency", m_name=args.m_name, allocation=allocation, recipe=args.recipe,
+        start_sparsity=args.start_sparsity,
         starting_checkpoint=str(start.artifact), target_sparsity=sparsity, finetune_epochs=recipe.epochs,
         patience=recipe.epochs + 1, **{f"finetune_{field}": getattr(recipe, field) for field in RECIPE_NUMBERS},
         finetune_batch_size=recipe.batch_size, search_budget=args.search_budget,
         mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / f"{arm}_{checkpoint.format_sparsity(sparsity)}",
-        resume="latest" if args.resume else None, overwrite=args.overwrite, selection=selection, init_strategy=values)
-    return stage2.regrow(run, options, method, passes=before)[-1], start.card["seconds"]
+        resume="latest" if args.resume else None, overwrite=args.overwrite,
+        selection=selection, init_strategy=values)
+    return stage2.regrow(run, options, passes=before)[-1], start.card["seconds"]
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, sparsity: float) -> dict[str, Any]:

@@ -22,15 +22,7 @@ from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.common import UserError, count, derive_seed, fraction, not_negative, positive_float, positive_int  # noqa: E402
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
 from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
-from utils.run import (  # noqa: E402
-    ArgumentParser,
-    Run,
-    add_model_option,
-    add_overwrite_options,
-    add_run_options,
-    open_run,
-    script,
-)
+from utils.run import Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import PruneStep  # noqa: E402
 from utils.training import OPTIMIZERS, RECIPES, SCHEDULES, Recipe, Trainer  # noqa: E402
@@ -41,8 +33,7 @@ KEYS = ("sparsity", "pruner", "mask_schedule", *MASK_FIELDS, *RECIPE)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__)
     start = RECIPES["short"].pretrain
     several = {"nargs": "+"}
     parser.add_argument("--sparsity", type=fraction, default=[0.0], help="default: pretraining", **several)
@@ -62,8 +53,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "its random crop", **several)
     parser.add_argument("--num_seeds", type=positive_int, default=1, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--save_dir", type=Path, help="default: recipe_sweep/{m_name} under --root")
-    add_run_options(parser)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     if args.sparsity == [0.0] and args.mask_schedule != ["fixed"]:
         raise UserError("--mask_schedule moves the mask of a finetuning; give a --sparsity")
@@ -109,7 +98,7 @@ def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
         else:
             step = replace(step, schedule=mask_schedule, mask=plan_fields(
                 mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))
-            hook = stage1.mask_mover(run, model, step, stage1.pruning_seed(run, step))
+            hook = stage1.mask_mover(run, model, step)
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=hook)
     result = trainer.run(f"{recipe.optimizer} {recipe.lr:g}, {mask_schedule} {sparsity:g}")
     return {"val_acc": result.accuracy, "last_val_acc": trainer.history[-1]["val_acc"],

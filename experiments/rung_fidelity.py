@@ -32,27 +32,16 @@ from utils.common import (  # noqa: E402
     positive_int,
 )
 from utils.data_loader import BatchLoader  # noqa: E402
-from utils.methods import METHODS, regrowth_arguments  # noqa: E402
-from utils.run import (  # noqa: E402
-    ArgumentParser,
-    Run,
-    add_model_option,
-    add_overwrite_options,
-    add_run_options,
-    open_run,
-    script,
-)
+from utils.methods import regrowth_arguments  # noqa: E402
+from utils.run import Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.statistics import correlate  # noqa: E402
 from utils.training import FINETUNE_FINAL, Trainer, accuracy_with_new_statistics  # noqa: E402
 
-METHOD = METHODS["reference"]
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__)
     parser.add_argument("--num_allocations", type=positive_int, default=24, help="the four rules among them")
     parser.add_argument("--rungs", type=epoch_count, nargs="+", default=[0.25, 1, 3, 9], help="epochs, increasing")
     parser.add_argument("--num_images", type=positive_int, help="training images of an epoch; validation stays whole "
@@ -61,8 +50,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="sparsity after regrowth")
     parser.add_argument("--finetune_lr", type=positive_float, default=FINETUNE_FINAL.lr, help="of the episodes (AdamW)")
     parser.add_argument("--save_dir", type=Path, help="default: rung_fidelity/{m_name} under --root")
-    add_run_options(parser)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     if args.rungs != sorted(set(args.rungs)) or len(args.rungs) < 2:
         raise UserError(f"--rungs {' '.join(map(str, args.rungs))}: give at least two, increasing, such as 0.25 1 3 9")
@@ -90,13 +77,10 @@ class Study:
     def __init__(self, run: Run, args: argparse.Namespace):
         """Loads the models and measures what the order of the layers needs."""
         self.run, self.rungs = run, args.rungs
-        self.options = regrowth_arguments(m_name=args.m_name, start_sparsity=args.start_sparsity, root=run.root,
-                                          target_sparsity=args.target_sparsity, finetune_lr=args.finetune_lr)
-        dense, start = stage2.load_dense(run, self.options), stage2.load_start(run, self.options)
-        evidence = stage2.evidence_maker(run, self.options, dense.model)(start.model)
-        self.step = stage2.plan_step(run, self.options, METHOD, start, 1)
-        self.problem = stage2.allocation_problem(self.options, self.step, evidence)
-        self.regrower = stage2.regrower_of(run, self.options, METHOD, evidence)
+        self.step = stage2.first_step(run, regrowth_arguments(
+            "reference", m_name=args.m_name, start_sparsity=args.start_sparsity, root=run.root,
+            target_sparsity=args.target_sparsity, finetune_lr=args.finetune_lr))
+        self.problem = self.step.problem
 
     def rewards(self, allocation: tuple[int, ...]) -> dict[str, float]:
         """Validation accuracy (%) by rung, and the seconds that re-estimation and all training took.
@@ -105,7 +89,7 @@ class Study:
         for bit, so that only fractions of an epoch are trained apart.
         """
         started = time.perf_counter()
-        found = {"bn": accuracy_with_new_statistics(self._regrown(allocation), self.run.train, self.run.val,
+        found = {"bn": accuracy_with_new_statistics(self.step.apply(allocation)[0], self.run.train, self.run.val,
                                                     self.run.precision)}
         seconds = {"seconds_bn": time.perf_counter() - started}
         longest = [row["val_acc"] for row in self._trained(allocation, self.rungs[-1]).history]
@@ -118,13 +102,10 @@ class Study:
                 found[f"after_{rung}"] = max(row["val_acc"] for row in self._trained(allocation, rung).history)
         return {**found, **seconds, "seconds": time.perf_counter() - started}
 
-    def _regrown(self, allocation: tuple[int, ...]) -> Any:
-        return stage2.apply_allocation(self.step.start.model, self.problem.layers, allocation, self.regrower, 1)[0]
-
     def _trained(self, allocation: tuple[int, ...], epochs: float) -> Trainer:
-        recipe = replace(stage2.final_recipe(self.options), epochs=epochs, schedule="constant", patience=None)
+        recipe = replace(self.step.args.finetuning, epochs=epochs, schedule="constant", patience=None)
         seed = derive_seed(derive_seed(self.run.seed, "search"), "episode")  # as in a search
-        trainer = Trainer(self._regrown(allocation), self.run.train, self.run.val, recipe, seed=seed,
+        trainer = Trainer(self.step.apply(allocation)[0], self.run.train, self.run.val, recipe, seed=seed,
                           precision=self.run.precision)
         trainer.run(show=False)
         return trainer

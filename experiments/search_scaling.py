@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from utils.checkpoint import save_csv  # noqa: E402
 from utils.common import RunFailed, epoch_count, fraction, generator, positive_int  # noqa: E402
 from utils.controller import RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import World, world  # noqa: E402
-from utils.methods import METHODS, regrowth_arguments  # noqa: E402
-from utils.run import ArgumentParser, add_model_option, add_run_options, open_run, script  # noqa: E402
+from utils.methods import regrowth_arguments  # noqa: E402
+from utils.run import open_run, run_parser, script  # noqa: E402
 
 IDLE = 0.2  # the largest share that is acceptable
 RUNGS = (1, 3, 9)
@@ -40,8 +39,7 @@ Row = dict[str, Any]
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__, resumable=False)
     parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], help="to measure, 1 among them")
     parser.add_argument("--trials", type=positive_int, default=8, help="of each length in a measured round")
     parser.add_argument("--mini_finetune_epochs", type=epoch_count, nargs=2, default=[0.1, 0.3],
@@ -53,7 +51,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="of the measured trials")
     parser.add_argument("--save_dir", type=Path, help="default: search_scaling/{m_name} under --root")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)  # one measured round, under torchrun
-    add_run_options(parser)
     return parser.parse_args(argv)
 
 
@@ -63,23 +60,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure_round(args: argparse.Namespace) -> None:
     """Trains a round of trials with the processes there are; prints its seconds and those of each trial, as JSON."""
     run, processes = open_run(args), world()
-    options = regrowth_arguments(m_name=args.m_name, root=args.root, target_sparsity=args.target_sparsity,
-                                 ssim_batches=1)
-    dense, start = stage2.load_dense(run, options), stage2.load_start(run, options)
-    step = stage2.plan_step(run, options, METHODS["reference"], start, 1)
-    evidence = stage2.evidence_maker(run, options, dense.model)(start.model)
-    regrower = stage2.regrower_of(run, options, METHODS["reference"], evidence)
-    problem = stage2.allocation_problem(options, step, evidence)
-    trial = partial(stage2.trial_reward, run, options, step, regrower, processes.share(problem.layers))
+    step = stage2.first_step(run, regrowth_arguments(
+        "reference", m_name=args.m_name, root=args.root, target_sparsity=args.target_sparsity, ssim_batches=1))
     if not processes.leads:
-        processes.serve(trial)
+        processes.serve(step.reward)
         return
     draws, trials = generator(run.seed, "scaling"), []
-    jobs = [(ALLOCATORS["random"](problem, draws), run.seed, epochs)
+    jobs = [(ALLOCATORS["random"](step.problem, draws), run.seed, epochs)
             for epochs in sorted(args.mini_finetune_epochs, reverse=True) for _ in range(args.trials)]
-    processes.run(trial, jobs[-processes.size:], lambda *_: None)  # the first of every process takes longer
+    processes.run(step.reward, jobs[-processes.size:], lambda *_: None)  # the first of every process takes longer
     began = time.perf_counter()
-    processes.run(trial, jobs, lambda number, _, seconds: trials.append((jobs[number][2], seconds)))
+    processes.run(step.reward, jobs, lambda number, _, seconds: trials.append((jobs[number][2], seconds)))
     seconds = time.perf_counter() - began
     processes.share()
     print(json.dumps({"seconds": seconds, "trials": trials}))

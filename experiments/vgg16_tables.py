@@ -23,17 +23,7 @@ from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
 from utils.distributed import world  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
-from utils.run import (  # noqa: E402
-    ArgumentParser,
-    Run,
-    add_model_option,
-    add_overwrite_options,
-    add_run_options,
-    count,
-    positive_float,
-    positive_int,
-    script,
-)
+from utils.run import Run, count, positive_float, positive_int, run_parser, script  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.training import FINETUNE_FINAL, FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, PRETRAIN  # noqa: E402
 
@@ -64,8 +54,7 @@ def chosen_entries(words: Sequence[str]) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser, default=PUBLISHED_MODEL)
+    parser = run_parser(__doc__, model=PUBLISHED_MODEL, seed=False)
     parser.add_argument("--rows", nargs="+", default=list(PUBLISHED), metavar="ROW",
                         help="A, B, R (all of a setting) or single ones such as B:0.99")
     parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2], help="each a training of its own")
@@ -80,8 +69,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allocation", choices=["rl", *ALLOCATORS], default="rl", help="of regrowth")
     parser.add_argument("--search_budget", type=count, default=60, help="epochs of a search; 0: no limit")
     parser.add_argument("--save_dir", type=Path, help="default: vgg16_tables/{m_name} under --root")
-    add_run_options(parser, seed=False)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     args.entries, args.seeds = chosen_entries(args.rows), sorted(set(args.seeds))
     return args
@@ -94,7 +81,7 @@ def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
-    return stage1.prune_and_finetune(run, dense, step, recipe, resume=args.resume, overwrite=args.overwrite)
+    return stage1.prune_and_finetune(run, dense, step, recipe)
 
 
 def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
@@ -102,19 +89,18 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
     steps = stage1.iterative_steps("magnitude", AMOUNT, 1, len(PUBLISHED["A"]))
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
-    return stage1.prune_steps(run, dense, steps[:last.iteration], recipe, resume=args.resume,
-                              overwrite=args.overwrite)[-1]
+    return stage1.prune_steps(run, dense, steps[:last.iteration], recipe)[-1]
 
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
     """Regrowth from the one-shot 0.99 model."""
     options = regrowth_arguments(
-        m_name=args.m_name, allocation=args.allocation,
+        args.method, m_name=args.m_name, allocation=args.allocation,
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
         finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
         save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}",
         resume="latest" if args.resume else None, overwrite=args.overwrite)
-    return stage2.regrow(run, options, METHODS[args.method])[-1]
+    return stage2.regrow(run, options)[-1]
 
 
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
@@ -123,7 +109,7 @@ SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
 def prepare(run: Run, args: argparse.Namespace) -> Outcome:
     """The dense model, and where something regrows the model it starts from: what the rows of a seed share."""
     recipe = replace(PRETRAIN, epochs=args.max_epochs, lr=args.lr)
-    dense = stage1.pretrain(run, recipe, resume=args.resume, overwrite=args.overwrite)
+    dense = stage1.pretrain(run, recipe)
     if any(ENTRIES[entry][0] == "R" for entry in args.entries):
         one_shot(run, args, dense, START)
     return dense

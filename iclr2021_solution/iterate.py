@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
@@ -20,35 +19,29 @@ from utils import checkpoint, stage1  # noqa: E402
 from utils.mask_schedule import add_mask_options, mask_options  # noqa: E402
 from utils.pruning import PRUNERS  # noqa: E402
 from utils.run import (  # noqa: E402
-    ArgumentParser,
     Run,
     add_iteration_options,
-    add_model_option,
-    add_overwrite_options,
     add_recipe_options,
-    add_run_options,
     check_iterations,
     count,
-    finetune_changes,
     open_run,
-    pretrain_changes,
+    recipe_changes,
+    run_parser,
     script,
+    stage1_recipes,
 )
 from utils.training import RECIPES, Recipe  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
-    parser = ArgumentParser(__doc__)
-    add_model_option(parser)
+    parser = run_parser(__doc__)
     parser.add_argument("--pruner", choices=list(PRUNERS), default="lamp", help="which weights go")
     add_iteration_options(parser, iter_end=10, amount="prune rate of an iteration, instead of the model's own")
     parser.add_argument("--cuda", type=count, metavar="N", help="GPU number, short for --device cuda:N")
     add_recipe_options(parser, "published rates and batch size are those of tools/modelloaders.py; some differ for "
                        f"{', '.join(SETTINGS)}")
     add_mask_options(parser)
-    add_run_options(parser)
-    add_overwrite_options(parser)
     args = parser.parse_args(argv)
     check_iterations(args)
     if args.cuda is not None:
@@ -61,8 +54,7 @@ def settings(args: argparse.Namespace) -> tuple[float, Recipe, Recipe]:
     _, amount, _, opt_pre, opt_post = model_and_opt_loader(args.m_name)
     if args.recipe != "published":
         opt_pre, opt_post = RECIPES[args.recipe].pretrain, RECIPES[args.recipe].iterative
-    return (args.amount or amount, replace(opt_pre, **pretrain_changes(args)),
-            replace(opt_post, **finetune_changes(args)))
+    return args.amount or amount, *stage1_recipes(args, opt_pre, opt_post)
 
 
 def dense_settings(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[Recipe, bool]:
@@ -73,10 +65,10 @@ def dense_settings(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[
     """
     artifact = checkpoint.dense_path(run.root, run.m_name)
     if args.overwrite or not artifact.is_file() or checkpoint.progress_path(artifact).exists():
-        return recipe, args.resume
-    given, card = pretrain_changes(args), checkpoint.read_card(artifact)
+        return recipe, False
+    given, card = recipe_changes(args), checkpoint.read_card(artifact)
     made = (card or {}).get("config", {}).get("recipe", {})
-    return Recipe(**{**recipe.as_dict(), **made, **given}), args.resume or not (card or given)
+    return Recipe(**{**recipe.as_dict(), **made, **given}), not (card or given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,14 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     mask = mask_options(args, opt_post.epochs, args.pruner)
     steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end, mask)
     run = open_run(args)
-    opt_pre, resume_dense = dense_settings(run, args, opt_pre)
-    keep_dense = {"resume": resume_dense, "overwrite": args.overwrite}
-    keep = {"resume": args.resume, "overwrite": args.overwrite}
+    opt_pre, resume = dense_settings(run, args, opt_pre)
     stage1.check_steps(run, steps, "--amount")
-    stage1.check_stages(run, stage1.dense_stage(run, opt_pre, **keep_dense), steps, opt_post, **keep)
-    dense = stage1.pretrain(run, opt_pre, **keep_dense)
-    outcomes = stage1.prune_steps(run, dense, steps, opt_post, **keep)
-    stage1.report(run, [dense, *outcomes])
+    stage = stage1.dense_stage(run, opt_pre, resume)
+    stage1.check_stages(run, stage, steps, opt_post)
+    dense = stage1.pretrain(run, opt_pre, stage)
+    stage1.report(run, [dense, *stage1.prune_steps(run, dense, steps, opt_post)])
 
 
 if __name__ == "__main__":

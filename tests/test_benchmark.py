@@ -31,8 +31,7 @@ def episodes(tmp_path_factory):
     root = tmp_path_factory.mktemp("benchmark")
     args = arguments(root, "--synthetic")
     run = benchmark.open_benchmark(args, root)
-    return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args), method)
-                 for name, method in METHODS.items()}
+    return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args, name)) for name in METHODS}
 
 
 def test_an_episode_times_every_stage_and_moves_the_whole_budget(episodes):
@@ -133,7 +132,7 @@ def test_checkpoints_of_other_images_are_timed_without_a_warning(image_folder, t
     checkpoint.save_json(card, path)
     args = arguments(tmp_path, "--data_dir", image_folder)
     run = benchmark.open_benchmark(args, tmp_path / "unused")
-    benchmark.run_episode(run, benchmark.stage2_arguments(args), METHODS["reference"])
+    benchmark.run_episode(run, benchmark.stage2_arguments(args))
     assert run.root == tmp_path and "other images" not in capsys.readouterr().out
 
 

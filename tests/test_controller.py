@@ -16,8 +16,8 @@ from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
 from utils.controller import RegrowthPolicyGradient, SearchConfig, scaled_advantages
 from utils.distributed import World
-from utils.methods import regrowth_parser, search_config
-from utils.search import run_search, saved_searches
+from utils.methods import parse_regrowth_args
+from utils.stage2 import run_search, saved_searches
 from utils.surrogate import fit, most_promising
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
@@ -417,14 +417,14 @@ def test_the_published_search_is_what_the_readme_says():
     """The options are read from the README's own sentence."""
     readme = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text().split())
     words = readme.split("The published search")[1].split("is exactly `")[1].split("`")[0].split()
-    config = search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20", *words]))
+    config = parse_regrowth_args("reference", "", ["--m_name", "resnet20", *words]).search
     assert config == SearchConfig(num_epochs=500, batch_size=1, learning_rate=5e-3, rungs=(50,), search_budget=None,
                                   warm_start=False, action_space="ratio")
     trainer = Trainer()
     search = RegrowthPolicyGradient(small_problem(), trainer, replace(config, num_epochs=5), seed=0)
     assert search.run().episodes == 5 and {row["source"] for row in search.history} == {"rl"}
     assert {epochs for _, epochs in trainer.calls} == {50}
-    assert search_config(regrowth_parser("", "").parse_args(["--m_name", "resnet20"])) == SearchConfig()
+    assert parse_regrowth_args("saliency", "", ["--m_name", "resnet20"]).search == SearchConfig()
 
 
 def test_shares_by_hand():

@@ -16,7 +16,7 @@ import torch
 import main as stage_one
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY
-from utils import distributed, torchrun
+from utils import distributed
 from utils.checkpoint import load_checkpoint, read_csv
 from utils.common import UserError
 from utils.distributed import World
@@ -189,14 +189,14 @@ def test_a_restart_goes_on_but_not_after_an_error_of_the_users(tmp_path, monkeyp
         (tmp_path / f"attempt_{attempt}/0").mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0/0/error.json"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not torchrun.restarted() and parser.parse_args(["--overwrite"]).overwrite
+    assert not distributed.restarted() and parser.parse_args(["--overwrite"]).overwrite
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert torchrun.restarted()
+    assert distributed.restarted()
     again = parser.parse_args(["--overwrite"])
     assert again.resume and not again.overwrite and plain.parse_args([]) is not None
-    torchrun.keep_error("the file exists")  # of the attempt before
+    distributed.keep_error("the file exists")  # of the attempt before
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1/0/error.json"))
-    assert not torchrun.restarted()
+    assert not distributed.restarted()
 
 
 def test_processes_divide_the_cores_unless_the_user_has_given_threads(monkeypatch):
@@ -205,8 +205,8 @@ def test_processes_divide_the_cores_unless_the_user_has_given_threads(monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for count, given in (("1", False), ("4", True), ("4", False), ("32", False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
-        monkeypatch.setattr(torchrun, "_threads_given", lambda given=given: given)
-        torchrun.use_own_part(torch.device("cpu"))
+        monkeypatch.setattr(distributed, "_threads_given", lambda given=given: given)
+        distributed.use_own_part(torch.device("cpu"))
     assert chosen == [4, 1]
 
 
@@ -217,9 +217,9 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     for count in ("1", "4"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
-        torchrun.use_own_part(torch.device("cuda"))
-        torchrun.use_own_part(torch.device("cuda:2"))  # as the user says
+        distributed.use_own_part(torch.device("cuda"))
+        distributed.use_own_part(torch.device("cuda:2"))  # as the user says
     assert chosen == [3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match="8 processes on a machine with 4 GPUs"):
-        torchrun.use_own_part(torch.device("cuda"))
+        distributed.use_own_part(torch.device("cuda"))

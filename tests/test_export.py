@@ -14,7 +14,7 @@ from torch import nn
 import inspect_checkpoint
 import main as main_script
 from tests.conftest import assert_user_error
-from utils import checkpoint, export, finetuning, sparse_file, stage1, stage2
+from utils import checkpoint, export, finetuning, sparse_file, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
 from utils.compact import largest_difference, load_network
@@ -207,7 +207,8 @@ def test_every_reader_takes_a_compact_file(start, tmp_path, monkeypatch):
     expected = effective(checkpoint.load_checkpoint(start))
     args = inspect_checkpoint.parse_args(["--file", "x", "--finetune"])
     begin = SimpleNamespace(starting_checkpoint=str(path), start_sparsity=0.9)
-    for model in (stage1.load_outcome(run, path).model, stage2.load_start(run, begin).model,
+    checkpoint.save_checkpoint(run.new_model().state_dict(), checkpoint.dense_path(tmp_path, "resnet20"))
+    for model in (stage1.load_outcome(run, path).model, stage1.load_models(run, begin)[1].model,
                   finetuning.load_source(run, load_artifact(path), inspect_checkpoint.phases(args), args).model):
         assert_equal(dict(model.state_dict()), expected)
     card = checkpoint.read_card(path)

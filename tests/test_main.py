@@ -289,9 +289,9 @@ def test_iterative_schedules_by_hand():
     steps = stage1.iterative_steps("magnitude", 0.4, 1, 4)
     assert [round(step.sparsity, 6) for step in steps] == [0.4, 0.64, 0.784, 0.8704]
     assert [round(step.previous, 6) for step in steps] == [0.0, 0.4, 0.64, 0.784]
-    rate = stage1.rate_towards(0.99, 10)
-    assert rate == pytest.approx(0.369043, abs=1e-6)
-    assert round(stage1.iterative_steps("lamp", rate, 10, 10)[0].sparsity, 12) == 0.99
+    args = main_script.parse_args(["--m_name", "resnet20", "--sparsity", "0.99", "--iter_end", "10"])
+    steps = main_script.plan(args, main_script.recipes(args)[1])
+    assert steps[0].sparsity == pytest.approx(0.369043, abs=1e-6) and round(steps[-1].sparsity, 12) == 0.99
 
 
 def test_ten_iterations_of_resnet20_end_at_99_percent():

@@ -246,7 +246,7 @@ def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_
 def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp_path, monkeypatch, capsys):
     words = [*options, "--search_budget", "8", "--mini_finetune_epochs", "1", "--num_epochs", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(stage2, "apply_allocation", interrupt_at(3))
+        patch.setattr(stage2.Step, "apply", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
             rl_regrowth_nas.main(words)
     for other, said in ((["--finetune_lr", "0.02"], r"recipe lr 0.0003 \(asked: 0.02\)"),
@@ -259,8 +259,8 @@ def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp
 
 
 def interrupt_at(number: int):
-    """`apply_allocation` until it is called for the `number`-th time."""
-    calls, real = [], stage2.apply_allocation
+    """`Step.apply` until it is called for the `number`-th time."""
+    calls, real = [], stage2.Step.apply
 
     def apply(*args):
         calls.append(args)
@@ -276,7 +276,7 @@ def test_an_overwritten_search_leaves_nothing_of_the_old_one(options, tmp_path, 
     folder = tmp_path / "rl_regrow_savedir/resnet20"
     again = [*words, "--num_epochs", "1", "--finetune_lr", "0.01"]
     with monkeypatch.context() as patch:
-        patch.setattr(stage2, "apply_allocation", interrupt_at(2))
+        patch.setattr(stage2.Step, "apply", interrupt_at(2))
         with pytest.raises(KeyboardInterrupt):
             rl_regrowth_nas.main([*again, "--overwrite"])
     found = {path.stem[-1] for path in folder.glob("rl_training_checkpoint_epoch_*.pth")}
@@ -296,8 +296,9 @@ def test_a_dense_model_is_no_start(options, tmp_path):
 
 
 def test_the_scripts_differ_in_method_only(monkeypatch, tmp_path):
-    assert rl_regrowth_nas.METHOD.name == "reference" and rl_saliency_regrowth.METHOD.name == "saliency"
-    args = rl_saliency_regrowth.parse_args(["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"])
+    words = ["--m_name", "vgg16", "--seed", "3", "--data_dir", "x"]
+    args = rl_saliency_regrowth.parse_args(words)
+    assert args.method.name == "saliency" and rl_regrowth_nas.parse_args(words).method.name == "reference"
     monkeypatch.chdir(REPOSITORY)
     assert prerequisite(args, tmp_path, "--pruner", "none").startswith(
         "make it with: python main.py --m_name vgg16 --pruner none --data_dir x --seed 3 (up to 200 epochs; ")
@@ -339,7 +340,7 @@ def test_max_ratio_is_exact(monkeypatch):
     monkeypatch.setattr(stage2, "target_layers", lambda model, patterns: ["a", "b"])
     monkeypatch.setattr(stage2, "layer_capacities", lambda model, layers: {"a": 100, "b": 99})
     args = rl_regrowth_nas.parse_args(["--m_name", "resnet20", "--max_ratio", "0.29"])
-    assert stage2._capacities(None, args) == {"a": 29, "b": 28}
+    assert stage2.capacities(None, args) == {"a": 29, "b": 28}
 
 
 # --- a mask that moves in the final finetuning -----------------------------------------------------------------------

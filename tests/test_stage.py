@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import main
-from utils import checkpoint, finetuning, stage2
+from utils import checkpoint, finetuning, stage1, stage2
 from utils import stage as stage_module
 from utils.analysis_utils import clone_model
 from utils.common import UserError
@@ -239,11 +239,10 @@ def test_every_flow_holds_its_folder(tmp_path, image_folder, hold_elsewhere, mon
     hold_elsewhere(tmp_path / "out")
     with pytest.raises(UserError, match="out is in use by process 7"):
         ResumableTable(tmp_path / "out" / "t.csv", ("seed",), {}, resume=False, overwrite=False)
-    for name in ("load_dense", "load_start"):
-        monkeypatch.setattr(stage2, name, lambda *_: SimpleNamespace(model=None))
+    monkeypatch.setattr(stage1, "load_models", lambda *_: (SimpleNamespace(model=None), None))
     run, args = SimpleNamespace(held=set()), SimpleNamespace(save_dir=tmp_path / "out", regrow_iterations=1)
     with pytest.raises(UserError, match="out is in use by process 7"):
-        stage2.regrow(run, args, None)
+        stage2.regrow(run, args)
     monkeypatch.setattr(finetuning, "load_source", lambda *_: None)
     with pytest.raises(UserError, match="out is in use by process 7"):
         finetuning.finetune(run, None, (), args)

@@ -172,10 +172,10 @@ def add_setting_options(parser: argparse.ArgumentParser, num_runs: int, num_imag
     add_run_options(parser)
 
 
-def stage2_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that the stage-2 scripts would have, mostly defaults; UserError if nothing is left to regrow."""
+def stage2_arguments(args: argparse.Namespace, method: str = "reference") -> argparse.Namespace:
+    """What a method's script would have read, mostly defaults; UserError if nothing is left to regrow."""
     shared = ("m_name", "start_sparsity", "target_sparsity", "seed", "root")
-    return regrowth_arguments(**{name: getattr(args, name) for name in shared})
+    return regrowth_arguments(method, **{name: getattr(args, name) for name in shared})
 
 
 def synthetic_dataset(num_images: int, seed: int) -> ImageDataset:
@@ -220,29 +220,26 @@ class Episode:
     seconds: dict[str, float]
     start: nn.Module  # the pruned model
     allocation: dict[str, int]
-    regrower: stage2.Regrower
+    regrower: Callable[[nn.Module], WeightRegrowth]
 
 
-def run_episode(run: Run, args: argparse.Namespace, method: stage2.Method) -> Episode:
+def run_episode(run: Run, args: argparse.Namespace) -> Episode:
     """From checkpoints on disk to a model finetuned for one epoch, by the same calls as the stage-2 scripts.
 
-    args: of the stage-2 parsers. Evidence is what the method looks at: gradients, or the reference model. The
+    args: of `stage2_arguments`. Evidence is what the method looks at: gradients, or the reference model. The
     allocation is the proportional one, so that both methods move the same number of weights in each layer.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "loading", run.device):
-        dense, start = stage2.load_dense(run, args), stage2.load_start(run, args)
-    step = stage2.plan_step(run, args, method, start, 1)
+        step = stage2.first_step(run, args)
     with timed(seconds, "drift (SSIM)", run.device):
-        evidence = stage2.evidence_maker(run, args, dense.model)(start.model)
-        problem = stage2.allocation_problem(args, step, evidence)
+        problem = step.problem
     with timed(seconds, "evidence", run.device):
-        for kind in SELECTORS[method.rule(args)[0]].needs:
-            evidence.make(kind)
-        regrower = stage2.regrower_of(run, args, method, evidence)
+        for kind in SELECTORS[args.method.rule(args)[0]].needs:
+            step.evidence.make(kind)
     amounts = ALLOCATORS["proportional"](problem, generator(run.seed, "allocation"))
-    model, allocation = clone_model(start.model), dict(zip(problem.layers, amounts, strict=True))
-    regrowth = regrower(model)
+    model, allocation = clone_model(step.start.model), dict(zip(problem.layers, amounts, strict=True))
+    regrowth = step.regrower(model)
     with timed(seconds, "selection", run.device):
         chosen = regrowth.select(allocation)
     with timed(seconds, "mask and values", run.device):
@@ -251,7 +248,7 @@ def run_episode(run: Run, args: argparse.Namespace, method: stage2.Method) -> Ep
     trainer = Trainer(model, run.train, run.val, recipe, seed=run.seed, precision=run.precision)
     with timed(seconds, "mini-finetuning", run.device):
         trainer.run(show=False)
-    return Episode(seconds, start.model, allocation, regrower)
+    return Episode(seconds, step.start.model, allocation, step.regrower)
 
 
 def time_episodes(run: Run, args: argparse.Namespace, warmups: int = 0,
@@ -260,14 +257,14 @@ def time_episodes(run: Run, args: argparse.Namespace, warmups: int = 0,
 
     warmups: episodes of each method that do not count; log: CSV with a row for every finished episode.
     """
-    options = stage2_arguments(args)
+    options = {name: stage2_arguments(args, name) for name in METHODS}
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     last, rows = {}, []
     jobs = [(number, name) for number in range(1 - warmups, args.num_runs + 1) for name in METHODS]
     with Progress("benchmark", len(jobs)) as progress:
         for number, name in jobs:
             progress.say(f"episode {progress.done + 1}/{len(jobs)}  {name}{'' if number > 0 else ', to warm up'}")
-            last[name] = run_episode(run, options, METHODS[name])
+            last[name] = run_episode(run, options[name])
             progress.advance()
             if number > 0:
                 seconds[name].append(last[name].seconds)

@@ -1,13 +1,11 @@
-"""The registry of stage-2 methods: all that tells `rl_regrowth_nas.py` and `rl_saliency_regrowth.py` apart.
-
-A method is a row of `METHODS`; the two scripts, the benchmarks and the studies take it from there, with the command
-line that all methods share.
+"""The registry of stage-2 methods, all that tells `rl_regrowth_nas.py` and `rl_saliency_regrowth.py` apart, and the
+command line that they share.
 """
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from utils.controller import SearchConfig
 from utils.ladder import Ladder
 from utils.mask_schedule import add_mask_options, mask_options
 from utils.regrowth import INITIALISERS, SELECTORS
-from utils.run import RECIPE_NUMBERS, ArgumentParser, add_model_option, add_recipe_numbers, add_run_options
+from utils.run import KINDS, add_recipe_numbers, add_start_options, recipe_changes, run_parser
 from utils.training import RECIPES
 
 
 @dataclass(frozen=True)
 class Method:
-    """What tells the two scripts apart: their names, and how weights are chosen within a layer.
+    """The names of a script's artifacts, and how weights are chosen within a layer.
 
     rule: the names, in `SELECTORS` and `INITIALISERS`, that the arguments ask for; add_options: adds the method's own
     options to a parser; options: their names, for run cards.
@@ -67,14 +65,59 @@ METHODS: dict[str, Method] = {
         options=("selection", "init_strategy", "saliency_source", "saliency_max_batches")),
 }
 
+SEARCH_OPTIONS = ("num_epochs", "batch_size", "learning_rate", "hidden_size", "reward_temperature", "start_beta",
+                  "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget",
+                  "warm_start", "action_space")
+
 
 # --- the command line that all methods share -------------------------------------------------------------------------
 
 
-def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
-    """A parser with everything but the method's own options; read it with `parse_regrowth_args`."""
-    parser = ArgumentParser(description)
-    add_model_option(parser)
+def parse_regrowth_args(name: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line of a method's script; UserError for values that contradict each other."""
+    return complete(regrowth_parser(description, METHODS[name]).parse_args(argv), METHODS[name])
+
+
+def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:
+    """What a method's script would have read, for studies that call stage 2 themselves: its defaults, but `given`.
+
+    given: at least m_name; also options of the other methods. Raises ValueError for an unknown option, and UserError
+    as the command line does.
+    """
+    defaults = vars(regrowth_parser("", *METHODS.values()).parse_args(["--m_name", given["m_name"]]))
+    if unknown := given.keys() - defaults.keys():
+        raise ValueError(f"stage 2 has no option {', '.join(sorted(unknown))}")
+    return complete(argparse.Namespace(**{**defaults, **given}), METHODS[name])
+
+
+def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
+    """The arguments with what follows from them: `method`, `finetuning` (the final recipe), `search` (its
+    configuration) and `mask` (how it moves in the final finetuning). UserError for values that contradict each other.
+    """
+    args.method = method
+    args.finetuning = replace(RECIPES[args.recipe].final, **recipe_changes(args, "finetune_"))
+    args.mask = mask_options(args, args.finetuning.epochs, "magnitude", at_target=True)
+    for option in ("only_live", "target_layers"):
+        if args.mask and getattr(args, option):
+            raise UserError(f"--{option} says where weights may return, and --mask_schedule {args.mask['schedule']} "
+                            "has them return anywhere during the finetuning; leave one of them out")
+    search = {name: getattr(args, name) for name in SEARCH_OPTIONS}
+    rungs = tuple(search.pop("mini_finetune_epochs"))
+    args.search = SearchConfig(**{**search, "rungs": rungs, "search_budget": args.search_budget or None})
+    if args.allocation == "rl":  # raises where the budget pays no batch
+        Ladder(args.search.rungs, args.search.eta, args.search.search_budget, args.search.batch_size)
+    if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
+            and args.starting_checkpoint in KINDS:
+        raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "
+                        f"{args.start_sparsity}; regrowth makes a model denser")
+    if args.max_ratio == 0:
+        raise UserError("--max_ratio 0 lets no weight return; use a fraction up to 1")
+    return args
+
+
+def regrowth_parser(description: str, *methods: Method) -> argparse.ArgumentParser:
+    """A parser with the options that all methods share, and those of `methods`, of which the first names the folder."""
+    parser = run_parser(description, resumable=False)
     _add_start(parser)
     _add_search(parser)
     group = parser.add_argument_group("final finetuning")
@@ -86,22 +129,21 @@ def regrowth_parser(description: str, save_dir: str) -> argparse.ArgumentParser:
     group.add_argument("--patience", type=positive_int,
                        help="epochs without a better validation accuracy before it stops")
     add_mask_options(parser, "fixed keeps the mask of the regrown model; the others go on from there")
-    add_run_options(parser)
     group = parser.add_argument_group("artifacts")
-    group.add_argument("--save_dir", type=Path, help=f"default: {save_dir}/{{m_name}} under --root")
+    group.add_argument("--save_dir", type=Path, help=f"default: {methods[0].save_dir}/{{m_name}} under --root")
     group.add_argument("--save_freq", type=positive_int, default=1, help="controller updates between two checkpoints")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", nargs="?", const="latest", metavar="FILE",
                         help="continue an interrupted run, from this controller checkpoint or from the latest")
     either.add_argument("--overwrite", action="store_true", help="redo steps whose artifacts exist already")
+    for method in methods:
+        method.add_options(parser)
     return parser
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("regrowth")
-    group.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the checkpoint to start from")
-    group.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
-                       help="insist on a kind of starting checkpoint, or name a file; default: the one that is there")
+    add_start_options(group)
     amount = group.add_mutually_exclusive_group()
     amount.add_argument("--target_sparsity", type=fraction,
                         help="sparsity after the last step, instead of --regrow_step")
@@ -120,81 +162,27 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
-    group, default = parser.add_argument_group("search"), SearchConfig()
+    group = parser.add_argument_group("search")
     group.add_argument("--allocation", choices=["rl", *ALLOCATORS], default="rl",
                        help="how many weights each layer gets: the controller's search, or a rule")
-    group.add_argument("--search_budget", type=count, default=default.search_budget,
-                       help="training epochs over all episodes; 0 for no limit")
-    group.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(default.rungs),
+    group.add_argument("--search_budget", type=count, help="training epochs over all episodes; 0 for no limit")
+    group.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(SearchConfig.rungs),
                        help="epochs of an episode, fractions allowed; several: all episodes get the first, the best "
                        "third the next, ... (published: 50)")
     group.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                        help="do not try the deterministic rules as first candidates (published)")
-    group.add_argument("--num_epochs", type=positive_int, default=default.num_epochs, help="controller updates")
-    group.add_argument("--batch_size", type=positive_int, default=default.batch_size,
-                       help="episodes per controller update")
-    group.add_argument("--learning_rate", type=positive_float, default=default.learning_rate, help="of the controller")
-    group.add_argument("--hidden_size", type=positive_int, default=default.hidden_size, help="of its LSTM cell")
-    group.add_argument("--action_space_size", type=positive_int, default=default.action_space_size,
-                       help="actions that it chooses from for each layer")
-    group.add_argument("--action_space", choices=list(ACTION_SPACES), default=default.action_space,
+    group.add_argument("--num_epochs", type=positive_int, help="controller updates")
+    group.add_argument("--batch_size", type=positive_int, help="episodes per controller update")
+    group.add_argument("--learning_rate", type=positive_float, help="of the controller")
+    group.add_argument("--hidden_size", type=positive_int, help="of its LSTM cell")
+    group.add_argument("--action_space_size", type=positive_int, help="actions that it chooses from for each layer")
+    group.add_argument("--action_space", choices=list(ACTION_SPACES),
                        help="what an action is: share, a factor around the layer's share by the best rule, or ratio, "
                        "of what the layer could take (published)")
-    group.add_argument("--reward_temperature", type=positive_float, default=default.reward_temperature,
+    group.add_argument("--reward_temperature", type=positive_float,
                        help="accuracy (fraction) above the baseline that counts as an advantage of 1")
-    group.add_argument("--start_beta", type=float, default=default.start_beta, help="entropy bonus at the start")
-    group.add_argument("--end_beta", type=float, default=default.end_beta, help="entropy bonus at the end")
-    group.add_argument("--decay_fraction", type=unit_interval, default=default.decay_fraction,
+    group.add_argument("--start_beta", type=float, help="entropy bonus at the start")
+    group.add_argument("--end_beta", type=float, help="entropy bonus at the end")
+    group.add_argument("--decay_fraction", type=unit_interval,
                        help="fraction of the updates over which the entropy bonus falls")
-
-
-def parse_regrowth_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; UserError for values that contradict each other."""
-    return check_regrowth_args(parser.parse_args(argv))
-
-
-def search_config(args: argparse.Namespace) -> SearchConfig:
-    """The command line's search options; UserError for values that make no sense."""
-    return SearchConfig(
-        num_epochs=args.num_epochs, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        hidden_size=args.hidden_size, action_space_size=args.action_space_size,
-        reward_temperature=args.reward_temperature, start_beta=args.start_beta, end_beta=args.end_beta,
-        decay_fraction=args.decay_fraction, rungs=tuple(args.mini_finetune_epochs),
-        search_budget=args.search_budget or None, warm_start=args.warm_start,
-        action_space=args.action_space)
-
-
-def check_regrowth_args(args: argparse.Namespace) -> argparse.Namespace:
-    """Completes the options by those of the recipe; UserError for what cannot be together."""
-    for option in ("patience", *(f"finetune_{field}" for field in ("epochs", "batch_size", *RECIPE_NUMBERS))):
-        if getattr(args, option) is None:
-            setattr(args, option, getattr(RECIPES[args.recipe].final, option.removeprefix("finetune_")))
-    args.mask = mask_options(args, args.finetune_epochs, "magnitude", at_target=True)
-    for option in ("only_live", "target_layers"):
-        if args.mask and getattr(args, option):
-            raise UserError(f"--{option} says where weights may return, and --mask_schedule {args.mask['schedule']} "
-                            "has them return anywhere during the finetuning; leave one of them out")
-    config = search_config(args)  # raises on values that do not go together
-    if args.allocation == "rl":
-        Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)  # raises where it pays no batch
-    if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
-            and args.starting_checkpoint in (None, "oneshot", "iterative"):
-        raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "
-                        f"{args.start_sparsity}; regrowth makes a model denser")
-    if args.max_ratio == 0:
-        raise UserError("--max_ratio 0 lets no weight return; use a fraction up to 1")
-    return args
-
-
-def regrowth_arguments(**given: Any) -> argparse.Namespace:
-    """What the stage-2 scripts would have read, for studies that call stage 2 themselves: their defaults, but `given`.
-
-    given: at least m_name. Raises ValueError for an unknown option, and UserError as the command line does.
-    """
-    parser = regrowth_parser("", "")
-    for method in METHODS.values():
-        method.add_options(parser)
-    defaults = vars(parser.parse_args(["--m_name", given["m_name"]]))
-    if unknown := given.keys() - defaults.keys():
-        raise ValueError(f"stage 2 has no option {', '.join(sorted(unknown))}")
-    return check_regrowth_args(argparse.Namespace(**{**defaults, **given}))
+    parser.set_defaults(**{name: getattr(SearchConfig, name) for name in SEARCH_OPTIONS if hasattr(SearchConfig, name)})

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,11 +34,10 @@ from utils.common import (
 )
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
-from utils.distributed import LOST, World, world
+from utils.distributed import LOST, World, keep_error, launcher, restarted, use_own_part, world
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
-from utils.torchrun import keep_error, launcher, restarted, use_own_part
-from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, OPTIMIZERS, PRETRAIN, RECIPES, SCHEDULES
+from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, OPTIMIZERS, PRETRAIN, RECIPES, SCHEDULES, Recipe
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -101,6 +100,20 @@ def _at_home(word: str) -> str:
     return option + equals + os.path.expanduser(value) if option.startswith("-") else os.path.expanduser(word)
 
 
+def run_parser(description: str | None, *, model: str | None = None, seed: bool = True,
+               resumable: bool = True) -> ArgumentParser:
+    """A parser with what nearly every script takes: `add_model_option`, `add_run_options`, `add_overwrite_options`.
+
+    model: default of the model's name; seed, resumable: whether there are `--seed`, `--resume` and `--overwrite`.
+    """
+    parser = ArgumentParser(description)
+    add_model_option(parser, model)
+    add_run_options(parser, seed)
+    if resumable:
+        add_overwrite_options(parser)
+    return parser
+
+
 def add_model_option(parser: Any, default: str | None = None, text: str = "network to use", **more: Any) -> Any:
     """The model's name, `--m_name` or `--model`; required unless there is a default or `more` says otherwise."""
     return parser.add_argument("--m_name", "--model", dest="m_name", choices=list(MODELS), default=default, help=text,
@@ -129,6 +142,16 @@ def add_run_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
     group.add_argument("--precision", choices=PRECISIONS, default="auto",
                        help="auto: bf16 where the hardware multiplies it natively, else fp32")
     group.add_argument("--root", type=Path, default=Path("."), help="folder under which artifacts are written")
+
+
+KINDS = (None, "oneshot", "iterative")  # values of `--starting_checkpoint` that are no files
+
+
+def add_start_options(parser: Any) -> None:
+    """The pruned checkpoint that regrowth starts from: `--start_sparsity` and `--starting_checkpoint`."""
+    parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
+    parser.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
+                        help="insist on a kind of starting checkpoint, or name a file; default: the one that is there")
 
 
 def add_overwrite_options(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +217,8 @@ class Run:
     place: dict[str, str] = field(default_factory=dict)  # the options that name the data
     held: set[Any] = field(default_factory=set)  # folders that this run keeps to itself, of `utils.stage.hold_folder`
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
+    resume: bool = False  # continue interrupted stages, and take finished ones as they are
+    overwrite: bool = False  # redo them instead
     timing_only: bool = False  # no accuracy of the run counts, so checkpoints of other images will do
 
     @property
@@ -227,7 +252,7 @@ class Run:
 def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     """Checks device and output folder, then loads the data; UserError in one line for whatever cannot be used.
 
-    args: a namespace with the options of `add_run_options` and `m_name`; data: instead of what the options name.
+    args: a namespace with the options of `run_parser`; data: instead of what the options name.
     Nothing but an empty folder is written.
     """
     sys.stderr = sys.stderr or io.StringIO()  # a program without a console has none; bars and notes need one
@@ -241,7 +266,8 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
         check_image_size(args.m_name, data.image_size)
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
     return Run(args.m_name, args.seed, args.val_split, device, precision, args.root, data, train, val, test,
-               command=command_line(), place={"dataset": args.dataset, "data_dir": str(args.data_dir)})
+               command=command_line(), place={"dataset": args.dataset, "data_dir": str(args.data_dir)},
+               resume=bool(getattr(args, "resume", False)), overwrite=getattr(args, "overwrite", False))
 
 
 def command_line() -> str:
@@ -261,24 +287,23 @@ def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
     for begun in map(progress_path, (dense_path(args.root, args.m_name), missing)):
         if begun.is_file():
             return f"its training was interrupted ({begun}): repeat the command that began it, with --resume"
-    script = Path(__file__).resolve().parents[1] / "main.py"
-    here = script.name if script.parent == Path.cwd() else str(script)
-    command = ["python", here, "--m_name", args.m_name, *words]
+    script, dense = Path(__file__).resolve().parents[1] / "main.py", dense_path(args.root, args.m_name)
+    command = ["python", script.name if script.parent == Path.cwd() else str(script), "--m_name", args.m_name, *words]
     for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("image_size", SIDE), ("root", Path(".")),
                           ("seed", 0), ("val_split", 0.2)):
         if getattr(args, name) != default:
             command += [f"--{name}", str(getattr(args, name))]
-    dense = dense_path(args.root, args.m_name)
     iterations = int(words[words.index("--iter_end") + 1]) if "--iter_end" in words else 1
     epochs = 0 if "none" in words else FINETUNE_ONE_SHOT.epochs if iterations == 1 else \
         iterations * FINETUNE_ITERATIVE.epochs
-    card = read_card(dense) or {} if dense.is_file() else {}
-    if dense.is_file():
-        command.append("--resume")
-    else:
+    took = ""
+    if not dense.is_file():
         epochs += PRETRAIN.epochs
-    minutes = epochs * card["seconds"] / card["epochs"] / 60 if card.get("seconds") and card.get("epochs") else 0
-    took = f", {minutes:.0f} minutes at the pace of the dense model" if minutes else ""
+    else:
+        command.append("--resume")
+        card = read_card(dense) or {}
+        if card.get("seconds") and card.get("epochs"):
+            took = f", {epochs * card['seconds'] / card['epochs'] / 60:.0f} minutes at the pace of the dense model"
     return (f"make it with: {shlex.join(command)} (up to {epochs} epochs{took}; --max_epochs and --finetune_epochs "
             "shorten it)")
 
@@ -287,11 +312,6 @@ def _resumed(words: Sequence[str]) -> list[str]:
     """A command's words with `--resume`; what was overwritten so far is not overwritten again."""
     kept = [word for word in words if word != "--overwrite"]
     return kept if any(word.split("=")[0] in ("--resume", "-r") for word in kept) else [*kept, "--resume"]
-
-
-def _resume_command() -> str:
-    """This process's command with `--resume`."""
-    return shlex.join(_resumed(shlex.split(command_line())))
 
 
 class _Pipe(io.FileIO):
@@ -319,11 +339,6 @@ def _make_output_safe() -> None:
                 setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
 
 
-def _os_error_line(error: OSError) -> str:
-    """``/path/of/file: permission denied``"""
-    return ": ".join(map(str, filter(None, (error.filename, (error.strerror or str(error)).lower()))))
-
-
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True, several: bool = False) -> NoReturn:
     """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
 
@@ -340,8 +355,8 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
     except (KeyboardInterrupt, *LOST) as stop:
         what = "interrupted; every finished epoch is saved" if isinstance(stop, KeyboardInterrupt) else \
             "stopped, for another process of this run has ended; what was finished is saved"
-        how = f"Continue with: {_resume_command()}" if resumable else "Run the same command again"
-        line, code = f"\n{what}. {how}", 130
+        again = shlex.join(_resumed(shlex.split(command_line())))
+        line, code = f"\n{what}. {f'Continue with: {again}' if resumable else 'Run the same command again'}", 130
     except Exception as error:
         line, code = _line_and_code(error)
     processes.end(line)
@@ -351,7 +366,7 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
 def _line_and_code(error: Exception) -> tuple[str, int]:
     """What to print and to exit with: a line where the error is the user's or the system's, else a traceback."""
     if isinstance(error, OSError) and error.errno is not None:  # None: raised by a library, not by the system
-        error = UserError(_os_error_line(error))
+        error = UserError(": ".join(map(str, filter(None, (error.filename, (error.strerror or str(error)).lower())))))
     if not isinstance(error, UserError):
         return "".join(traceback.format_exception(error)), 1
     keep_error(str(error))
@@ -416,18 +431,14 @@ def add_recipe_options(parser: argparse.ArgumentParser, note: str | None = None)
     group.add_argument("--finetune_batch_size", type=positive_int, help="of finetuning, instead of --batch_size")
 
 
-def pretrain_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the recipe of pretraining that the command line gives."""
-    return _given(epochs=args.max_epochs, batch_size=args.batch_size, patience=args.patience,
-                  **{name: getattr(args, name) for name in RECIPE_NUMBERS})
+def recipe_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """Fields of a recipe that options `--{prefix}lr` and so on give; of pretraining, or with 'finetune_' after it."""
+    options = {name: f"{prefix}{name}" for name in ("batch_size", *RECIPE_NUMBERS)}
+    options |= {"epochs": f"{prefix or 'max_'}epochs", "patience": "patience"}
+    return {field: getattr(args, option) for field, option in options.items() if getattr(args, option) is not None}
 
 
-def finetune_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a recipe of finetuning that the command line gives."""
-    return _given(epochs=args.finetune_epochs, batch_size=args.finetune_batch_size or getattr(args, "batch_size", None),
-                  patience=args.patience,
-                  **{name: getattr(args, f"finetune_{name}") for name in RECIPE_NUMBERS})
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+def stage1_recipes(args: argparse.Namespace, pretrain: Recipe, finetune: Recipe) -> tuple[Recipe, Recipe]:
+    """Both recipes with what the command line of `add_recipe_options` changes."""
+    both = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    return replace(pretrain, **recipe_changes(args)), replace(finetune, **{**both, **recipe_changes(args, "finetune_")})

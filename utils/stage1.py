@@ -1,7 +1,7 @@
 """Stage 1: pretrain, prune, finetune and report, shared by `main.py` and `iclr2021_solution/iterate.py`."""
 from __future__ import annotations
 
-import json
+import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from utils.analysis_utils import (
     clone_model,
     count_pruned_params,
     empty_layers,
+    has_masks,
     layer_sparsity,
     prunable_layers,
 )
@@ -27,10 +28,13 @@ from utils.common import UserError, derive_seed, note, one_line
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
 from utils.pruning import prune_to, weights_left
-from utils.run import Run
+from utils.run import KINDS, Run, prerequisite
 from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
 
+SUMMARY = ("pruner", "schedule", "iteration", "sparsity", "effective_sparsity", "surviving", "total",
+           "val_acc_after_pruning", "val_acc", "test_acc", "best_epoch", "epochs", "seed", "dataset", "precision",
+           "seconds", "checkpoint")  # columns of ``pruning_results.csv``
 DRIFT_IMAGES = 500  # over which a mask schedule measures drift
 GRADIENT_BATCH = 128  # images; 50 batches are averaged over for pruning rules that look at gradients
 
@@ -61,13 +65,7 @@ class PruneStep:
     mask: Mapping[str, Any] | None = None  # schedule of the mask while finetuning (`mask_options`); None: fixed
 
 
-def rate_towards(sparsity: float, iterations: int) -> float:
-    """Prune rate of each iteration that ends at `sparsity` after so many: 1 - (1 - s)^(1/n)."""
-    return 1.0 - (1.0 - sparsity) ** (1.0 / iterations)
-
-
-def sweep_steps(pruner: str, sparsities: Iterable[float],
-                mask: Mapping[str, Any] | None = None) -> list[PruneStep]:
+def sweep_steps(pruner: str, sparsities: Iterable[float], mask: Mapping[str, Any] | None = None) -> list[PruneStep]:
     """Prunings of the dense model, one-shot or by a mask schedule, by sparsity.
 
     Raises UserError if two would share a file.
@@ -81,8 +79,6 @@ def sweep_steps(pruner: str, sparsities: Iterable[float],
 def iterative_steps(pruner: str, amount: float, start: int, end: int,
                     mask: Mapping[str, Any] | None = None) -> list[PruneStep]:
     """Iterations start..end, each removing `amount` of the surviving weights: sparsity 1 - (1 - amount)^i after i.
-
-    mask: of each iteration's finetuning.
 
     Raises UserError if two would share a file, or the first that of the iteration before.
     """
@@ -108,10 +104,9 @@ def check_steps(run: Run, steps: Sequence[PruneStep], option: str) -> None:
     """
     if not steps:
         return
-    parent = _parent_path(run, steps[0])
-    if steps[0].previous and not parent.is_file():
-        raise UserError(f"iteration {steps[0].iteration} starts from {parent}, which does not exist; "
-                        f"run iterations 1 to {steps[0].iteration - 1} first (--iter_start 1)")
+    if steps[0].previous and not _parent_path(run, steps[0]).is_file():
+        raise UserError(f"iteration {steps[0].iteration} starts from {_parent_path(run, steps[0])}, which does not "
+                        f"exist; run iterations 1 to {steps[0].iteration - 1} first (--iter_start 1)")
     model = run.new_model()
     total = count_pruned_params(model).total
     for step in steps:
@@ -121,42 +116,39 @@ def check_steps(run: Run, steps: Sequence[PruneStep], option: str) -> None:
     prune_to(model, keep, steps[-1].pruner, evidence=Evidence(gradient=equal))  # only the counts matter here
 
 
-def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe, *, resume: bool = False,
-                 overwrite: bool = False) -> None:
+def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe) -> None:
     """Raises the UserError with which a stage of `steps` would stop once it is its turn; before anything is trained.
 
-    dense: of `dense_stage`; recipe: of finetuning. Where the parent of a stage is still to be made, the one that the
-    stage's artifact names is taken for it.
+    dense: of `dense_stage`; recipe: of finetuning.
     """
-    if overwrite:
-        return
     stages = {dense.artifact: dense}
-    for step in steps:
-        path, artifact = _parent_path(run, step), checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-        parent = stages.get(path)
-        if parent is None or parent.finished:
-            config = _prune_config(run, step, recipe, checkpoint.file_digest(path))
+    for step in [] if run.overwrite else steps:
+        parent, artifact = _parent_path(run, step), checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
+        if parent in stages and not stages[parent].finished:
+            config = _config_of_follower(run, step, recipe, artifact, stages[parent])
         else:
-            progress = checkpoint.progress_path(artifact)
-            interrupted = checkpoint.load_checkpoint(progress) if progress.exists() else None
-            card = checkpoint.read_card(artifact)
-            made_from = (interrupted or card or {}).get("config", {}).get("parent")
-            config = _prune_config(run, step, recipe, made_from)
-            if card and not interrupted:
-                _check_follows(artifact, card.get("config", {}), config, parent)
-        stages[artifact] = Stage(artifact, config, resume=resume)
+            config = _prune_config(run, step, recipe, checkpoint.file_digest(parent))
+        stages[artifact] = Stage(artifact, config, resume=run.resume)
 
 
-def _check_follows(artifact: Path, made: dict[str, Any], asked: dict[str, Any], parent: Stage) -> None:
-    """UserError for a finished artifact that cannot be kept once `parent` has been trained; not even by --resume."""
-    old = checkpoint.read_card(parent.artifact)
-    if old and old.get("config") != parent.config and asked["parent"] == old["sha256"]:
-        made, asked = old.get("config", {}), parent.config
-    elif made == json.loads(json.dumps(asked)):
-        return
-    raise UserError(f"{artifact} exists and was made with other arguments: {differences(made, asked)}. It cannot be "
-                    f"kept, because {parent.artifact.name} is trained first and will not be what it came from. Use "
-                    "--root for another place, or --overwrite to redo everything")
+def _config_of_follower(run: Run, step: PruneStep, recipe: Recipe, artifact: Path, parent: Stage) -> dict[str, Any]:
+    """The configuration of a step whose parent is still to be made, for which the one that the artifact names is taken.
+
+    UserError for a finished artifact that cannot be kept then, not even by --resume.
+    """
+    progress = checkpoint.progress_path(artifact)
+    interrupted = checkpoint.load_checkpoint(progress) if progress.exists() else None
+    made = (interrupted or checkpoint.read_card(artifact) or {}).get("config", {})
+    config = _prune_config(run, step, recipe, made.get("parent"))
+    if interrupted or not made:
+        return config
+    old = checkpoint.read_card(parent.artifact) or {}
+    replaced = old and old["sha256"] == config["parent"] and old.get("config") != parent.config
+    if changed := differences(old.get("config", {}), parent.config) if replaced else differences(made, config):
+        raise UserError(f"{artifact} exists and was made with other arguments: {changed}. It cannot be kept, because "
+                        f"{parent.artifact.name} is trained first and will not be what it came from. Use --root for "
+                        "another place, or --overwrite to redo everything")
+    return config
 
 
 def _parent_path(run: Run, step: PruneStep) -> Path:
@@ -171,79 +163,76 @@ def _prune_config(run: Run, step: PruneStep, recipe: Recipe, parent: str | None)
     return {"stage": "prune", **run.identity(), **fields, "parent": parent, "recipe": recipe.as_dict()}
 
 
-def dense_stage(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Stage:
-    """The stage that `pretrain` carries out; UserError when what is on disk does not fit it, or another process is
-    at work in the model's folder, which is held from here on."""
+def open_stage(run: Run, artifact: Path, config: Mapping[str, Any], resume: bool = False) -> Stage:
+    """The stage that makes an artifact of this run; UserError when what is on disk does not fit it.
+
+    resume: also where the run does not ask for it. What this run has made is never made again.
+    """
+    return Stage(artifact, config, resume=run.resume or resume, overwrite=run.overwrite and artifact not in run.made)
+
+
+def dense_stage(run: Run, recipe: Recipe, resume: bool = False) -> Stage:
+    """The stage that `pretrain` carries out, as of `open_stage`; UserError when another process is at work in the
+    model's folder, which is held from here on."""
     run.held.add(hold_folder(run.root / run.m_name))
-    artifact = checkpoint.dense_path(run.root, run.m_name)
-    return Stage(artifact, {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}, resume=resume,
-                 overwrite=overwrite and artifact not in run.made)
+    config = {"stage": "pretrain", **run.identity(), "recipe": recipe.as_dict()}
+    return open_stage(run, checkpoint.dense_path(run.root, run.m_name), config, resume)
 
 
-def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], recipe: Recipe, **keep: bool) -> list[Outcome]:
-    """Carries out `steps` in order, each from its parent; `keep`: resume and overwrite as of `Stage`."""
-    outcomes: list[Outcome] = []
-    known = {dense.artifact: dense}
-    for step in steps:
-        path = _parent_path(run, step)
-        parent = known[path] if path in known else load_outcome(run, path)
-        outcomes.append(prune_and_finetune(run, parent, step, recipe, **keep))
-        known[outcomes[-1].artifact] = outcomes[-1]
-        write_summary(run)
-    return outcomes
+def pretrain(run: Run, recipe: Recipe, stage: Stage | None = None) -> Outcome:
+    """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it.
 
-
-def pretrain(run: Run, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Outcome:
-    """Trains the dense model into ``{m_name}/checkpoint/ckpt.pth``, or reuses it; see `Stage` for the rules."""
-    stage = dense_stage(run, recipe, resume=resume, overwrite=overwrite)
+    stage: of `dense_stage`, where it is open already.
+    """
+    stage = stage or dense_stage(run, recipe)
     if stage.finished:
         return reuse(run, stage)
     model = run.new_model()
-    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "pretrain"),
-                      precision=run.precision)
-    result = stage.fit(trainer, f"pretrain {run.m_name}")
+    facts, trainer = train(run, stage, model, recipe, f"pretrain {run.m_name}", seed=derive_seed(run.seed, "pretrain"))
     state = trainer.state_dict()
-    content = {"net": model.state_dict(), "acc": result.accuracy, "epoch": result.best_epoch, "args": stage.config,
+    content = {"net": model.state_dict(), "acc": facts["val_acc"], "epoch": facts["best_epoch"], "args": stage.config,
                "input": run.model_input(),
                **{key: state[key] for key in ("optimizer", "scheduler", "loader", "global_rng")}}
-    facts = describe(model, result.accuracy)
-    card = run.card(**facts, epochs=result.epochs, best_epoch=result.best_epoch, seconds=trainer.seconds)
-    stage.finish(content, card)
-    run.made.add(stage.artifact)
-    return Outcome(model, stage.artifact, stage.card)
+    return finish(run, stage, model, facts, content)
 
 
-def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recipe, *, resume: bool = False,
-                       overwrite: bool = False) -> Outcome:
+def prune_steps(run: Run, dense: Outcome, steps: Sequence[PruneStep], recipe: Recipe) -> list[Outcome]:
+    """Carries out `steps` in order, each from its parent."""
+    outcomes = {dense.artifact: dense}
+    for step in steps:
+        parent = _parent_path(run, step)
+        outcome = prune_and_finetune(run, outcomes.get(parent) or load_outcome(run, parent), step, recipe)
+        outcomes[outcome.artifact] = outcome
+        write_summary(run)
+    return list(outcomes.values())[1:]
+
+
+def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recipe) -> Outcome:
     """Prunes a copy of the parent's model to exactly ``step.sparsity`` and finetunes it, or reuses the artifact."""
     artifact = checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
-    config = _prune_config(run, step, recipe, parent.digest)
-    stage = Stage(artifact, config, resume=resume, overwrite=overwrite and artifact not in run.made)
+    stage = open_stage(run, artifact, _prune_config(run, step, recipe, parent.digest))
     if stage.finished:
         return reuse(run, stage)
     model = clone_model(parent.model)
-    seed = pruning_seed(run, step)
     label, facts, mover = f"{step.pruner} {checkpoint.format_sparsity(step.sparsity)}", {}, None
     if step.mask:
-        mover = mask_mover(run, model, step, seed)
+        mover = mask_mover(run, model, step)
         label = f"{step.mask['schedule']}, {label}"
     else:
         counts = count_pruned_params(model)
         keep = weights_left(counts.total, counts.surviving, step.sparsity, f"sparsity {step.sparsity:.12g}")
-        prune_to(model, keep, step.pruner, seed, pruning_evidence(run, model))
+        prune_to(model, keep, step.pruner, pruning_seed(run, step), pruning_evidence(run, model))
         if empty := empty_layers(model):
             print(one_line(f"warning: no weight is left at sparsity {step.sparsity:.5g} in {', '.join(empty)}; what "
                            "passes through there alone is lost"))
         facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
         print(f"{label}: {keep} weights kept, validation after pruning {facts['val_acc_after_pruning']:.2f} %")
-    facts |= finetune(run, stage, model, recipe, label, seed=finetuning_seed(run, step.iteration), mover=mover)
-    stage.finish(model.state_dict(), run.card(**facts))
-    run.made.add(artifact)
-    return Outcome(model, artifact, stage.card)
+    trained, _ = train(run, stage, model, recipe, label, seed=finetuning_seed(run, step.iteration), mover=mover)
+    return finish(run, stage, model, {**facts, **trained})
 
 
-def finetune(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, *, seed: int,
-             mover: MaskMover | None = None, passes_before: int = 0) -> dict[str, Any]:
+def train(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, *, seed: int,
+          mover: MaskMover | None = None, passes_before: int = 0) -> tuple[dict[str, Any], Trainer]:
     """Trains the stage's model, from its interrupted state if there is one; returns what its run card says of it.
 
     mover: moves the mask meanwhile, and leaves a table and a figure of that beside the artifact; passes_before: as of
@@ -259,7 +248,15 @@ def finetune(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: st
         plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"),
                                 label)
         facts["mask_updates"] = table.name
-    return {**facts, "epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": trainer.seconds}
+    facts |= {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": trainer.seconds}
+    return facts, trainer
+
+
+def finish(run: Run, stage: Stage, model: nn.Module, facts: Mapping[str, Any], content: Any = None) -> Outcome:
+    """Saves the stage's artifact (default: the model's state) with a run card of these facts."""
+    stage.finish(content or model.state_dict(), run.card(**facts))
+    run.made.add(stage.artifact)
+    return Outcome(model, stage.artifact, stage.card)
 
 
 def pruning_seed(run: Run, step: PruneStep) -> int:
@@ -272,11 +269,11 @@ def finetuning_seed(run: Run, iteration: int = 1) -> int:
     return derive_seed(run.seed, "finetune", iteration)
 
 
-def mask_mover(run: Run, model: nn.Module, step: PruneStep, seed: int, reference: nn.Module | None = None) -> MaskMover:
+def mask_mover(run: Run, model: nn.Module, step: PruneStep, reference: nn.Module | None = None) -> MaskMover:
     """The hook that moves the model's mask from its sparsity of now to that of the step; reference: of `MaskMover`."""
     plan = MaskPlan(start=count_pruned_params(model).sparsity, target=step.sparsity, pruner=step.pruner, **step.mask)
     sample = run.train.balanced_sample(DRIFT_IMAGES, DRIFT_IMAGES, derive_seed(run.seed, "evidence"))
-    return MaskMover(model, plan, seed, sample, run.precision, reference)
+    return MaskMover(model, plan, pruning_seed(run, step), sample, run.precision, reference)
 
 
 def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
@@ -301,6 +298,34 @@ def load_outcome(run: Run, artifact: Path) -> Outcome:
     check_data(run, artifact, card)
     load_model_state(model, loaded, str(artifact))
     return Outcome(model, artifact, card)
+
+
+def load_models(run: Run, args: argparse.Namespace) -> tuple[Outcome, Outcome]:
+    """The dense model, and the pruned one that regrowth starts from: a file, or that of `--start_sparsity`.
+
+    UserError when one is missing (with the command that makes all that is missing, where that is under the root), or
+    the pruned one is dense or of another kind than asked for (naming the kind that is there).
+    """
+    kind, dense = args.starting_checkpoint, checkpoint.dense_path(run.root, run.m_name)
+    ours = kind in KINDS
+    start = checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity) if ours else Path(kind)
+    words = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
+             "10" if kind == "iterative" else "1"]
+    if not dense.is_file():
+        words = words if ours and not start.is_file() else ["--pruner", "none"]
+        raise UserError(f"no dense checkpoint at {dense}; {prerequisite(args, dense, *words)}")
+    if not start.is_file():
+        raise UserError(f"no pruned checkpoint at {start}" + (f"; {prerequisite(args, start, *words)}" if ours else ""))
+    models = load_outcome(run, dense), load_outcome(run, start)
+    config = models[1].card.get("config", {})
+    found = config.get("schedule", "unknown").replace("-", "")
+    if ours and kind not in (None, found):
+        made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
+        raise UserError(f"{start} is {made}, not {kind}; ask for what is there, give a path to "
+                        "--starting_checkpoint, or keep several under different --root folders")
+    if not has_masks(models[1].model):
+        raise UserError(f"{start} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
+    return models
 
 
 def check_data(run: Run, artifact: Path, card: Mapping[str, Any]) -> None:
@@ -350,10 +375,8 @@ def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
 
 
 def report(run: Run, outcomes: Sequence[Outcome]) -> None:
-    """Reads the test set for every model that has no test accuracy yet, then writes table and figure and prints them.
-
-    They hold all artifacts of the model under the run's root.
-    """
+    """Reads the test set for every model that has no test accuracy yet; writes table and figure of all artifacts of the
+    model under the run's root, and prints them."""
     read_test(run, outcomes)
     rows, folder = write_summary(run, outcomes), run.root / run.m_name
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
@@ -399,8 +422,7 @@ def write_summary(run: Run, outcomes: Iterable[Outcome] = ()) -> list[dict[str, 
 def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """One row for the dense model and each pruned one that has a run card, by pruner, schedule and sparsity.
 
-    cards: of models that have none on disk. What cannot be read, or has a card of another kind, is left out with a
-    note.
+    cards: of models that have none on disk. What cannot be read, or has another card, is left out with a note.
     """
     pruned = sorted(checkpoint.pruned_path(root, m_name, 0.5).parent.glob("pruned_finetuned_mask_*.pth"))
     rows = []
@@ -418,15 +440,10 @@ def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] |
 def _row(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     """Raises one of many errors where the card is not of this project."""
     config = card["config"]
-    pruner = config.get("pruner", "unknown" if card["sparsity"] else "none")
-    effective = card.get("effective_sparsity")  # None where the paths are unknown, and on older cards
-    row = {"pruner": pruner, "schedule": config.get("schedule", ""), "iteration": config.get("iteration", 0),
-           "sparsity": card["sparsity"], "effective_sparsity": "" if effective is None else effective,
-           "surviving": card["surviving"], "total": card["total"],
-           "val_acc_after_pruning": card.get("val_acc_after_pruning", ""),
-           "val_acc": card["val_acc"], "test_acc": card.get("test_acc", ""), "best_epoch": card["best_epoch"],
-           "epochs": card["epochs"], "seed": config["seed"], "dataset": config["dataset"],
-           "precision": config["precision"], "seconds": card["seconds"], "checkpoint": path.name}
+    facts = {"pruner": "unknown" if card["sparsity"] else "none", "schedule": "", "iteration": 0,
+             "val_acc_after_pruning": "", "effective_sparsity": None, "test_acc": "", **config, **card,
+             "checkpoint": path.name}
+    row = {name: "" if facts[name] is None else facts[name] for name in SUMMARY}  # None: the paths are unknown
     if not (0 <= row["sparsity"] <= 1 and math.isfinite(row["val_acc"]) and float(row["test_acc"] or 0) >= 0
             and all(isinstance(row[key], str) for key in ("pruner", "schedule", "dataset"))):
         raise ValueError(path)

@@ -1,18 +1,22 @@
-"""Stage 2: from a pruned checkpoint to a regrown one; everything that `rl_regrowth_nas.py` and
-`rl_saliency_regrowth.py` share. What they do not share, which rule selects weights within a layer and with what values
-they return, is a `Method`.
+"""Stage 2: from a pruned checkpoint to a regrown one, what `rl_regrowth_nas.py` and `rl_saliency_regrowth.py` do.
+
+From top to bottom: `run_script` opens a run and reports, `regrow` goes from step to step, `Step` turns the target
+sparsity into a budget and an allocation into a regrown model, `regrow_step` finds the allocation, applies it, finetunes
+and saves; what they need stands below. Which rule selects weights within a layer, and with what values they return, is
+up to the arguments' `Method`.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,23 +25,22 @@ from utils import checkpoint, plots, stage1
 from utils.allocation import ALLOCATORS, AllocationProblem
 from utils.analysis_utils import (
     BlockwiseFeatureExtractor,
+    Evidence,
+    SaliencyComputer,
     clone_model,
     compute_block_ssim,
     count_pruned_params,
-    has_masks,
     prunable_layers,
 )
 from utils.channels import count_live
-from utils.common import UserError, derive_seed, generator
-from utils.controller import RegrowthPolicyGradient
+from utils.common import Progress, UserError, derive_seed, generator
+from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
 from utils.data_loader import BatchLoader
-from utils.distributed import World
-from utils.methods import Method, search_config
+from utils.distributed import World, world
+from utils.methods import SEARCH_OPTIONS
 from utils.regrowth import (
     BEST_ENTRIES,
-    Evidence,
     RegrowthRecord,
-    SaliencyComputer,
     WeightRegrowth,
     dead_positions_taken,
     layer_capacities,
@@ -45,113 +48,299 @@ from utils.regrowth import (
     regrowth_budget,
     target_layers,
 )
-from utils.run import RECIPE_NUMBERS, Run, prerequisite
-from utils.search import Found, search_allocation
-from utils.stage import Stage, check_same_files, hold_folder
+from utils.run import Run, open_run
+from utils.stage import check_same_files, differences, hold_folder
 from utils.stage1 import Outcome, PruneStep
-from utils.training import Recipe, Trainer, accuracy_with_new_statistics, evaluate
+from utils.training import Trainer, accuracy_with_new_statistics, evaluate
 
 SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
 DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
-KINDS = (None, "oneshot", "iterative")  # of `--starting_checkpoint` that are no files
-Regrower = Callable[[nn.Module], WeightRegrowth]  # gives the rule that regrows weights in this model
+TABLE = ("method", "allocation", "found_by", "sparsity_before", "sparsity", "effective_sparsity", "regrown",
+         "regrown_live", "surviving", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
+         "val_acc", "start_test_acc", "test_acc", "one_shot_val_acc", "one_shot_test_acc", "one_shot_epochs",
+         "search_epochs", "epochs", "seed", "dataset", "seconds", "checkpoint")  # columns of ``regrowth_results.csv``
 
 
-@dataclass(frozen=True)
+def run_script(args: argparse.Namespace) -> None:
+    """All that a stage-2 script does after reading its command line; of several processes the leader reports."""
+    run, processes = open_run(args), world()
+    outcomes = regrow(run, args, processes=processes)
+    if processes.leads:
+        report(run, args, outcomes)
+
+
+def regrow(run: Run, args: argparse.Namespace, passes: int = 0, processes: World | None = None) -> list[Outcome]:
+    """All steps of a stage-2 script, each from the model before; returns the starting and the regrown models.
+
+    args: of `utils.methods`; passes: over the training images before the final finetuning, which sees them in the order
+    of a finetuning that has had so many (`stage1.prune_and_finetune` begins with none); processes: the processes that
+    train the trials of a search (default: this one), all of which call this; the leader does everything else.
+    """
+    processes = processes or World()
+    dense, *outcomes = stage1.load_models(run, args)
+    run.held.add(hold_folder(save_folder(run, args), "--save_dir"))
+    about = evidence_maker(run, args, dense.model)
+    for number in range(1, args.regrow_iterations + 1):
+        step = Step(run, args, outcomes[-1], about(outcomes[-1].model), number)
+        config = {**step_config(step, dense), "passes_before": passes}
+        check_same_files(processes, config)
+        if processes.leads:
+            outcomes.append(regrow_step(step, config, processes))
+            processes.share()
+        else:
+            while problem := processes.share():  # a search begins; None: the step is finished
+                step.problem = AllocationProblem(**problem)
+                processes.serve(step.reward)
+            outcomes.append(stage1.load_outcome(run, step.artifact))
+    return outcomes
+
+
+def first_step(run: Run, args: argparse.Namespace) -> Step:
+    """The first step of a stage-2 script, for studies."""
+    dense, start = stage1.load_models(run, args)
+    return Step(run, args, start, evidence_maker(run, args, dense.model)(start.model))
+
+
 class Step:
-    """One regrowth: where it starts, how many weights return, where its artifacts go."""
+    """One regrowth: where it starts, how many weights return, by which rule, where its artifacts go.
 
-    number: int
-    start: Outcome
-    budget: int
-    sparsity_after: float
-    folder: Path
-    artifact: Path
-
-
-# --- where it starts -----------------------------------------------------------------------------------------------
-
-
-def load_dense(run: Run, args: argparse.Namespace) -> Outcome:
-    """The dense model of stage 1; UserError with the command that makes it when it is missing."""
-    return stage1.load_outcome(run, _found(run, args, "dense", checkpoint.dense_path(run.root, run.m_name)))
-
-
-def _found(run: Run, args: argparse.Namespace, kind: str, path: Path) -> Path:
-    """The path; UserError if nothing lies there, with the command that makes all that is missing under the root.
-
-    Where the pruned model is there, or is a file of the user's, that is the dense model alone.
+    budget: weights that are to return; capacities: of each target layer; sparsity_after: with as many of the budget as
+    there is room for; evidence: about the model that it starts from.
     """
-    if path.is_file():
-        return path
-    start, words = start_path(run, args), ["--pruner", "none"]
-    if path == start or not start.is_file() and args.starting_checkpoint in KINDS:
-        words = ["--sparsity", checkpoint.format_sparsity(args.start_sparsity), "--pruner", "magnitude", "--iter_end",
-                 "10" if args.starting_checkpoint == "iterative" else "1"]
-    raise UserError(f"no {kind} checkpoint at {path}; {prerequisite(args, path, *words)}")
+
+    def __init__(self, run: Run, args: argparse.Namespace, start: Outcome, evidence: Evidence, number: int = 1):
+        """Step `number` of `--regrow_iterations`; UserError where nothing can return."""
+        self.run, self.args, self.start, self.evidence, self.number = run, args, start, evidence, number
+        counts, left = count_pruned_params(start.model), args.regrow_iterations - number + 1
+        if args.target_sparsity is None:
+            self.budget = regrowth_budget(start.model, regrow_step=args.regrow_step)
+        else:  # its share of the way that is left
+            target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
+            self.budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
+        self.capacities = capacities(start.model, args)
+        room = sum(self.capacities.values())
+        if not room and args.only_live:
+            raise UserError("--only_live: no weight could return, since no path leads from the image to the output; "
+                            "leave the option out")
+        self.sparsity_after = 1.0 - (counts.surviving + min(self.budget, room)) / counts.total
+        self.folder = save_folder(run, args) / (f"step_{number}" if args.regrow_iterations > 1 else ".")
+        name = f"regrown_{run.m_name}_{checkpoint.format_sparsity(self.sparsity_after)}.pth"
+        self.artifact = self.folder / name
+
+    @cached_property
+    def problem(self) -> AllocationProblem:
+        """Target layers in the order of their drift (lowest SSIM first) with capacities and sizes."""
+        drift = self.evidence.make("drift")
+        order = sorted(self.capacities, key=lambda name: drift[name])
+        layers = prunable_layers(self.start.model)
+        weights = [layers[name].weight for name in order]
+        return AllocationProblem(
+            layers=tuple(order), capacities=tuple(self.capacities[name] for name in order), budget=self.budget,
+            sizes=tuple(weight.numel() for weight in weights), fan=tuple(sum(weight.shape) for weight in weights),
+            drift=tuple(drift[name] for name in order))
+
+    def regrower(self, model: nn.Module) -> WeightRegrowth:
+        """What regrows weights in this model by the method's rule; the evidence it needs is made at its first use."""
+        rule, init_strategy = self.args.method.rule(self.args)
+        return WeightRegrowth(model, rule, self.evidence, init_strategy, derive_seed(self.run.seed, "regrowth"),
+                              self.args.only_live)
+
+    def apply(self, allocation: Sequence[int]) -> tuple[nn.Module, RegrowthRecord]:
+        """A copy of the pruned model with so many weights regrown in each layer, and the record of what returned."""
+        model = clone_model(self.start.model)
+        return model, self.regrower(model).apply_regrowth(dict(zip(self.problem.layers, allocation)), step=self.number)
+
+    def reward(self, allocation: Sequence[int], seed: int, epochs: float) -> float:
+        """Best validation accuracy (fraction) in a mini-finetuning of so many epochs after the allocation."""
+        model, _ = self.apply(allocation)
+        recipe = replace(self.args.finetuning, epochs=epochs, schedule="constant", patience=None)
+        trainer = Trainer(model, self.run.train, self.run.val, recipe, seed=derive_seed(seed, "episode"),
+                          precision=self.run.precision)
+        return trainer.run(show=False).accuracy / 100
 
 
-def start_path(run: Run, args: argparse.Namespace) -> Path:
-    """The file of `--starting_checkpoint`, or of `--start_sparsity` under the root."""
-    if args.starting_checkpoint in KINDS:
-        return checkpoint.pruned_path(run.root, run.m_name, args.start_sparsity)
-    return Path(args.starting_checkpoint)
-
-
-def load_start(run: Run, args: argparse.Namespace) -> Outcome:
-    """The pruned model to start from: a path, or the checkpoint of `--start_sparsity` under the root.
-
-    UserError when it is missing (with the command that makes it), is of another kind than asked for (naming the kind
-    that is there), or is not a pruned model.
-    """
-    kind, path = args.starting_checkpoint, start_path(run, args)
-    if kind not in KINDS and not path.is_file():
-        raise UserError(f"no pruned checkpoint at {path}")
-    start = stage1.load_outcome(run, _found(run, args, "pruned", path))
-    config = start.card.get("config", {})
-    found = config.get("schedule", "unknown").replace("-", "")
-    if kind in ("oneshot", "iterative") and found != kind:
-        made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
-        raise UserError(f"{path} is {made}, not {kind}; ask for what is there, give a path to "
-                        "--starting_checkpoint, or keep several under different --root folders")
-    if not has_masks(start.model):
-        raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
-    return start
-
-
-def plan_step(run: Run, args: argparse.Namespace, method: Method, start: Outcome, number: int) -> Step:
-    """Budget, sparsity and folder of step `number` of `--regrow_iterations`."""
-    counts = count_pruned_params(start.model)
-    if args.target_sparsity is None:
-        budget = regrowth_budget(start.model, regrow_step=args.regrow_step)
-    else:
-        left = args.regrow_iterations - number + 1
-        target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
-        budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
-    capacity = sum(_capacities(start.model, args).values())
-    if not capacity and args.only_live:
-        raise UserError("--only_live: no weight could return, since no path leads from the image to the output; leave "
-                        "the option out")
-    after = 1.0 - (counts.surviving + min(budget, capacity)) / counts.total
-    folder = save_folder(run, args, method) / (f"step_{number}" if args.regrow_iterations > 1 else ".")
-    artifact = folder / f"regrown_{run.m_name}_{checkpoint.format_sparsity(after)}.pth"
-    return Step(number, start, budget, after, folder, artifact)
-
-
-def save_folder(run: Run, args: argparse.Namespace, method: Method) -> Path:
-    """`--save_dir`, or the method's default folder under the root."""
-    return args.save_dir or run.root / method.save_dir / run.m_name
-
-
-def _capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
+def capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
     """Weights that may return per target layer: at most `--max_ratio` of what is pruned there.
 
     With `--only_live`, of those that would be on a live path.
     """
     with dead_positions_taken(model) if args.only_live else nullcontext():
-        capacities = layer_capacities(model, target_layers(model, args.target_layers))
+        pruned = layer_capacities(model, target_layers(model, args.target_layers))
     ratio = Fraction(str(args.max_ratio))  # as it was written: 0.29 * 100 is just below 29 in floating point
-    return {name: int(ratio * capacity) for name, capacity in capacities.items()}
+    return {name: int(ratio * capacity) for name, capacity in pruned.items()}
+
+
+def step_config(step: Step, dense: Outcome) -> dict[str, Any]:
+    """The arguments that determine a regrown model."""
+    run, args = step.run, step.args
+    names = ["allocation", "max_ratio", "target_layers", "ssim_batches", *args.method.options]
+    if args.allocation == "rl":
+        names += [name for name in SEARCH_OPTIONS if name != "action_space" or args.action_space != "ratio"]
+    names += [name for name in ("only_live", "mask") if getattr(args, name)]  # older artifacts, without, still fit
+    options = {name: getattr(args, name) for name in names}
+    return {"stage": "regrow", "method": args.method.name, **run.identity(), "budget": step.budget, "evidence": SAMPLE,
+            **reference_config(run, getattr(args, "reference_model", None)), "start": step.start.digest,
+            "dense": dense.digest, "recipe": args.finetuning.as_dict(), **options}
+
+
+def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outcome:
+    """Finds an allocation, regrows by it and finetunes, or takes what is there; leaves ``best_allocation…``, the model
+    and its card."""
+    run, args, start = step.run, step.args, step.start
+    stage = stage1.open_stage(run, step.artifact, config)
+    if stage.finished:
+        return stage1.reuse(run, stage)
+    started = time.perf_counter()
+    if args.allocation == "rl":
+        found = search_allocation(step, config, processes)
+    else:
+        found = Found(ALLOCATORS[args.allocation](step.problem, generator(run.seed, "allocation")), args.allocation)
+    before = evaluate(start.model, run.val, run.precision).accuracy
+    model, record = step.apply(found.allocation)
+    regrown = evaluate(model, run.val, run.precision).accuracy
+    reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
+    regrowth = {"val_acc_after_regrowth": regrown, "val_acc_after_regrowth_bn": reestimated,
+                "allocation": dict(zip(step.problem.layers, found.allocation))}
+    checkpoint.save_checkpoint(  # `BEST_ENTRIES` says what each entry is; the record replays it on the start
+        {"epoch": found.updates, "reward": found.reward, "accuracy": regrown / 100, **regrowth, **record.state_dict(),
+         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(start.artifact),
+         "starting_digest": start.digest, "entries": BEST_ENTRIES},
+        step.folder / args.method.best_file.format(m_name=run.m_name))
+    sparsity_before = count_pruned_params(start.model).sparsity
+    print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
+          f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
+          f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
+    live = count_live(model, record.masks(model))
+    label, mover = f"finetune {checkpoint.format_sparsity(step.sparsity_after)}", None
+    if args.mask:
+        label = f"{args.mask['schedule']}, {label}"
+        moves = PruneStep("magnitude", args.mask["schedule"], step.number, step.sparsity_after, mask=args.mask)
+        mover = stage1.mask_mover(run, model, moves, step.evidence.reference)
+    facts, _ = stage1.train(run, stage, model, args.finetuning, label, seed=stage1.finetuning_seed(run), mover=mover,
+                            passes_before=config["passes_before"])
+    facts |= {"val_acc_before": before, **regrowth, "sparsity_before": sparsity_before, "regrown": record.count,
+              "regrown_live": live, "starting_checkpoint": str(start.artifact),
+              "start_test_acc": start.card.get("test_acc"), "drift": dict(zip(step.problem.layers, step.problem.drift)),
+              "search_epochs": found.epochs_spent, "allocation_source": found.source,
+              "seconds": time.perf_counter() - started}
+    return stage1.finish(run, stage, model, facts)
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """An allocation, and what gave it: 'controller' or a rule, also one that the search tried first.
+
+    Of a search also the allocation's reward, the epochs of all its trials, and the controller's updates.
+    """
+
+    allocation: tuple[int, ...]
+    source: str
+    reward: float | None = None
+    epochs_spent: float = 0
+    updates: int = 0
+
+
+def search_allocation(step: Step, config: Mapping[str, Any], processes: World) -> Found:
+    """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints."""
+    args, stem = step.args, step.folder / step.args.method.search_stem
+    search = RegrowthPolicyGradient(step.problem, step.reward, args.search, derive_seed(step.run.seed, "search"),
+                                    processes)
+    if args.resume:
+        latest = args.resume == "latest"
+        load_search(search, [*saved_searches(stem).values()] if latest else [Path(args.resume)], config)
+    processes.share(asdict(step.problem))
+    result = run_search(search, stem, config, args.save_freq, step.sparsity_after)
+    processes.share()
+    if args.overwrite:  # what is left of the search before this one
+        for updates, old in saved_searches(stem).items():
+            if updates > search.epoch:
+                old.unlink()
+    plots.plot_search(search.history, search.problem, result.allocation, step.folder / "search.png")
+    source = next(row["source"] for row in search.history if row["allocation"] == result.allocation)
+    return Found(result.allocation, "controller" if source == "rl" else source, result.reward, result.epochs_spent,
+                 search.epoch)
+
+
+def run_search(search: RegrowthPolicyGradient, stem: Path, config: Mapping[str, Any], save_freq: int,
+               sparsity: float) -> SearchResult:
+    """Runs a search to its end; saves its table and its state after every trial.
+
+    stem: path that artifact names begin with; config: of the step, kept in the checkpoints; save_freq: one checkpoint
+    in so many updates is kept, besides the latest; sparsity: that all episodes have in common, for the table.
+    """
+    budget = search.config.search_budget
+    progress = Progress("search", budget, text="episode 0",
+                        done=search.history[-1]["epochs_spent"] if search.history else 0)
+
+    def path_after(updates: int) -> Path:
+        return stem.with_name(f"{stem.name}_epoch_{updates}.pth")
+
+    def after_episode(row: Mapping[str, Any]) -> None:
+        progress.advance(row["epochs_spent"] - progress.done)
+        spent = f"{row['epochs_spent']}/{budget}" if budget else row["epochs_spent"]
+        progress.say(f"episode {row['episode']}  {spent} epochs  val {100 * row['reward']:.2f} % after "
+                     f"{row['fidelity']}  best {100 * row['best']:.2f} %")
+
+    def save() -> None:
+        rows = [{**{key: value for key, value in row.items() if key != "allocation"}, "sparsity": sparsity,
+                 "allocation": " ".join(map(str, row["allocation"]))} for row in search.history]
+        checkpoint.save_csv(rows, stem.parent / "search.csv")
+        checkpoint.save_checkpoint({"config": dict(config), "search": search.state_dict()}, path_after(search.epoch))
+
+    def after_update(number: int) -> None:
+        save()
+        if number == 1 or (number - 1) % save_freq:
+            path_after(number - 1).unlink(missing_ok=True)
+
+    with progress:
+        result = search.run(after_episode, after_update, save)
+    save()
+    return result
+
+
+def saved_searches(stem: Path) -> dict[int, Path]:
+    """Number of updates -> controller checkpoint, most updates first."""
+    found = {int(path.stem.rpartition("_")[2]): path for path in stem.parent.glob(f"{stem.name}_epoch_*.pth")
+             if path.stem.rpartition("_")[2].isdigit()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def load_search(search: RegrowthPolicyGradient, paths: Sequence[Path], config: Mapping[str, Any]) -> None:
+    """Takes up the first of the saved searches whose rewards came from these arguments, if there are any searches.
+
+    An interrupted `--overwrite` leaves checkpoints of two searches side by side. UserError when a file is no search or
+    none of them fits.
+    """
+    wanted, refused = reward_config(config), []
+    for path in paths:
+        state = checkpoint.load_checkpoint(path)
+        if not isinstance(state, dict) or not {"config", "search"} <= set(state):
+            raise UserError(f"{path} is not a controller checkpoint of this project")
+        changed = differences(reward_config(state["config"]), wanted)
+        if not changed:
+            search.load_state_dict(state["search"])
+            print(f"continuing the search of {path} after {search.epoch} updates")
+            return
+        refused.append(f"the search at {path} was made with other arguments: {changed}")
+    if refused:
+        raise UserError(f"{refused[0]}. Repeat them with --resume, or use --overwrite to search anew")
+
+
+def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What rewards depend on: the configuration of a step but for the length of the search and the final finetuning."""
+    kept = {key: value for key, value in config.items() if key not in {*MAY_CHANGE, "mask"}}
+    recipe = {key: value for key, value in config["recipe"].items() if key not in ("epochs", "schedule", "patience")}
+    return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
+
+
+# --- the models -----------------------------------------------------------------------------------------------
+
+
+def save_folder(run: Run, args: argparse.Namespace) -> Path:
+    """`--save_dir`, or the method's default folder under the root."""
+    return args.save_dir or run.root / args.method.save_dir / run.m_name
 
 
 # --- evidence ------------------------------------------------------------------------------------------------------
@@ -181,7 +370,7 @@ def reference_config(run: Run, name: str | None) -> dict[str, str]:
 
 
 def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Callable[[nn.Module], Evidence]:
-    """Gives the evidence about a pruned model; what comes from the dense or the reference model alone is made once.
+    """Gives the evidence about a pruned model; what comes from the dense model alone is made once.
 
     All models see the same class-balanced sample of the training images, un-augmented. Saliency is that of the dense
     model, or of the pruned one by `--saliency_source`; the gradient is the pruned model's. UserError if the reference
@@ -201,171 +390,26 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
     def maps(model: nn.Module) -> dict[str, np.ndarray]:
         extractor = BlockwiseFeatureExtractor(model, list(prunable_layers(model)), run.precision)
         return extractor.extract(sample(args.ssim_batches, DRIFT_BATCH))
-    dense_pass, dense_maps, magnitude = (cache(partial(*call)) for call in (
-        (pass_over, dense, "dense"), (maps, dense), (reference_magnitudes, reference)))
+    dense_pass, dense_maps = cache(partial(pass_over, dense, "dense")), cache(partial(maps, dense))
 
     def about(pruned: nn.Module) -> Evidence:
         pruned_pass = cache(partial(pass_over, pruned, "pruned"))
-        return Evidence(reference=reference, magnitude=magnitude,
+        return Evidence(reference=reference, magnitude=partial(reference_magnitudes, reference),
                         saliency=lambda: (dense_pass if args.saliency_source == "dense" else pruned_pass)()[0],
                         gradient=lambda: pruned_pass()[1],
                         drift=lambda: compute_block_ssim(dense_maps(), maps(pruned)))
     return about
 
 
-def regrower_of(run: Run, args: argparse.Namespace, method: Method, evidence: Evidence) -> Regrower:
-    """The method's rule on this evidence; what it needs is made at its first use."""
-    rule, init_strategy = method.rule(args)
-    seed = derive_seed(run.seed, "regrowth")
-    return lambda model: WeightRegrowth(model, rule, evidence, init_strategy, seed, args.only_live)
-
-
-def allocation_problem(args: argparse.Namespace, step: Step, evidence: Evidence) -> AllocationProblem:
-    """Target layers in the order of their drift (lowest SSIM first) with capacities and sizes."""
-    model, capacities = step.start.model, _capacities(step.start.model, args)
-    drift = evidence.make("drift")
-    order = sorted(capacities, key=lambda name: drift[name])
-    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
-    return AllocationProblem(
-        layers=tuple(order), capacities=tuple(capacities[name] for name in order), budget=step.budget,
-        sizes=tuple(weights[name].numel() for name in order), fan=tuple(sum(weights[name].shape) for name in order),
-        drift=tuple(drift[name] for name in order))
-
-
-# --- one step ------------------------------------------------------------------------------------------------------
-
-
-def regrow(run: Run, args: argparse.Namespace, method: Method, passes: int = 0,
-           world: World | None = None) -> list[Outcome]:
-    """All steps of a stage-2 script, each from the model before; returns the starting and the regrown models.
-
-    passes: over the training images before the final finetuning, which sees them in the order of a finetuning that has
-    had so many (`stage1.prune_and_finetune` begins with none); world: the processes that train the trials of a search
-    (default: this one), all of which call this; the leader does everything else.
-    """
-    world = world or World()
-    dense, start = load_dense(run, args), load_start(run, args)
-    run.held.add(hold_folder(save_folder(run, args, method), "--save_dir"))
-    about, outcomes = evidence_maker(run, args, dense.model), [start]
-    for number in range(1, args.regrow_iterations + 1):
-        step = plan_step(run, args, method, outcomes[-1], number)
-        config = {**step_config(run, args, method, step, dense), "passes_before": passes}
-        check_same_files(world, config)
-        if world.leads:
-            outcomes.append(_regrow_step(run, args, method, step, config, about, world))
-            world.share()
-        else:
-            regrower = regrower_of(run, args, method, about(step.start.model))
-            while layers := world.share():  # a search begins; None: the step is finished
-                world.serve(partial(trial_reward, run, args, step, regrower, layers))
-            outcomes.append(stage1.load_outcome(run, step.artifact))
-    return outcomes
-
-
-def step_config(run: Run, args: argparse.Namespace, method: Method, step: Step, dense: Outcome) -> dict[str, Any]:
-    """The arguments that determine a regrown model."""
-    names = ("allocation", "max_ratio", "target_layers", "ssim_batches", *method.options)
-    if args.allocation == "rl":
-        names += ("num_epochs", "batch_size", "learning_rate", "hidden_size", "reward_temperature", "start_beta",
-                  "end_beta", "decay_fraction", "action_space_size", "mini_finetune_epochs", "search_budget",
-                  "warm_start")
-        if args.action_space != "ratio":  # searches of earlier versions, all by ratios, do not say
-            names += ("action_space",)
-    names += ("only_live",) if args.only_live else ()  # not where it is off, so that what was made before it still fits
-    names += ("mask",) if args.mask else ()
-    options = {name: getattr(args, name) for name in names}
-    return {"stage": "regrow", "method": method.name, **run.identity(), "budget": step.budget,
-            "evidence": SAMPLE, **reference_config(run, getattr(args, "reference_model", None)),
-            "start": step.start.digest, "dense": dense.digest,
-            "recipe": final_recipe(args).as_dict(), **{key: str(value) if isinstance(value, Path) else value
-                                                       for key, value in options.items()}}
-
-
-def final_recipe(args: argparse.Namespace) -> Recipe:
-    """The final finetuning, by the recipe and what the command line changes; `args` are complete."""
-    numbers = {field: getattr(args, f"finetune_{field}") for field in RECIPE_NUMBERS}
-    return Recipe(**numbers, epochs=args.finetune_epochs, batch_size=args.finetune_batch_size, patience=args.patience)
-
-
-def _regrow_step(run: Run, args: argparse.Namespace, method: Method, step: Step, config: Mapping[str, Any],
-                 about: Callable[[nn.Module], Evidence], world: World) -> Outcome:
-    stage = Stage(step.artifact, config, resume=args.resume is not None, overwrite=args.overwrite)
-    if stage.finished:
-        return stage1.reuse(run, stage)
-    started, start = time.perf_counter(), step.start
-    evidence = about(start.model)
-    problem, regrower = allocation_problem(args, step, evidence), regrower_of(run, args, method, evidence)
-    found = _find_allocation(run, args, method, step, problem, regrower, config, world)
-    before = evaluate(start.model, run.val, run.precision).accuracy
-    model, record = apply_allocation(start.model, problem.layers, found.allocation, regrower, step.number)
-    regrown = evaluate(model, run.val, run.precision).accuracy
-    reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
-    regrowth = {"val_acc_after_regrowth": regrown, "val_acc_after_regrowth_bn": reestimated,
-                "allocation": dict(zip(problem.layers, found.allocation))}
-    checkpoint.save_checkpoint(  # `BEST_ENTRIES` says what each entry is; the record replays it on the start
-        {"epoch": found.epoch, "reward": found.reward, "accuracy": regrown / 100, **regrowth, **record.state_dict(),
-         "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(start.artifact),
-         "starting_digest": start.digest, "entries": BEST_ENTRIES},
-        step.folder / method.best_file.format(m_name=run.m_name))
-    sparsity_before = count_pruned_params(start.model).sparsity
-    print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
-          f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
-          f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
-    live = count_live(model, record.masks(model))
-    label, mover = f"finetune {checkpoint.format_sparsity(step.sparsity_after)}", None
-    if args.mask:
-        label = f"{args.mask['schedule']}, {label}"
-        moves = PruneStep("magnitude", args.mask["schedule"], step.number, step.sparsity_after, mask=args.mask)
-        mover = stage1.mask_mover(run, model, moves, stage1.pruning_seed(run, moves), evidence.reference)
-    facts = stage1.finetune(run, stage, model, final_recipe(args), label, seed=stage1.finetuning_seed(run), mover=mover,
-                            passes_before=config["passes_before"])
-    facts |= {"val_acc_before": before, **regrowth, "sparsity_before": sparsity_before, "regrown": record.count,
-              "regrown_live": live, "starting_checkpoint": str(start.artifact),
-              "start_test_acc": start.card.get("test_acc"), "drift": dict(zip(problem.layers, problem.drift)),
-              "search_epochs": found.epochs_spent, "allocation_source": found.source,
-              "seconds": time.perf_counter() - started}
-    stage.finish(model.state_dict(), run.card(**facts))
-    return Outcome(model, step.artifact, stage.card)
-
-
-def _find_allocation(run: Run, args: argparse.Namespace, method: Method, step: Step, problem: AllocationProblem,
-                     regrower: Regrower, config: Mapping[str, Any], world: World) -> Found:
-    if args.allocation != "rl":
-        chosen = ALLOCATORS[args.allocation](problem, generator(run.seed, "allocation"))
-        return Found(chosen, None, 0, 0, args.allocation)
-    reward = partial(trial_reward, run, args, step, regrower, problem.layers)
-    search = RegrowthPolicyGradient(problem, reward, search_config(args), derive_seed(run.seed, "search"), world)
-    world.share(problem.layers)
-    found = search_allocation(search, args, config, step.folder / method.search_stem, step.sparsity_after)
-    world.share()
-    return found
-
-
-def trial_reward(run: Run, args: argparse.Namespace, step: Step, regrower: Regrower, layers: Sequence[str],
-                 allocation: Sequence[int], seed: int, epochs: float) -> float:
-    """Of an allocation to the layers: best validation accuracy (fraction) of a mini-finetuning of so many epochs."""
-    model, _ = apply_allocation(step.start.model, layers, allocation, regrower, step.number)
-    recipe = replace(final_recipe(args), epochs=epochs, schedule="constant", patience=None)
-    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(seed, "episode"), precision=run.precision)
-    return trainer.run(show=False).accuracy / 100
-
-
-def apply_allocation(pruned: nn.Module, layers: Sequence[str], allocation: Sequence[int], regrower: Regrower,
-                     number: int) -> tuple[nn.Module, RegrowthRecord]:
-    """A copy of the pruned model with so many weights regrown in each layer, and the record of what returned."""
-    model = clone_model(pruned)
-    record = regrower(model).apply_regrowth(dict(zip(layers, allocation)), step=number)
-    return model, record
-
-
 # --- what it came to -----------------------------------------------------------------------------------------------
 
 
-def report(run: Run, folder: Path, outcomes: Sequence[Outcome]) -> None:
+def report(run: Run, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """Reads the test set once for each regrown model, prints the table and writes CSV and figure.
 
-    outcomes: the starting model, then the regrown ones in order; folder: the run's `--save_dir`.
+    outcomes: the starting model, then the regrown ones in order.
     """
+    folder = save_folder(run, args)
     stage1.read_test(run, outcomes[1:])
     rows = [table_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
     checkpoint.save_csv(rows, folder / "regrowth_results.csv")
@@ -400,15 +444,8 @@ def table_row(run: Run, outcome: Outcome) -> dict[str, Any]:
     if one_shot.get("config", {}).get("schedule") != "one-shot":
         one_shot = {}
     moved = f", {config['mask']['schedule']}" if "mask" in config else ""  # how, while the model was finetuned
-    row = {"method": config.get("selection", config["method"]) + moved, "allocation": config["allocation"],
-           "found_by": card.get("allocation_source"),
-           **{name: card[name] for name in ("sparsity_before", "sparsity")},
-           "effective_sparsity": card.get("effective_sparsity"), "regrown": card["regrown"],
-           "regrown_live": card.get("regrown_live"),
-           **{name: card[name] for name in ("surviving", "val_acc_before", "val_acc_after_regrowth")},
-           "val_acc_after_regrowth_bn": card.get("val_acc_after_regrowth_bn"), "val_acc": card["val_acc"],
-           "start_test_acc": card.get("start_test_acc"), "test_acc": card["test_acc"],
-           **{f"one_shot_{name}": one_shot.get(name) for name in ("val_acc", "test_acc", "epochs")},
-           "search_epochs": card["search_epochs"], "epochs": card["epochs"], "seed": config["seed"],
-           "dataset": config["dataset"], "seconds": card["seconds"], "checkpoint": outcome.artifact.name}
-    return {name: "" if value is None else value for name, value in row.items()}
+    facts = {**config, **card, "method": config.get("selection", config["method"]) + moved,
+             "allocation": config["allocation"], "found_by": card.get("allocation_source"),
+             **{f"one_shot_{name}": one_shot.get(name) for name in ("val_acc", "test_acc", "epochs")},
+             "checkpoint": outcome.artifact.name}
+    return {name: "" if facts.get(name) is None else facts[name] for name in TABLE}
