@@ -23,6 +23,7 @@ from utils.common import UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
 from utils.datasets import load_dataset
 from utils.regrowth import SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
+from utils.run import Run
 from utils.saliency_analysis import class_sample
 
 SAMPLE = {"mean": np.full(3, 127.0), "std": np.full(3, 60.0)}
@@ -32,6 +33,7 @@ def about(train: BatchLoader, dense: nn.Module, pruned: nn.Module, **given: obje
     """The evidence that stage 2 would have about this pruned model."""
     args = argparse.Namespace(**{"saliency_max_batches": 3, "ssim_batches": 3, "saliency_source": "dense", **given})
     run = SimpleNamespace(train=train, precision="fp32", seed=0)
+    run.evidence_sample = partial(Run.evidence_sample, run)
     return stage2.evidence_maker(run, args, dense)(pruned)
 
 

@@ -158,14 +158,17 @@ def has_native_bf16(device: torch.device) -> bool:
     """True for GPUs that support bfloat16 and for CPUs whose units multiply it (AVX512-BF16, AMX, Arm BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
+    units = cpu_info("flags", "Features").split()
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"}.intersection(units))
+
+
+def cpu_info(*keys: str) -> str:
+    """What Linux says of the processor under one of these keys, such as 'model name'; elsewhere nothing."""
     try:
         with open("/proc/cpuinfo") as file:
-            words = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
-    except OSError:  # no Linux: emulated bfloat16 is slower than float32, so do not guess
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(keys)), "")
+    except OSError:
+        return ""
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -110,6 +110,10 @@ class SearchConfig:
         progress = min(1.0, epoch / span) if span > 0 else 1.0
         return (1 - progress) * self.start_beta + progress * self.end_beta
 
+    def ladder(self) -> Ladder:
+        """The rungs that trials climb; UserError where the budget pays no batch."""
+        return Ladder(self.rungs, self.eta, self.search_budget, self.batch_size)
+
 
 class SearchResult(NamedTuple):
     """What a search found: the best allocation, its reward after `fidelity` epochs, episodes run, epochs trained."""
@@ -158,7 +162,7 @@ class RegrowthPolicyGradient:
         self.agent = RegrowthAgent(config.action_space_size, config.hidden_size, derive_seed(seed, "controller"),
                                    config.action_space)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), config.learning_rate)
-        self.ladder = Ladder(config.rungs, config.eta, config.search_budget, config.batch_size)
+        self.ladder = config.ladder()
         self.epoch = 0
         self.baseline: float | None = None
         self.history: list[Row] = []

@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.agent import ACTION_SPACES
 from utils.allocation import ALLOCATORS
 from utils.common import UserError, count, epoch_count, fraction, positive_float, positive_int, unit_interval
-from utils.controller import SearchConfig
-from utils.ladder import Ladder
+from utils.controller import ACTION_SPACES, SearchConfig
 from utils.mask_schedule import add_mask_options, mask_options
 from utils.regrowth import INITIALISERS, SELECTORS
 from utils.run import KINDS, add_recipe_numbers, add_start_options, recipe_changes, run_parser
@@ -105,7 +103,7 @@ def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
     rungs = tuple(search.pop("mini_finetune_epochs"))
     args.search = SearchConfig(**{**search, "rungs": rungs, "search_budget": args.search_budget or None})
     if args.allocation == "rl":  # raises where the budget pays no batch
-        Ladder(args.search.rungs, args.search.eta, args.search.search_budget, args.search.batch_size)
+        args.search.ladder()
     if args.target_sparsity is not None and args.target_sparsity >= args.start_sparsity \
             and args.starting_checkpoint in KINDS:
         raise UserError(f"--target_sparsity {args.target_sparsity} is not below --start_sparsity "

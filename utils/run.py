@@ -23,6 +23,7 @@ from utils.common import (
     PRECISIONS,
     UserError,
     count,
+    cpu_info,
     derive_seed,
     fraction,
     not_negative,
@@ -192,11 +193,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's marketing name where the system tells it, else its architecture."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 @dataclass
@@ -213,7 +210,6 @@ class Run:
     train: BatchLoader
     val: BatchLoader
     test: TestLoader
-    command: str
     place: dict[str, str] = field(default_factory=dict)  # the options that name the data
     held: set[Any] = field(default_factory=set)  # folders that this run keeps to itself, of `utils.stage.hold_folder`
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
@@ -236,6 +232,10 @@ class Run:
         return model_loader(self.m_name, self.device, num_classes=len(self.data.classes),
                             seed=derive_seed(self.seed, "init"))
 
+    def evidence_sample(self, num_images: int, batch_size: int) -> BatchLoader:
+        """The class-balanced sample of un-augmented training images that all evidence comes from."""
+        return self.train.balanced_sample(num_images, batch_size, derive_seed(self.seed, "evidence"))
+
     def model_input(self) -> dict[str, Any]:
         """What a model needs to know of its input, for checkpoints and cards: side of the images in pixels, class
         names, mean and standard deviation of each channel where a pixel is 0..1 (as of torchvision's `Normalize`).
@@ -245,7 +245,7 @@ class Run:
 
     def card(self, **entries: Any) -> dict[str, Any]:
         """A run card: the given entries, then the model's input and its place, the command, versions and hardware."""
-        return {**entries, "input": {**self.model_input(), **self.place}, "command": self.command,
+        return {**entries, "input": {**self.model_input(), **self.place}, "command": command_line(),
                 "environment": environment(self.device), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
@@ -266,7 +266,7 @@ def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
         check_image_size(args.m_name, data.image_size)
     train, val, test = loaders_from(data, val_split=args.val_split, seed=args.seed, device=device)
     return Run(args.m_name, args.seed, args.val_split, device, precision, args.root, data, train, val, test,
-               command=command_line(), place={"dataset": args.dataset, "data_dir": str(args.data_dir)},
+               place={"dataset": args.dataset, "data_dir": str(args.data_dir)},
                resume=bool(getattr(args, "resume", False)), overwrite=getattr(args, "overwrite", False))
 
 

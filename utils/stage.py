@@ -117,42 +117,34 @@ class Stage:
 
     def _load_existing(self, resume: bool) -> None:
         card = checkpoint.read_card(self.artifact)
-        if card is not None and card.get("config") == self.config:
+        made = (card or {}).get("config", {})
+        if card is not None and made == self.config:
             self.card = card
             self.progress.unlink(missing_ok=True)  # of an interrupted --overwrite with these very arguments
         elif self.progress.exists():
             self._load_progress(resume)
-        elif card is not None and resume:
-            self._check_lineage(card.get("config", {}))
-            self.card = card
-        elif card is not None:
-            raise UserError(f"{self.artifact} exists and was made with other arguments: "
-                            f"{differences(card.get('config', {}), self.config)}. Use --resume to take it as it is, "
-                            "--overwrite to redo it, or --root for another place")
         elif self.artifact.exists():
             if not resume:
-                raise UserError(f"{self.artifact} exists without a run card that says how it was made. Use --resume to "
-                                "take it as it is, --overwrite to redo it, or --root for another place")
-            self.card = {}
-
-    def _check_lineage(self, made: Mapping[str, Any]) -> None:
-        """UserError when the artifact was made from another model than is there now, as after a new dense training."""
-        for key in LINEAGE:
-            if made.get(key) and self.config.get(key) and made[key] != self.config[key]:
-                raise UserError(f"{self.artifact} was made from another {key} model than the one that is there now. "
-                                "Remove it to have it redone, use --overwrite to redo everything, or --root for "
-                                "another place")
+                how = "without a run card that says how it was made" if card is None else \
+                    f"and was made with other arguments: {differences(made, self.config)}"
+                raise UserError(f"{self.artifact} exists {how}. Use --resume to take it as it is, --overwrite to redo "
+                                "it, or --root for another place")
+            for key in LINEAGE:  # as after a new dense training
+                if made.get(key) and self.config.get(key) and made[key] != self.config[key]:
+                    raise UserError(f"{self.artifact} was made from another {key} model than the one that is there "
+                                    "now. Remove it to have it redone, use --overwrite to redo everything, or --root "
+                                    "for another place")
+            self.card = card or {}
 
     def _load_progress(self, resume: bool) -> None:
         if not resume:
             raise UserError(f"an interrupted stage lies at {self.progress}. Use --resume to continue it or --overwrite "
                             "to start anew")
-        state = checkpoint.load_checkpoint(self.progress)
-        if state.get("config") != self.config:
+        self._state = checkpoint.load_checkpoint(self.progress)
+        if self._state.get("config") != self.config:
             raise UserError(f"the interrupted stage at {self.progress} was started with other arguments: "
-                            f"{differences(state.get('config', {}), self.config)}. Repeat them with --resume, or use "
-                            "--overwrite to start anew")
-        self._state = state
+                            f"{differences(self._state.get('config', {}), self.config)}. Repeat them with --resume, or "
+                            "use --overwrite to start anew")
 
     def fit(self, trainer: Trainer, label: str) -> TrainResult:
         """Trains, from the interrupted state if there is one; saves progress and a CSV row per epoch as it goes.

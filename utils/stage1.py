@@ -272,14 +272,14 @@ def finetuning_seed(run: Run, iteration: int = 1) -> int:
 def mask_mover(run: Run, model: nn.Module, step: PruneStep, reference: nn.Module | None = None) -> MaskMover:
     """The hook that moves the model's mask from its sparsity of now to that of the step; reference: of `MaskMover`."""
     plan = MaskPlan(start=count_pruned_params(model).sparsity, target=step.sparsity, pruner=step.pruner, **step.mask)
-    sample = run.train.balanced_sample(DRIFT_IMAGES, DRIFT_IMAGES, derive_seed(run.seed, "evidence"))
+    sample = run.evidence_sample(DRIFT_IMAGES, DRIFT_IMAGES)
     return MaskMover(model, plan, pruning_seed(run, step), sample, run.precision, reference)
 
 
 def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
     """What pruning rules may look at: the model's gradients over a class-balanced sample, made if a rule asks."""
     def gradient() -> dict[str, Tensor]:
-        sample = run.train.balanced_sample(50 * GRADIENT_BATCH, GRADIENT_BATCH, derive_seed(run.seed, "evidence"))
+        sample = run.evidence_sample(50 * GRADIENT_BATCH, GRADIENT_BATCH)
         source = "pruned" if count_pruned_params(model).pruned else "dense"
         computer = SaliencyComputer(model, sample, precision=run.precision, source=source)
         computer.compute()

@@ -35,7 +35,6 @@ from utils.analysis_utils import (
 from utils.channels import count_live
 from utils.common import Progress, UserError, derive_seed, generator
 from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
-from utils.data_loader import BatchLoader
 from utils.distributed import World, world
 from utils.methods import SEARCH_OPTIONS
 from utils.regrowth import (
@@ -379,17 +378,14 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
     path = reference_path(run, getattr(args, "reference_model", None))
     reference = stage1.load_outcome(run, path).model if path else dense
 
-    def sample(batches: int, size: int) -> BatchLoader:
-        return run.train.balanced_sample(batches * size, size, derive_seed(run.seed, "evidence"))
-
     def pass_over(model: nn.Module, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        computer = SaliencyComputer(model, sample(args.saliency_max_batches, SALIENCY_BATCH), precision=run.precision,
-                                    source=source)
+        sample = run.evidence_sample(args.saliency_max_batches * SALIENCY_BATCH, SALIENCY_BATCH)
+        computer = SaliencyComputer(model, sample, precision=run.precision, source=source)
         return computer.compute(), computer.gradients
 
     def maps(model: nn.Module) -> dict[str, np.ndarray]:
         extractor = BlockwiseFeatureExtractor(model, list(prunable_layers(model)), run.precision)
-        return extractor.extract(sample(args.ssim_batches, DRIFT_BATCH))
+        return extractor.extract(run.evidence_sample(args.ssim_batches * DRIFT_BATCH, DRIFT_BATCH))
     dense_pass, dense_maps = cache(partial(pass_over, dense, "dense")), cache(partial(maps, dense))
 
     def about(pruned: nn.Module) -> Evidence:
