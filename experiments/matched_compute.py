@@ -28,7 +28,6 @@ from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.run import (  # noqa: E402
-    RECIPE_NUMBERS,
     Run,
     add_recipe_numbers,
     count,
@@ -104,8 +103,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def finetuning(args: argparse.Namespace, epochs: int) -> Recipe:
     """The recipe of a training after the dense model's; no arm stops early."""
-    changes = {**recipe_changes(args, "finetune_"), "epochs": epochs, "patience": None}
-    return replace(RECIPES[args.recipe].final, **changes)
+    recipe = replace(RECIPES[args.recipe].final, **recipe_changes(args, "finetune_"))
+    return replace(recipe, epochs=epochs, patience=None)
 
 
 def dense_model(run: Run, args: argparse.Namespace) -> Outcome:
@@ -128,17 +127,14 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float,
     allocation, selection, values = REGROWN[arm]
     published = (selection, values) == ("reference", "reference")
     start = pruned_model(run, args, args.start_sparsity, before)
-    recipe = finetuning(args, args.finetune_epochs - before)
     options = regrowth_arguments(
-        "reference" if published else "saliency", m_name=args.m_name, allocation=allocation, recipe=args.recipe,
-        start_sparsity=args.start_sparsity,
-        starting_checkpoint=str(start.artifact), target_sparsity=sparsity, finetune_epochs=recipe.epochs,
-        patience=recipe.epochs + 1, **{f"finetune_{field}": getattr(recipe, field) for field in RECIPE_NUMBERS},
-        finetune_batch_size=recipe.batch_size, search_budget=args.search_budget,
-        mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
+        "reference" if published else "saliency", m_name=args.m_name, allocation=allocation,
+        start_sparsity=args.start_sparsity, starting_checkpoint=str(start.artifact), target_sparsity=sparsity,
+        search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / f"{arm}_{checkpoint.format_sparsity(sparsity)}",
-        resume="latest" if args.resume else None, overwrite=args.overwrite,
         selection=selection, init_strategy=values)
+    recipe = finetuning(args, args.finetune_epochs - before)
+    options.finetuning = replace(recipe, patience=recipe.epochs + 1)
     return stage2.regrow(run, options, passes=before)[-1], start.card["seconds"]
 
 

@@ -98,8 +98,7 @@ def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float)
         args.method, m_name=args.m_name, allocation=args.allocation,
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
         finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
-        save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}",
-        resume="latest" if args.resume else None, overwrite=args.overwrite)
+        save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}")
     return stage2.regrow(run, options)[-1]
 
 

@@ -246,13 +246,13 @@ def search_allocation(step: Step, config: Mapping[str, Any], processes: World) -
     args, stem = step.args, step.folder / step.args.method.search_stem
     search = RegrowthPolicyGradient(step.problem, step.reward, args.search, derive_seed(step.run.seed, "search"),
                                     processes)
-    if args.resume:
-        latest = args.resume == "latest"
-        load_search(search, [*saved_searches(stem).values()] if latest else [Path(args.resume)], config)
+    if step.run.resume:
+        named = args.resume not in (None, "latest")
+        load_search(search, [Path(args.resume)] if named else list(saved_searches(stem).values()), config)
     processes.share(asdict(step.problem))
     result = run_search(search, stem, config, args.save_freq, step.sparsity_after)
     processes.share()
-    if args.overwrite:  # what is left of the search before this one
+    if step.run.overwrite:  # what is left of the search before this one
         for updates, old in saved_searches(stem).items():
             if updates > search.epoch:
                 old.unlink()
