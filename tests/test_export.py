@@ -209,7 +209,7 @@ def test_every_reader_takes_a_compact_file(start, tmp_path, monkeypatch):
     begin = SimpleNamespace(starting_checkpoint=str(path), start_sparsity=0.9)
     checkpoint.save_checkpoint(run.new_model().state_dict(), checkpoint.dense_path(tmp_path, "resnet20"))
     for model in (stage1.load_outcome(run, path).model, stage1.load_models(run, begin)[1].model,
-                  finetuning.load_source(run, load_artifact(path), inspect_checkpoint.phases(args), args).model):
+                  finetuning.load_source(run, load_artifact(path), finetuning.phases(args), args).model):
         assert_equal(dict(model.state_dict()), expected)
     card = checkpoint.read_card(path)
     assert card["config"] == {"stage": "prune"} and card["exported"] == {

@@ -83,9 +83,9 @@ def test_every_reader_takes_every_form(form, run, tmp_path):
     assert (description["model"], description["classes"], description["masks"]) == ("resnet20", 10, True)
     assert description["active"] == count_pruned_params(model).surviving and "warnings" not in description
     args = inspect_checkpoint.parse_args(["--file", "x", "--finetune"])
-    assert inspect_checkpoint.recognise_model(args, artifact) == "resnet20"
+    assert finetuning.recognise_model(args, artifact) == "resnet20"
     for loaded in (stage1.load_outcome(run, path).model,
-                   finetuning.load_source(run, artifact, inspect_checkpoint.phases(args), args).model):
+                   finetuning.load_source(run, artifact, finetuning.phases(args), args).model):
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value), key
 

@@ -381,7 +381,7 @@ def run(tmp_path) -> SimpleNamespace:
 def options(*words: object) -> tuple[tuple[Phase, ...], Namespace]:
     """The phases and the options that a command line with `words` asks for."""
     args = inspect_checkpoint.parse_args(["--file", "x", "--finetune", *map(str, words)])
-    return inspect_checkpoint.phases(args), args
+    return finetuning.phases(args), args
 
 
 def regrown_best(run: SimpleNamespace) -> tuple[nn.Module, dict]:
@@ -515,7 +515,7 @@ def test_options_reach_the_phases():
 def test_the_model_is_recognised_or_asked_for(run, tmp_path):
     def recognise(content) -> str:
         args = inspect_checkpoint.parse_args(["--file", "x", "--root", str(tmp_path)])
-        return inspect_checkpoint.recognise_model(args, load_artifact(saved(content, tmp_path)))
+        return finetuning.recognise_model(args, load_artifact(saved(content, tmp_path)))
     assert recognise(model_loader("resnet32", seed=0).state_dict()) == "resnet32"
     assert recognise(regrown_best(run)[1]) == "resnet20"
     for unclear in ({"a.weight": torch.zeros(2, 2)}, {**BEST, "allocation": [3], "regrow_indices": {"linear": [1]}}):
@@ -559,8 +559,8 @@ def carded(path: Path, **facts: object) -> Path:
 
 def data_options(path: Path, *words: object) -> dict[str, object]:
     args = inspect_checkpoint.parse_args(["--file", str(path), "--finetune", *map(str, words)])
-    inspect_checkpoint.take_data(args, load_artifact(path))
-    return {name: getattr(args, name) for name in inspect_checkpoint.DATA}
+    finetuning.take_data(args, load_artifact(path))
+    return {name: getattr(args, name) for name in finetuning.DATA}
 
 
 def test_data_split_and_precision_come_from_the_card_unless_told_otherwise(tmp_path, capsys):
@@ -591,7 +591,7 @@ def test_what_a_model_needs_to_know_of_its_input_is_shown(tmp_path):
     path = saved({"net": resnet().state_dict(), "acc": 50.0, "epoch": 1, "input": known}, tmp_path)
     assert describe(load_artifact(path))["input"] == known
     path = carded(saved(resnet(0.5).state_dict(), tmp_path, "pruned.pth"), config={}, input=known)
-    text = inspect_checkpoint.inspection.render(describe(load_artifact(path)))
+    text = inspection.render(describe(load_artifact(path)))
     assert "rose, tulip" in text and "0.5000, 0.4000, 0.3000" in text
 
 

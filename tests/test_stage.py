@@ -243,6 +243,7 @@ def test_every_flow_holds_its_folder(tmp_path, image_folder, hold_elsewhere, mon
     run, args = SimpleNamespace(held=set()), SimpleNamespace(save_dir=tmp_path / "out", regrow_iterations=1)
     with pytest.raises(UserError, match="out is in use by process 7"):
         stage2.regrow(run, args)
+    monkeypatch.setattr(finetuning, "phases", lambda *_: ())
     monkeypatch.setattr(finetuning, "load_source", lambda *_: None)
     with pytest.raises(UserError, match="out is in use by process 7"):
-        finetuning.finetune(run, None, (), args)
+        finetuning.finetune(run, None, args)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ from torch.optim import Optimizer
 
 from utils import checkpoint, stage1
 from utils.analysis_utils import get_masks, has_masks, hold_weights, prunable_layers
-from utils.common import UserError, derive_seed
-from utils.inspection import Artifact
+from utils.common import UserError, derive_seed, positive_float, positive_int
+from utils.datasets import DATASETS
+from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
 from utils.model_loader import load_model_state
 from utils.regrowth import LayerRecord, RegrowthRecord
-from utils.run import Run
-from utils.selection import Positions
+from utils.run import Run, add_model_option, add_overwrite_options, add_run_options
 from utils.stage import Stage, hold_folder
 from utils.stage1 import Outcome
-from utils.training import Recipe, Trainer, evaluate, reestimate_batch_norm
+from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate, reestimate_batch_norm
+
+LR_ORIGINAL, LR_REGROWN = 1e-4, 1e-3
+PHASE_EPOCHS = 10, 30
+DATA = ("dataset", "data_dir", "image_size", "val_split", "precision")  # options that a run card answers too
 
 Masks = Mapping[str, Tensor]  # layer name -> bool, True where the weight was regrown
 Constrain = Callable[[Optimizer], Any]
@@ -61,21 +65,88 @@ class Source:
     reference: Path | None = None
 
 
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of finetuning, None or False unless given, and those of a run; returns the names of what only
+    finetuning takes.
+
+    The options of `DATA` are None unless given too, for `take_data` to fill in, and their defaults in `defaults`.
+    """
+    group = parser.add_argument_group("finetuning")
+    single = group.add_mutually_exclusive_group()
+    options = [
+        add_model_option(group, text="default: recognised", required=False),
+        group.add_argument("--epochs", type=positive_int, help=f"default: {FINETUNE_FINAL.epochs}"),
+        group.add_argument("--lr", type=positive_float, help=f"learning rate, default: {FINETUNE_FINAL.lr}"),
+        group.add_argument("--patience", type=positive_int, help="epochs without a better validation accuracy before "
+                           f"training stops, default: {FINETUNE_FINAL.patience}"),
+        group.add_argument("--save_dir", type=Path, help="default: finetune_savedir/{m_name} under --root"),
+        group.add_argument("--starting_checkpoint", type=Path, metavar="FILE", help="pruned checkpoint that regrowth "
+                           "started from; default: the recorded one"),
+        group.add_argument("--reference_model", type=Path, metavar="FILE", help="values for a best allocation that has "
+                           "none; default: the dense model under --root"),
+        group.add_argument("--reset_bn_stats", action="store_true", help="estimate batch-norm statistics anew first"),
+        single.add_argument("--freeze_original", action="store_true", help="train regrown weights only"),
+        single.add_argument("--differential_lr", action="store_true", help="regrown weights at a rate of their own"),
+        single.add_argument("--progressive_unfreezing", action="store_true", help="regrown weights first, then all"),
+        group.add_argument("--lr_original", type=positive_float, help=f"of --differential_lr, default: {LR_ORIGINAL}"),
+        group.add_argument("--lr_regrown", type=positive_float, help=f"of --differential_lr, default: {LR_REGROWN}"),
+    ]
+    options += [group.add_argument(f"--phase{number}_epochs", type=positive_int,
+                                   help=f"of --progressive_unfreezing, default: {epochs}")
+                for number, epochs in enumerate(PHASE_EPOCHS, start=1)]
+    add_run_options(parser)
+    add_overwrite_options(parser)
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in DATA}, **dict.fromkeys(DATA))
+    return [*(option.dest for option in options), "resume", "overwrite"]
+
+
+def check_options(args: argparse.Namespace, finetuning_only: Sequence[str]) -> None:
+    """UserError for options that would have no effect or contradict each other."""
+    given = {name for name in finetuning_only if getattr(args, name)} - ({"overwrite"} if args.export else set())
+    if given and not args.finetune:
+        raise UserError(f"--{min(given)} has no effect without --finetune")
+    if args.finetune and args.json:
+        raise UserError("--json describes a file; leave out --finetune, or --json")
+    for owner, options in (("differential_lr", {"lr_original", "lr_regrown"}),
+                           ("progressive_unfreezing", {"phase1_epochs", "phase2_epochs"})):
+        if given & options and not getattr(args, owner):
+            raise UserError(f"--{min(given & options)} has no effect without --{owner}")
+    if args.differential_lr and args.lr:
+        raise UserError("--differential_lr takes --lr_original and --lr_regrown; leave out --lr")
+    if args.progressive_unfreezing and args.epochs:
+        raise UserError("--progressive_unfreezing takes --phase1_epochs and --phase2_epochs; leave out --epochs")
+
+
+def phases(args: argparse.Namespace) -> tuple[Phase, ...]:
+    """The trainings of the command line, by the published final recipe with what the command line changes."""
+    recipe = replace(FINETUNE_FINAL, epochs=args.epochs or FINETUNE_FINAL.epochs, lr=args.lr or FINETUNE_FINAL.lr,
+                     patience=args.patience or FINETUNE_FINAL.patience)
+    if args.progressive_unfreezing:
+        first, second = args.phase1_epochs or PHASE_EPOCHS[0], args.phase2_epochs or PHASE_EPOCHS[1]
+        return Phase("regrown", replace(recipe, epochs=first)), Phase("all", replace(recipe, epochs=second))
+    if args.differential_lr:
+        recipe = replace(recipe, lr=args.lr_regrown or LR_REGROWN)
+        return (Phase("two rates", recipe, lr_original=args.lr_original or LR_ORIGINAL),)
+    return (Phase("regrown" if args.freeze_original else "all", recipe),)
+
+
 # --- the flow ------------------------------------------------------------------------------------------------------
 
 
-def finetune(run: Run, artifact: Artifact, phases: Sequence[Phase], args: argparse.Namespace) -> Outcome:
-    """Carries out the phases in order; the last one leaves ``finetuned_{stem}.pth`` with its run card.
+def finetune(run: Run, artifact: Artifact, args: argparse.Namespace) -> Outcome:
+    """Carries out the `phases` in order; the last one leaves ``finetuned_{stem}.pth`` with its run card.
 
     An earlier phase leaves ``finetuned_{stem}_phase_1.pth``. The test set is read once, for the final model.
-    args: options of `inspect_checkpoint.py`: starting_checkpoint, reference_model, save_dir, reset_bn_stats, resume,
-    overwrite.
     """
-    source = load_source(run, artifact, phases, args)
+    plan = phases(args)
+    source = load_source(run, artifact, plan, args)
     folder = args.save_dir or run.root / "finetune_savedir" / run.m_name
     run.held.add(hold_folder(folder, "--save_dir"))
-    for number, phase in enumerate(phases, 1):
-        suffix = "" if number == len(phases) else f"_phase_{number}"
+    for number, phase in enumerate(plan, 1):
+        suffix = "" if number == len(plan) else f"_phase_{number}"
         path = folder / f"finetuned_{artifact.path.stem}{suffix}.pth"
         outcome = _run_phase(run, source, phase, number, path, args)
         source.model, source.artifact = outcome.model, path
@@ -117,7 +188,7 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
     return Outcome(model, path, stage.card)
 
 
-# --- where the model comes from ------------------------------------------------------------------------
+# --- where the model comes from ------------------------------------------------------------------------------------
 
 
 def recorded_start(artifact: Artifact) -> tuple[str | None, str | None]:
@@ -147,6 +218,47 @@ def find_start(artifact: Artifact, given: Path | None, root: Path) -> Path | Non
         raise UserError(f"{found[0]} is not the checkpoint that {artifact.path} was regrown from (its SHA-256 differs "
                         "from the recorded one); name the right one with --starting_checkpoint FILE")
     return right[0]
+
+
+def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
+    """The model's name, by what is in the artifact or else in its starting checkpoint; UserError if unclear."""
+    if artifact.kind.is_best:
+        names = models_with_layers(artifact.content["regrow_indices"])
+        if len(names) == 1:
+            return names[0]
+        start = find_start(artifact, args.starting_checkpoint, args.root)
+        weights = load_artifact(start).weights if start else {}
+    else:
+        weights = artifact.weights
+    guess = guess_model(weights)
+    if guess is None:
+        raise UserError(f"{artifact.path} does not tell which model it belongs to; name it with --model")
+    return guess[0]
+
+
+def take_data(args: argparse.Namespace, artifact: Artifact) -> None:
+    """Fills the options of the data that were not given: from the run card, said in a line, else the defaults.
+
+    The card is the artifact's own or, where it has none, as a best allocation, that of its starting checkpoint.
+    """
+    start = find_start(artifact, args.starting_checkpoint, args.root) if artifact.kind.is_best else None
+    card = artifact.card or (start and checkpoint.read_card(start)) or {}
+    config, known = card.get("config", {}), card.get("input", {})
+    found = {name: config[name] for name in ("val_split", "precision") if name in config}
+    dataset = known.get("dataset") or config.get("dataset", "").rpartition(", ")[0]
+    if dataset in DATASETS:
+        found |= {"dataset": dataset, **{name: known[name] for name in ("data_dir", "image_size") if name in known}}
+    if args.dataset not in (None, found.get("dataset")):
+        found = {name: value for name, value in found.items() if name not in ("data_dir", "image_size")}
+    if not Path(found.get("data_dir", "")).expanduser().is_dir():
+        found.pop("data_dir", None)  # the card may come from another machine
+    taken = {name: value for name, value in found.items() if getattr(args, name) is None}
+    if taken:
+        print(f"from the run card: {' '.join(f'--{name} {taken[name]}' for name in DATA if name in taken)}")
+    for name in DATA:
+        if getattr(args, name) is None:
+            setattr(args, name, taken.get(name, args.defaults[name]))
+    args.data_dir = Path(args.data_dir)
 
 
 def load_source(run: Run, artifact: Artifact, phases: Sequence[Phase], args: argparse.Namespace) -> Source:
@@ -229,10 +341,10 @@ def record_from(indices: Mapping[str, Any], model: nn.Module, reference: nn.Modu
             np.unravel_index(flat, weight.shape)
         except ValueError as error:
             raise ValueError(f"positions outside of a weight of shape {tuple(weight.shape)}") from error
-        positions = Positions(torch.from_numpy(np.unique(flat)).to(weight.device))
-        zeros = torch.zeros_like(positions.indices)
-        records[name] = LayerRecord(positions.indices, zeros.byte(), zeros.short() + 1,
-                                    positions.read(values[name].weight), positions.read(layers[name].weight_orig))
+        chosen = torch.from_numpy(np.unique(flat)).to(weight.device)
+        zeros = torch.zeros_like(chosen)
+        records[name] = LayerRecord(chosen, zeros.byte(), zeros.short() + 1, values[name].weight.detach().take(chosen),
+                                    layers[name].weight_orig.detach().take(chosen))
     return RegrowthRecord(records, ("reference",))
 
 
