@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils import size_budget, stage1
+from utils import export, stage1
 from utils.common import UserError, fraction
 from utils.mask_schedule import add_mask_options, mask_options
 from utils.pruning import PRUNERS
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="none stops after pretraining")
     parser.add_argument("--sparsity", type=fraction, nargs="+",
                         help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
-    parser.add_argument("--size_budget", type=size_budget.size, metavar="SIZE", help="instead of --sparsity: the "
+    parser.add_argument("--size_budget", type=export.byte_size, metavar="SIZE", help="instead of --sparsity: the "
                         "one at which the compact file of the model just fits into so much (64KB, KiB, MB, MiB)")
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = plan(args, finetune_recipe)
     run = open_run(args)
     if args.size_budget:
-        args.sparsity = [size_budget.safe_sparsity(run.new_model(), args.pruner, args.size_budget)]
+        args.sparsity = [export.safe_sparsity(run.new_model(), args.pruner, args.size_budget)]
         steps = plan(args, finetune_recipe)
     tried_out = args.size_budget and args.iter_end == 1 and args.mask_schedule == "fixed"
     stage1.check_steps(run, steps, "--amount" if args.amount else "--sparsity")
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     stage1.check_stages(run, stage, [] if tried_out else steps, finetune_recipe)
     outcomes = [stage1.pretrain(run, pretrain_recipe, stage)]
     if tried_out:
-        steps = [size_budget.fit(run, outcomes[0], steps[0], args.size_budget)]
+        steps = [export.fit(run, outcomes[0], steps[0], args.size_budget)]
     outcomes += stage1.prune_steps(run, outcomes[0], steps, finetune_recipe)
     stage1.report(run, outcomes)
     if args.size_budget:
-        print(f"compact file: {size_budget.write(outcomes[-1], args.size_budget)}")
+        print(f"compact file: {export.write_within(outcomes[-1], args.size_budget)}")
 
 
 if __name__ == "__main__":

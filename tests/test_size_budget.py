@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import main as main_script
-from utils import checkpoint, size_budget, stage1
+from utils import checkpoint, export, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
 from utils.model_loader import model_loader
@@ -22,13 +22,13 @@ N = 270_896  # prunable weights of resnet20
 @pytest.mark.parametrize("text, expected", [
     ("64KB", 64_000), ("64KiB", 65_536), ("1.2MB", 1_200_000), ("1 MiB", 1_048_576), ("0.5KiB", 512)])
 def test_sizes_and_their_units(text, expected):
-    assert size_budget.size(text) == expected
+    assert export.byte_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["64", "64kb", "64 GB", "0KB", "-3KB", "KB", "nanKB", "1e3KB", "6,4KB"])
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="KB, KiB, MB, MiB"):
-        size_budget.size(text)
+        export.byte_size(text)
 
 
 def masked(model: nn.Module, keep: int, spread: str, seed: int) -> nn.Module:
@@ -50,7 +50,7 @@ def masked(model: nn.Module, keep: int, spread: str, seed: int) -> nn.Module:
 @pytest.mark.parametrize("name", ["resnet20", "alexnet"])
 def test_no_mask_takes_more_than_the_worst(name, spread):
     model = model_loader(name, seed=0)
-    total, size_of = count_pruned_params(model).total, size_budget.worst_sizes(model)
+    total, size_of = count_pruned_params(model).total, export.worst_sizes(model)
     for seed, share in enumerate((1 / total, 0.0007, 0.01, 0.05, 0.3)):
         keep = round(share * total)
         size = len(encode(masked(model, keep, spread, seed).state_dict()))
@@ -62,18 +62,18 @@ def test_no_mask_takes_more_than_the_worst(name, spread):
 def test_impossible_budgets_are_refused_with_the_smallest_that_works(pruner):
     model = model_loader("resnet20", seed=0)
     with pytest.raises(UserError, match="smallest budget that works is") as caught:
-        size_budget.safe_sparsity(model, pruner, 5_000)
-    smallest = size_budget.size(str(caught.value).split("works is ")[1].split(",")[0])
-    keep = round((1 - size_budget.safe_sparsity(model, pruner, smallest)) * N)
+        export.safe_sparsity(model, pruner, 5_000)
+    smallest = export.byte_size(str(caught.value).split("works is ")[1].split(",")[0])
+    keep = round((1 - export.safe_sparsity(model, pruner, smallest)) * N)
     least = 432 + 128 if pruner == "unifplus" else 1  # all of the first layer, a fifth of the last
     assert least <= keep <= least + 25
     with pytest.raises(UserError, match="smallest budget"):
-        size_budget.safe_sparsity(model, pruner, smallest - 101)
+        export.safe_sparsity(model, pruner, smallest - 101)
 
 
 def test_a_budget_that_holds_everything_is_refused():
     with pytest.raises(UserError, match="hold all 270,896 weights; there is nothing to prune"):
-        size_budget.safe_sparsity(model_loader("resnet20", seed=0), "magnitude", 2_000_000)
+        export.safe_sparsity(model_loader("resnet20", seed=0), "magnitude", 2_000_000)
 
 
 # --- from the command line -----------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def test_a_model_that_was_there_already_and_is_too_large_fails_by_name(words, tm
     artifact = checkpoint.pruned_path(tmp_path, "resnet20", 0.9)
     outcome = stage1.Outcome(model_loader("resnet20", seed=0), artifact, {})
     with pytest.raises(RunFailed, match="more than the budget of 64,000"):
-        size_budget.write(outcome, 64_000)
+        export.write_within(outcome, 64_000)
 
 
 def test_every_pruner_has_its_fewest_weights():
     model = model_loader("resnet20", seed=0)
-    fewest = {name: size_budget._fewest(model, name) for name in PRUNERS}
+    fewest = {name: export._fewest(model, name) for name in PRUNERS}
     assert fewest.pop("unifplus") == 560 and set(fewest.values()) == {1}
