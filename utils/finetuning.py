@@ -22,7 +22,6 @@ from utils.analysis_utils import get_masks, has_masks, hold_weights, prunable_la
 from utils.common import UserError, derive_seed, positive_float, positive_int
 from utils.datasets import DATASETS
 from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
-from utils.model_loader import load_model_state
 from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run, add_model_option, add_overwrite_options, add_run_options
 from utils.stage import Stage, hold_folder
@@ -279,9 +278,7 @@ def _load_model(run: Run, artifact: Artifact, needs_regrown: bool, args: argpars
     if args.reference_model is not None:
         raise UserError(f"--reference_model gives values to a best allocation without any; {artifact.path} is a "
                         f"{artifact.kind.name} and has its own")
-    model = run.new_model()
-    stage1.check_data(run, artifact.path, artifact.card)
-    load_model_state(model, artifact.weights, str(artifact.path))
+    model = stage1.load_outcome(run, artifact.path, artifact.weights).model
     if not (needs_regrown or args.starting_checkpoint):
         return Source(model, artifact.path, None, *recorded_start(artifact))
     start = find_start(artifact, args.starting_checkpoint, run.root)

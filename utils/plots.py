@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.allocation import AllocationProblem
 from utils.checkpoint import rounded_sparsity, write_atomic
 
 if TYPE_CHECKING:
@@ -185,10 +184,11 @@ def allocation_name(row: Mapping[str, Any]) -> str:
     return f"rl, best: {found_by}" if row["allocation"] == "rl" and found_by else str(row["allocation"])
 
 
-def plot_search(history: Rows, problem: AllocationProblem, allocation: Sequence[int], path: Path) -> None:
+def plot_search(history: Rows, problem: Any, allocation: Sequence[int], path: Path) -> None:
     """Left: reward of every episode, the best so far and the controller's baseline; right: the best allocation.
 
-    history: rows of `utils.controller.RegrowthPolicyGradient`; allocation: weights per layer of `problem`.
+    history: rows of `utils.controller.RegrowthPolicyGradient`; problem: `utils.allocation.AllocationProblem`;
+    allocation: weights that return in each of its layers.
     """
     figure, (left, right) = panels((12, max(4.5, 0.24 * len(allocation) + 1.2)), columns=2)
     for number, fidelity in enumerate(sorted({row["fidelity"] for row in history})):

@@ -287,16 +287,16 @@ def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
     return Evidence(gradient=gradient)
 
 
-def load_outcome(run: Run, artifact: Path) -> Outcome:
-    """An existing artifact with its model.
+def load_outcome(run: Run, artifact: Path, weights: Mapping[str, Tensor] | None = None) -> Outcome:
+    """An existing artifact with its model; weights: what is in the file, where it has been read already.
 
     UserError when it is missing, damaged or another model's, or was trained on what the run holds out.
     """
     model = run.new_model()
-    loaded = checkpoint.load_checkpoint(artifact, run.device)
+    weights = weights or checkpoint.load_checkpoint(artifact, run.device)
     card = checkpoint.read_card(artifact) or {}
     check_data(run, artifact, card)
-    load_model_state(model, loaded, str(artifact))
+    load_model_state(model, weights, str(artifact))
     return Outcome(model, artifact, card)
 
 
