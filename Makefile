@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test first_half second_half clean
 
 # The whole pipeline, small: dense -> pruned -> regrown by both methods; then a mask that moves while it trains -> one
 # figure; 6 minutes on two free CPU cores.
@@ -20,8 +20,19 @@ demo: $(VENV)/.installed
 	$(BIN)/python main.py $(PRUNE) --root demo/moving --sparsity 0.97 --mask_schedule bidirectional --update_every 4
 	$(BIN)/python experiments/collect_results.py --m_name resnet20 --roots demo demo/moving --save_dir demo
 
+# Two processes, a core each. The files named here take about half of the time, all others the rest. Each shows its
+# output when it is done, in one piece; the exit status tells of both. `python -m pytest` runs everything in one process.
+FIRST_HALF := benchmark export main regrowth_scripts vgg16_tables
+
 test: $(VENV)/.installed $(VENV)/.installed_export
-	$(BIN)/python -m pytest
+	@echo "running the tests in two halves; progress: tail -f $(VENV)/*_half.log"
+	@$(MAKE) --no-print-directory -k -j2 first_half second_half
+
+first_half: TESTS := $(FIRST_HALF:%=tests/test_%.py)
+second_half: TESTS := $(FIRST_HALF:%=--ignore=tests/test_%.py)
+first_half second_half:
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TESTS) > $(VENV)/$@.log 2>&1; \
+	status=$$?; echo "$@:"; cat $(VENV)/$@.log; exit $$status
 
 clean:
 	rm -rf demo .pytest_cache

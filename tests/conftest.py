@@ -1,11 +1,15 @@
 """Small data and models that every test file can use."""
 from __future__ import annotations
 
+import gc
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,11 @@ from torch import nn
 
 from utils.data_loader import loaders_from
 from utils.datasets import ImageDataset
+from utils.models import MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
+DEEPER = ("resnet32", "resnet44", "resnet56")  # nothing in them that is not in resnet20, but more of it
+ARCHITECTURES = [name for name in MODELS if name not in DEEPER]
 
 TINY_COUNTS = (60, 50, 40, 30, 20)  # training images of each class: as folders are, class by class and unequal
 FOLDER_COUNTS = (17, 14, 11, 9, 8, 7, 5, 4, 3, 2)
@@ -80,6 +86,23 @@ def run_script():
         return subprocess.run([sys.executable, REPOSITORY / str(words[0]), *map(str, words[1:])], cwd=cwd,
                               env=environment, text=True, capture_output=True, timeout=timeout)
     return run
+
+
+def run_here(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """As `run_script`, with one thread too, but in this process: what takes seconds to import is imported already."""
+    threads, out, err = torch.get_num_threads(), io.StringIO(), io.StringIO()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd or Path.cwd())
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "argv", [str(REPOSITORY / str(words[0])), *map(str, words[1:])])
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:  # as every script ends
+            code = end.code
+    torch.set_num_threads(threads)
+    gc.collect()  # what the run held, its folder too, is free again
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def heed_sigint() -> None:

@@ -1,14 +1,13 @@
 """The straightforward versions give the same answers as ours: only then is their speed a fair comparison."""
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
 
-from tests.conftest import make_images
+from tests.conftest import make_images, run_here
 from tests.test_regrowth_scripts import make_start
+from utils import benchmark
 from utils.analysis_utils import get_masks, prunable_layers
 from utils.benchmark import (
     argsort_lamp_masks,
@@ -65,12 +64,21 @@ def test_the_plain_loader_and_loop_train(small_cnn):
     assert losses[-1] < losses[0]
 
 
-def test_measure_counts_only_the_work():
-    calls = []
-    timing, = measure([lambda value: (calls.append(value), time.sleep(0.01))], CPU, repeats=3, warmup=2,
-                      prepare=lambda: time.sleep(0.03) or len(calls))
-    assert calls == [0, 1, 2, 3, 4] and timing["repeats"] == 3
-    assert 0.009 < timing["fastest_s"] <= timing["median_s"] <= timing["slowest_s"] and timing["fastest_s"] < 0.03
+def test_measure_counts_only_the_work(monkeypatch):
+    """By a clock that the work and its preparation move: 9 and 4 s to warm up, then 1, 3 and 2."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(benchmark, "now", lambda device: clock[0])
+
+    def work(number: int) -> None:
+        calls.append(number)
+        clock[0] += (9, 4, 1, 3, 2)[number]
+
+    def prepare() -> int:
+        clock[0] += 100
+        return len(calls)
+    timing, = measure([work], CPU, repeats=3, warmup=2, prepare=prepare)
+    assert calls == [0, 1, 2, 3, 4]
+    assert timing == {"median_s": 2, "fastest_s": 1, "slowest_s": 3, "repeats": 3}
     with pytest.raises(ValueError):
         measure([lambda: None], CPU, repeats=0)
     assert peak_memory_mb(CPU) > 10
@@ -90,5 +98,5 @@ def test_results_of_several_roots_are_gathered(tmp_path, run_script):
     assert "2 regrown models" in process.stdout and "rl, best: erk" in process.stdout
     assert (tmp_path / "out/bidirectional_pruning.csv").read_text().count("magnitude") == 1  # the same model twice
     assert (tmp_path / "out/bidirectional.png").stat().st_size > 1000
-    missing = run_script("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
+    missing = run_here("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
     assert missing.returncode == 2 and "run main.py first" in missing.stderr

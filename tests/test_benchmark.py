@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import benchmark_regrowth_methods as script
-from tests.conftest import assert_user_error
+from tests.conftest import assert_user_error, run_here
 from tests.test_regrowth_scripts import make_start
 from utils import benchmark, checkpoint
 from utils.analysis_utils import clone_model, get_masks
@@ -27,11 +27,13 @@ def arguments(tmp_path, *words):
 
 @pytest.fixture(scope="module")
 def episodes(tmp_path_factory):
-    """One episode of each method over synthetic weights and data."""
+    """One episode of each method over synthetic weights and data; seconds of this process, whatever else runs."""
     root = tmp_path_factory.mktemp("benchmark")
     args = arguments(root, "--synthetic")
     run = benchmark.open_benchmark(args, root)
-    return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args, name)) for name in METHODS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "now", lambda device: time.process_time())
+        return run, {name: benchmark.run_episode(run, benchmark.stage2_arguments(args, name)) for name in METHODS}
 
 
 def test_an_episode_times_every_stage_and_moves_the_whole_budget(episodes):
@@ -154,7 +156,7 @@ def test_blocks_of_one_stage_add_up():
 def test_the_benchmark_writes_everything_and_compares(tmp_path, image_folder, run_script):
     make_start(tmp_path)
     words = [*SMALL[:2], *SMALL[4:], "--num_images", "80", "--data_dir", image_folder, "--root", tmp_path]
-    refused = run_script("benchmark_regrowth_methods.py", *words)
+    refused = run_here("benchmark_regrowth_methods.py", *words)
     assert_user_error(refused, "--num_images 80", "200")
     words[words.index("80")] = "200"
     process = run_script("benchmark_regrowth_methods.py", *words)
@@ -170,11 +172,11 @@ def test_the_benchmark_writes_everything_and_compares(tmp_path, image_folder, ru
     with open(folder / "episodes.csv") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["1", "1", "2", "2"]
     assert not (folder / "episodes.partial.csv").exists()
-    again = run_script("benchmark_regrowth_methods.py", *words, "--synthetic", "--num_runs", "1", "--compare",
-                       folder / "benchmark.json", "--save_dir", tmp_path / "again")
+    again = run_here("benchmark_regrowth_methods.py", *words, "--synthetic", "--num_runs", "1", "--compare",
+                     folder / "benchmark.json", "--save_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert "the runs differ: data was" in again.stdout and "reference / selection" in again.stdout
-    wrong = run_script("benchmark_regrowth_methods.py", *words, "--compare", folder / "stages.csv")
+    wrong = run_here("benchmark_regrowth_methods.py", *words, "--compare", folder / "stages.csv")
     assert_user_error(wrong, "stages.csv", "benchmark.json")
 
 
@@ -182,7 +184,7 @@ def test_quick_benchmark_runs_without_any_checkpoint(tmp_path, run_script):
     process = run_script("quick_benchmark.py", *SMALL[:2], *SMALL[4:], "--num_images", "200", "--root", tmp_path)
     assert process.returncode == 0, process.stderr
     assert all(words in process.stdout for words in ("no checkpoint at", "end to end", "regrowth, saliency"))
-    refused = run_script("quick_benchmark.py", "--m_name", "resnet20", "--target_sparsity", "0.995")
+    refused = run_here("quick_benchmark.py", "--m_name", "resnet20", "--target_sparsity", "0.995")
     assert_user_error(refused, "not below")
 
 

@@ -520,7 +520,7 @@ def test_a_server_that_never_answers_is_given_up(archive: Path, tmp_path: Path, 
         start = time.monotonic()
         with pytest.raises(UserError, match=r"failed \(.*timed out.*\). Ways on"):
             load_dataset("cifar10", tmp_path / "nothing")
-    assert time.monotonic() - start < 5 and socket.getdefaulttimeout() is None
+    assert time.monotonic() - start < 12 and socket.getdefaulttimeout() is None
     assert not (tmp_path / "nothing").exists()
 
 

@@ -30,10 +30,10 @@ from utils.distributed import world
 from utils.run import script
 
 def job(number, text):
-    time.sleep(0.02)
+    time.sleep(0.1 if world().leads else 0.02)  # so that the other has jobs too where it starts late
     if text == f"fail on {world().rank}":
         raise UserError("no such job")
-    distributed.BEAT, distributed.SILENCE = 0.2, 1.0
+    distributed.BEAT, distributed.SILENCE = 0.2, 1.0 if text == "die" else 30.0
     if text == "die" and world().rank:
         os.kill(os.getpid(), signal.SIGKILL)
     return [number / 10, text, world().rank]
@@ -49,7 +49,7 @@ def main(_):
         results = {}
         world().run(job, [(number, text) for number in range(20)], lambda number, *got: results.update({number: got}))
         assert [results[number][0][0] for number in range(20)] == [number / 10 for number in range(20)]
-        assert all(0.01 < seconds < 5 for _, seconds in results.values())
+        assert all(0.01 < seconds < 60 for _, seconds in results.values())
         print(text, "by", sorted({value[2] for value, _ in results.values()}))
     world().share()
     world().share()
@@ -83,7 +83,7 @@ def toy(tmp_path):
                     "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
             processes.append(subprocess.Popen([sys.executable, path, *texts], env={**environment(), **told}, text=True,
                                               stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
         return ([process.returncode for process in processes], "".join(out for out, _ in outputs),
                 [line for _, err in outputs for line in err.splitlines() if line])
     return run
@@ -162,7 +162,7 @@ def test_two_processes_end_in_the_same_bytes_as_one_also_after_a_kill(search, tm
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         os.kill(worker(process.pid, 1), signal.SIGKILL)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert len(re.findall("^stopped, for another process .* --resume$", err, re.MULTILINE)) == 1
     assert_same_end(one, tmp_path)

@@ -1,8 +1,12 @@
 """`inspect_checkpoint.py --export`: every model in every form and back, what is refused, and what survives a kill."""
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +17,7 @@ from torch import nn
 
 import inspect_checkpoint
 import main as main_script
-from tests.conftest import assert_user_error
+from tests.conftest import ARCHITECTURES, assert_user_error, run_here
 from utils import checkpoint, export, finetuning, sparse_file, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
@@ -70,7 +74,7 @@ def start(tmp_path) -> Path:
 # --- round trips ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_model_goes_out_dense_and_compact_and_comes_back(name, tmp_path):
     model = pruned(name)
     expected = effective(model.state_dict())
@@ -99,15 +103,29 @@ def with_lively_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+AGREE = "onnxruntime's logits are PyTorch's within"
+
+
+@pytest.fixture(scope="module")
+def whole_onnx(tmp_path_factory) -> Callable[[str], tuple[nn.Module, Path]]:
+    """A half pruned model by name, and the ONNX file that it went out as; both made once."""
+    @cache
+    def make(name: str) -> tuple[nn.Module, Path]:
+        model, folder = with_lively_statistics(pruned(name, 0.5)), tmp_path_factory.mktemp(name)
+        torch.save(model.state_dict(), folder / "pruned.pth")
+        with redirect_stdout(io.StringIO()) as said:
+            out = export_file(folder / "pruned.pth", "onnx", folder / "a.onnx")
+        assert AGREE in said.getvalue()
+        return model, out
+    return make
+
+
 @needs_onnx
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_goes_out_as_onnx(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_model_goes_out_as_onnx(name, whole_onnx):
     import onnxruntime
 
-    model = with_lively_statistics(pruned(name, 0.5))
-    torch.save(model.state_dict(), tmp_path / "pruned.pth")
-    out = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "a.onnx")
-    assert "onnxruntime's logits are PyTorch's within" in capsys.readouterr().out
+    model, out = whole_onnx(name)
     assert str(Path.cwd()).encode() not in out.read_bytes()
     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
     for batch in (1, 3):
@@ -121,12 +139,11 @@ def test_every_model_goes_out_as_onnx(name, tmp_path, capsys):
 
 @needs_onnx
 @pytest.mark.parametrize("name", ["resnet20", "alexnet", "shufflenetv2"])
-def test_compact_networks_go_out_as_onnx(name, tmp_path, capsys):
+def test_compact_networks_go_out_as_onnx(name, whole_onnx, tmp_path, capsys):
     torch.save(with_lively_statistics(pruned(name, 0.98)).state_dict(), tmp_path / "pruned.pth")
-    whole = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "whole.onnx")
     out = export_file(tmp_path / "pruned.pth", "onnx", tmp_path / "a.onnx", "--compact")
-    assert "onnxruntime's logits are PyTorch's within" in capsys.readouterr().out
-    assert len(out.read_bytes()) < len(whole.read_bytes())
+    assert AGREE in capsys.readouterr().out
+    assert out.stat().st_size < whole_onnx(name)[1].stat().st_size
 
 
 def test_a_compact_network_goes_out_and_is_built_and_described(tmp_path, capsys):
@@ -349,4 +366,4 @@ def test_from_the_command_line(start, run_script, tmp_path):
     assert process.returncode == 0 and not process.stderr, process.stderr
     size = (tmp_path / "new" / "a.sparse").stat().st_size
     assert f"a.sparse: {size:,} bytes; " in process.stdout and "of 270,896 weights" in process.stdout
-    assert_user_error(run_script(*words), "exists", "--overwrite")
+    assert_user_error(run_here(*words), "exists", "--overwrite")

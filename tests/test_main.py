@@ -17,7 +17,7 @@ import torch
 import main as main_script
 from iclr2021_solution import iterate
 from iclr2021_solution.tools.modelloaders import DEFAULT, SETTINGS, model_and_opt_loader, recipes_of
-from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
+from tests.conftest import REPOSITORY, assert_user_error, heed_sigint, run_here
 from utils import checkpoint, stage1
 from utils.common import UserError
 from utils.datasets import load_dataset
@@ -63,17 +63,17 @@ def test_one_shot_sweep_leaves_checkpoints_cards_table_and_figure(run_script, ti
     assert (folder / "pruning_results.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "checkpoint" / "ckpt_training.csv").read_text().count("\n") == 3
 
-    again = run_script(*words, cwd=tmp_path)
+    again = run_here(*words, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.count("reusing") == 3
-    other = run_script(*words, "--seed", "7", cwd=tmp_path)
+    other = run_here(*words, "--seed", "7", cwd=tmp_path)
     assert_user_error(other, "seed 0 (asked: 7)", "--resume", "--overwrite")
 
 
 def test_iterate_ends_at_the_target_and_continues_from_an_iteration(run_script, tiny_options, tmp_path):
     words = ["iclr2021_solution/iterate.py", "--model", "resnet20", "--pruner", "lamp", "--max_epochs", "1",
              "--finetune_epochs", "0", *tiny_options]
-    assert_user_error(run_script(*words, "--iter_start", "2", "--iter_end", "3"), "does not exist", "--iter_start 1")
-    assert run_script(*words, "--iter_end", "2").returncode == 0
+    assert_user_error(run_here(*words, "--iter_start", "2", "--iter_end", "3"), "does not exist", "--iter_start 1")
+    assert run_here(*words, "--iter_end", "2").returncode == 0
     process = run_script(*words, "--iter_start", "3", "--iter_end", "10", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     state = checkpoint.load_checkpoint(tmp_path / "run/resnet20/ckpt_after_prune/pruned_finetuned_mask_0.99.pth")
@@ -90,27 +90,37 @@ def kill_when(process: subprocess.Popen, condition, number: int) -> None:
     process.send_signal(number)
 
 
+LONGER = ["main.py", *TINY[:2], "--max_epochs", "4", "--finetune_epochs", "4", "--batch_size", "32",
+          "--sparsity", "0.9", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(image_folder, tmp_path_factory) -> Path:
+    """The root of a run of `LONGER` that nothing has interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    process = run_here(*LONGER, "--data_dir", image_folder, "--root", root)
+    assert process.returncode == 0, process.stderr
+    return root
+
+
 @pytest.mark.parametrize("signal_number, stage, epochs", [
     (signal.SIGKILL, "checkpoint/ckpt", 1), (signal.SIGKILL, "ckpt_after_prune/pruned_finetuned_mask_0.9", 2),
     (signal.SIGINT, "checkpoint/ckpt", 2)])
-def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, tiny_options, tmp_path, run_script):
-    words = [*TINY[:2], "--max_epochs", "4", "--finetune_epochs", "4", "--batch_size", "32", "--sparsity", "0.9",
-             *tiny_options]
-    whole = run_script("main.py", *words[:-6], "--root", tmp_path / "whole", *words[-4:])
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, REPOSITORY / "main.py", *words]
-    log = tmp_path / "run" / "resnet20" / f"{stage}_training.csv"
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_sigint)
+def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, whole_run, image_folder, tmp_path):
+    words = [*LONGER, "--data_dir", image_folder, "--root", tmp_path]
+    log = tmp_path / "resnet20" / f"{stage}_training.csv"
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_sigint,
+                               cwd=REPOSITORY)
     kill_when(process, lambda: log.exists() and log.read_text().count("\n") > epochs, signal_number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if signal_number == signal.SIGINT else -9)
     if signal_number == signal.SIGINT:
         assert "--resume" in errors.splitlines()[-1] and "Traceback" not in errors
-    resumed = run_script("main.py", *words, "--resume")
+    resumed = run_here(*words, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     for name in ("checkpoint/ckpt.pth", "ckpt_after_prune/pruned_finetuned_mask_0.9.pth"):
-        assert (tmp_path / "run/resnet20" / name).read_bytes() == (tmp_path / "whole/resnet20" / name).read_bytes()
+        assert (tmp_path / "resnet20" / name).read_bytes() == (whole_run / "resnet20" / name).read_bytes()
 
 
 @pytest.mark.parametrize("words, said", [
@@ -266,11 +276,10 @@ def test_the_summary_has_a_row_for_a_model_without_a_run_card(untrained_options,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(run_script, image_folder, tmp_path):
-    options = ["--data_dir", image_folder, "--root", tmp_path]
-    assert_user_error(run_script("main.py", "--m_name", "resnet20", "--device", "cuda", *options), "no CUDA GPU")
-    assert_user_error(run_script("iclr2021_solution/iterate.py", "--model", "resnet20", "--cuda", "1", *options),
-                      "cuda:1")
+def test_a_gpu_that_is_not_there(image_folder, tmp_path):
+    options = ["--m_name", "resnet20", "--data_dir", image_folder, "--root", tmp_path]
+    assert_user_error(run_here("main.py", "--device", "cuda", *options), "no CUDA GPU")
+    assert_user_error(run_here("iclr2021_solution/iterate.py", "--cuda", "1", *options), "cuda:1")
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_and_kept(tiny_options, tmp_path):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import main
-from tests.conftest import REPOSITORY, assert_user_error
+from tests.conftest import REPOSITORY, assert_user_error, run_here
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import UserError
@@ -257,10 +257,10 @@ def test_contradictions_are_refused_by_name(words, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(image_folder, tmp_path, run_script):
+def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(image_folder, tmp_path):
     words = [*SMALL, "--data_dir", image_folder, "--mask_schedule", "granet", "--update_every", "3"]
     artifact = "resnet20/ckpt_after_prune/pruned_finetuned_mask_0.97.pth"
-    assert run_script("main.py", *words, "--root", tmp_path / "straight").returncode == 0
+    assert run_here("main.py", *words, "--root", tmp_path / "straight").returncode == 0
     shutil.copytree(tmp_path / "straight/resnet20/checkpoint", tmp_path / "killed/resnet20/checkpoint")
     command = [sys.executable, REPOSITORY / "main.py", *words, "--root", tmp_path / "killed"]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -271,7 +271,7 @@ def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(im
             break
     process.wait()
     assert (tmp_path / "killed" / artifact).with_suffix(".progress.pth").is_file()
-    resumed = run_script("main.py", *words, "--root", tmp_path / "killed", "--resume")
+    resumed = run_here("main.py", *words, "--root", tmp_path / "killed", "--resume")
     assert resumed.returncode == 0 and "continuing after epoch" in resumed.stdout, resumed.stderr
     assert (tmp_path / "straight" / artifact).read_bytes() == (tmp_path / "killed" / artifact).read_bytes()
     tables = [(tmp_path / run / artifact).with_name("pruned_finetuned_mask_0.97_mask_updates.csv") for run in
@@ -281,5 +281,5 @@ def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(im
     assert rows[-1]["survivors"] == "8127" and sum(int(row["regrown"]) for row in rows) > 0
     card = json.loads((tmp_path / "straight" / artifact).with_suffix(".json").read_text())
     assert card["config"]["schedule"] == "granet" and card["config"]["mask"]["exchange"] == 0.3
-    refused = run_script("main.py", *words[:-4], "--root", tmp_path / "straight")
+    refused = run_here("main.py", *words[:-4], "--root", tmp_path / "straight")
     assert_user_error(refused, "was made with other arguments", "schedule granet (asked: one-shot)")

@@ -49,7 +49,7 @@ def test_balance_and_balanced_prefixes(data: ImageDataset) -> None:
 
 
 def test_generation_takes_seconds(data: ImageDataset) -> None:
-    assert CPU_SECONDS[0] < 8  # the aim is 4 s on one core; a loaded machine gets some room
+    assert CPU_SECONDS[0] < 12  # the aim is 4 s on one core; a loaded machine gets some room
 
 
 def test_crops_differ_and_are_exposed(data: ImageDataset) -> None:

@@ -18,7 +18,7 @@ import torch
 import main as main_script
 import rl_regrowth_nas
 import rl_saliency_regrowth
-from tests.conftest import REPOSITORY, assert_user_error, heed_sigint
+from tests.conftest import REPOSITORY, assert_user_error, heed_sigint, run_here
 from utils import checkpoint, stage2
 from utils.analysis_utils import get_masks, set_masks
 from utils.common import UserError, generator
@@ -50,11 +50,16 @@ def make_start(root: Path, schedule: str = "one-shot") -> None:
     checkpoint.save_json(card, checkpoint.card_path(pruned))
 
 
+def options_in(root: Path, images: Path) -> list[str]:
+    """Options of a run from a start in `root`."""
+    make_start(root)
+    return ["--m_name", "resnet20", "--data_dir", str(images), "--root", str(root), "--device", "cpu",
+            "--precision", "fp32", *FEW]
+
+
 @pytest.fixture
 def options(image_folder, tmp_path) -> list[str]:
-    make_start(tmp_path)
-    return ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
-            "--precision", "fp32", *FEW]
+    return options_in(tmp_path, image_folder)
 
 
 @pytest.mark.parametrize("script_name", SCRIPTS)
@@ -168,15 +173,22 @@ def test_target_layers_and_max_ratio_limit_where_weights_return(options, tmp_pat
         assert number <= 0.02 * int((state[f"{name}.weight_mask"] == 0).sum())
 
 
+SEARCH = ["--search_budget", "24", "--mini_finetune_epochs", "1", "--num_epochs", "5", "--finetune_epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole_search(image_folder, tmp_path_factory) -> Path:
+    """The root of a search by `SEARCH` that nothing has interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    process = run_here("rl_regrowth_nas.py", *options_in(root, image_folder), *SEARCH)
+    assert process.returncode == 0, process.stderr
+    return root
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, image_folder, run_script):
-    search = ["--search_budget", "40", "--mini_finetune_epochs", "1", "--num_epochs", "8", "--finetune_epochs", "2"]
-    whole = tmp_path / "whole"
-    make_start(whole)
-    there = [str(whole) if word == str(tmp_path) else word for word in options]
-    assert run_script("rl_regrowth_nas.py", *there, *search).returncode == 0
+def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, whole_search):
     folder = tmp_path / "rl_regrow_savedir/resnet20"
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *search,
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "rl_regrowth_nas.py"), *options, *SEARCH,
                                 "--overwrite"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_sigint)
@@ -184,14 +196,14 @@ def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, i
     while not list(folder.glob("*_epoch_2.pth")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -9), errors
     if number == signal.SIGINT:
         assert errors.strip().splitlines()[-1].endswith("--resume")
         assert "--overwrite" not in errors
-    resumed = run_script("rl_regrowth_nas.py", *options, *search, "--resume")
+    resumed = run_here("rl_regrowth_nas.py", *options, *SEARCH, "--resume")
     assert resumed.returncode == 0 and "continuing the search" in resumed.stdout, resumed.stderr
-    other = whole / "rl_regrow_savedir/resnet20"
+    other = whole_search / "rl_regrow_savedir/resnet20"
     assert (folder / "regrown_resnet20_0.97.pth").read_bytes() == (other / "regrown_resnet20_0.97.pth").read_bytes()
     best, expected = (checkpoint.load_checkpoint(place / "best_allocation_resnet20.pth") for place in (folder, other))
     assert best["allocation"] == expected["allocation"] and best["reward"] == expected["reward"]
@@ -307,14 +319,14 @@ def test_the_scripts_differ_in_method_only(monkeypatch, tmp_path):
         f"make it with: python {REPOSITORY / 'main.py'} --m_name vgg16 --iter_end 10 --data_dir x --seed 3 (up to 600 ")
 
 
-def test_what_makes_a_missing_start_works_as_printed(tmp_path, run_script):
+def test_what_makes_a_missing_start_works_as_printed(tmp_path, image_folder):
     """Also where the dense model was made with other arguments than the defaults."""
-    small = ["--m_name", "resnet20", "--dataset", "photos", "--val_split", "0.95", "--root", tmp_path]
-    assert run_script("main.py", *small, "--max_epochs", "1", "--lr", "0.03", "--pruner", "none").returncode == 0
-    refused = run_script("rl_regrowth_nas.py", *small)
+    small = ["--m_name", "resnet20", "--data_dir", image_folder, "--val_split", "0.5", "--root", tmp_path]
+    assert run_here("main.py", *small, "--max_epochs", "1", "--lr", "0.03", "--pruner", "none").returncode == 0
+    refused = run_here("rl_regrowth_nas.py", *small)
     assert_user_error(refused, "no pruned checkpoint", "--resume", "up to 400 epochs", "at the pace of the dense model")
     command = shlex.split(re.search(r"make it with: python (.*?) \(up to", refused.stderr)[1])
-    made = run_script(*command, "--finetune_epochs", "0")
+    made = run_here(*command, "--finetune_epochs", "0")
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "resnet20" / "ckpt_after_prune" / "pruned_finetuned_mask_0.99.pth").is_file()
 
@@ -363,11 +375,11 @@ def test_mask_schedules_that_contradict_other_options_are_refused_by_name(words,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_moving_mask_in_the_final_finetuning_survives_a_kill(options, tmp_path, run_script):
+def test_a_moving_mask_in_the_final_finetuning_survives_a_kill(options, tmp_path):
     words = [*options, "--allocation", "proportional", "--saliency_max_batches", "1", "--finetune_epochs", "3",
              "--finetune_batch_size", "8", "--mask_schedule", "bidirectional", "--update_every", "4"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert run_script("rl_saliency_regrowth.py", *words, "--save_dir", straight).returncode == 0
+    assert run_here("rl_saliency_regrowth.py", *words, "--save_dir", straight).returncode == 0
     command = [sys.executable, REPOSITORY / "rl_saliency_regrowth.py", *words, "--save_dir", killed]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -377,7 +389,7 @@ def test_a_moving_mask_in_the_final_finetuning_survives_a_kill(options, tmp_path
             break
     process.wait()
     assert (killed / "regrown_resnet20_0.97.progress.pth").is_file()
-    resumed = run_script("rl_saliency_regrowth.py", *words, "--save_dir", killed, "--resume")
+    resumed = run_here("rl_saliency_regrowth.py", *words, "--save_dir", killed, "--resume")
     assert resumed.returncode == 0 and "continuing after epoch" in resumed.stdout, resumed.stderr
     for name in ("regrown_resnet20_0.97.pth", "regrown_resnet20_0.97_mask_updates.csv"):
         assert (straight / name).read_bytes() == (killed / name).read_bytes()
@@ -393,7 +405,7 @@ def test_a_moving_mask_in_the_final_finetuning_survives_a_kill(options, tmp_path
     assert card["config"]["mask"]["schedule"] == "bidirectional" and card["config"]["mask"]["update_every"] == 4
     with open(straight / "regrowth_results.csv", newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["saliency, bidirectional"]
-    refused = run_script("rl_saliency_regrowth.py", *words[:-4], "--save_dir", straight)
+    refused = run_here("rl_saliency_regrowth.py", *words[:-4], "--save_dir", straight)
     assert_user_error(refused, "was made with other arguments")
 
 

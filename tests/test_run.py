@@ -83,7 +83,7 @@ def test_a_reader_that_leaves_and_an_encoding_without_letters_stop_nothing(tmp_p
                                    env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
         assert process.stdout.readline() == b"first\n"
         process.stdout.close()
-        process.communicate(b"\n", timeout=60)
+        process.communicate(b"\n", timeout=240)
     assert process.returncode == 0 and done.read_text() == "trained"
     assert set(notes.read_text().splitlines()) == {"note \\u732b"}
 
