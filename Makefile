@@ -31,8 +31,9 @@ test: $(VENV)/.installed $(VENV)/.installed_export
 first_half: TESTS := $(FIRST_HALF:%=tests/test_%.py)
 second_half: TESTS := $(FIRST_HALF:%=--ignore=tests/test_%.py)
 first_half second_half:
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TESTS) > $(VENV)/$@.log 2>&1; \
-	status=$$?; echo "$@:"; cat $(VENV)/$@.log; exit $$status
+	@echo "$@:" > $(VENV)/$@.log
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(TESTS) >> $(VENV)/$@.log 2>&1; \
+	status=$$?; cat $(VENV)/$@.log; exit $$status
 
 clean:
 	rm -rf demo .pytest_cache

@@ -20,11 +20,8 @@ from torch import nn
 
 from utils.data_loader import loaders_from
 from utils.datasets import ImageDataset
-from utils.models import MODELS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DEEPER = ("resnet32", "resnet44", "resnet56")  # nothing in them that is not in resnet20, but more of it
-ARCHITECTURES = [name for name in MODELS if name not in DEEPER]
 
 TINY_COUNTS = (60, 50, 40, 30, 20)  # training images of each class: as folders are, class by class and unequal
 FOLDER_COUNTS = (17, 14, 11, 9, 8, 7, 5, 4, 3, 2)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.conftest import ARCHITECTURES
 from utils.analysis_utils import count_pruned_params, prunable_layers, set_masks
 from utils.channels import edge_taps
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -17,6 +16,7 @@ from utils.common import RunFailed, UserError
 from utils.compact import build, compact, content, largest_difference, network_of
 from utils.datasets import load_dataset
 from utils.model_loader import load_model_state, model_loader
+from utils.models import MODELS
 from utils.models.shufflenetv2 import DownUnit, Unit
 from utils.pruning import weight_pruner_loader
 
@@ -170,8 +170,8 @@ def test_random_masks_on_blocks_of_every_kind(seed):
         assert largest_difference(model, result.network, images(2, side, torch.float64)) < 1e-9
 
 
-@pytest.mark.parametrize("name, sparsity", [*((name, 0.99) for name in ARCHITECTURES), ("resnet20", 0.9),
-                                            ("resnet20", 0.999), ("alexnet", 0.999), ("shufflenetv2", 0.9)])
+@pytest.mark.parametrize("name, sparsity", [*((name, 0.99) for name in MODELS), ("resnet20", 0.9), ("resnet20", 0.999),
+                                            ("alexnet", 0.999), ("shufflenetv2", 0.9)])
 def test_logits_of_every_model(name, sparsity):
     model = pruned(name, sparsity)
     result = compact(model)

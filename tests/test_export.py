@@ -17,7 +17,7 @@ from torch import nn
 
 import inspect_checkpoint
 import main as main_script
-from tests.conftest import ARCHITECTURES, assert_user_error, run_here
+from tests.conftest import assert_user_error, run_here
 from utils import checkpoint, export, finetuning, sparse_file, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
 from utils.common import RunFailed, UserError
@@ -74,7 +74,7 @@ def start(tmp_path) -> Path:
 # --- round trips ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_goes_out_dense_and_compact_and_comes_back(name, tmp_path):
     model = pruned(name)
     expected = effective(model.state_dict())
@@ -103,6 +103,7 @@ def with_lively_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+SHALLOW = [name for name in MODELS if name not in ("resnet32", "resnet44", "resnet56")]  # resnet20 is of their kind
 AGREE = "onnxruntime's logits are PyTorch's within"
 
 
@@ -121,8 +122,8 @@ def whole_onnx(tmp_path_factory) -> Callable[[str], tuple[nn.Module, Path]]:
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_model_goes_out_as_onnx(name, whole_onnx):
+@pytest.mark.parametrize("name", SHALLOW)
+def test_every_architecture_goes_out_as_onnx(name, whole_onnx):
     import onnxruntime
 
     model, out = whole_onnx(name)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import inspect_checkpoint
-from tests.conftest import DEEPER, REPOSITORY, assert_user_error
+from tests.conftest import REPOSITORY, assert_user_error
 from utils import checkpoint, datasets, finetuning, inspection
 from utils.allocation import AllocationProblem
 from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
@@ -117,8 +117,7 @@ def test_models_are_named_and_counted_by_layer(files):
 
 
 def test_a_model_is_guessed_with_its_own_number_of_classes_or_not_at_all():
-    for name, classes in (("alexnet", 7), *((deeper, 10) for deeper in DEEPER)):
-        assert inspection.guess_model(model_loader(name, num_classes=classes).state_dict()) == (name, classes)
+    assert inspection.guess_model(model_loader("alexnet", num_classes=7, seed=0).state_dict()) == ("alexnet", 7)
     state = model_loader("resnet20", seed=0).state_dict()
     state.pop("bn1.weight")
     assert inspection.guess_model(state) is None
