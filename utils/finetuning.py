@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 
 from utils import checkpoint, stage1
 from utils.analysis_utils import get_masks, has_masks, hold_weights, prunable_layers
-from utils.common import UserError, derive_seed, positive_float, positive_int
+from utils.common import UserError, positive_float, positive_int
 from utils.datasets import DATASETS
 from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
 from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run, add_model_option, add_overwrite_options, add_run_options
-from utils.stage import Stage, hold_folder
+from utils.stage import hold_folder
 from utils.stage1 import Outcome
-from utils.training import FINETUNE_FINAL, Recipe, Trainer, evaluate, reestimate_batch_norm
+from utils.training import FINETUNE_FINAL, Recipe, evaluate, reestimate_batch_norm
 
 LR_ORIGINAL, LR_REGROWN = 1e-4, 1e-3
 PHASE_EPOCHS = 10, 30
@@ -159,10 +159,9 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
               "source": checkpoint.file_digest(source.artifact), "start": source.start_digest, "reset_bn_stats": reset,
               "reference": source.reference and checkpoint.file_digest(source.reference),
               "lr_original": phase.lr_original, "recipe": phase.recipe.as_dict()}
-    stage = Stage(path, config, resume=args.resume, overwrite=args.overwrite)
+    stage = stage1.open_stage(run, path, config)
     if stage.finished:
-        print(stage.reuse_note())
-        return stage1.load_outcome(run, path)
+        return stage1.reuse(run, stage)
     started, model = time.perf_counter(), source.model
     facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
     print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
@@ -177,14 +176,11 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
         print(f"only the {facts['regrown']:,} regrown weights train; original weights, biases and affine parameters "
               "keep every bit, while the running statistics of batch normalisation adapt")
     params, constrain = TRAINED[phase.trained](model, source.regrown, phase)
-    trainer = Trainer(model, run.train, run.val, phase.recipe, precision=run.precision, params=params,
-                      constrain=constrain, seed=derive_seed(run.seed, "finetune", number))
-    result = stage.fit(trainer, f"finetune {phase.trained}")
+    trained, _ = stage1.train(run, stage, model, phase.recipe, f"finetune {phase.trained}",
+                              seed=stage1.finetuning_seed(run, number), params=params, constrain=constrain)
     model.requires_grad_(True)
-    stage.finish(model.state_dict(), run.card(
-        **stage1.describe(model, result.accuracy), **facts, starting_checkpoint=source.start,
-        epochs=result.epochs, best_epoch=result.best_epoch, seconds=time.perf_counter() - started))
-    return Outcome(model, path, stage.card)
+    facts = {**trained, **facts, "starting_checkpoint": source.start, "seconds": time.perf_counter() - started}
+    return stage1.finish(run, stage, model, facts)
 
 
 # --- where the model comes from ------------------------------------------------------------------------------------

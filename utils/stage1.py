@@ -232,14 +232,13 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recip
 
 
 def train(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, *, seed: int,
-          mover: MaskMover | None = None, passes_before: int = 0) -> tuple[dict[str, Any], Trainer]:
+          mover: MaskMover | None = None, **options: Any) -> tuple[dict[str, Any], Trainer]:
     """Trains the stage's model, from its interrupted state if there is one; returns what its run card says of it.
 
-    mover: moves the mask meanwhile, and leaves a table and a figure of that beside the artifact; passes_before: as of
+    mover: moves the mask meanwhile, and leaves a table and a figure of that beside the artifact; options: more of
     `Trainer`.
     """
-    trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision,
-                      passes_before=passes_before, hook=mover)
+    trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=mover, **options)
     result = stage.fit(trainer, label)
     facts = describe(model, result.accuracy)
     if mover:
