@@ -256,7 +256,7 @@ def test_another_split_or_data_set_than_that_of_stage_1_is_refused(options, tmp_
 
 
 def test_a_search_is_only_continued_with_what_its_rewards_came_from(options, tmp_path, monkeypatch, capsys):
-    words = [*options, "--search_budget", "8", "--mini_finetune_epochs", "1", "--num_epochs", "1"]
+    words = [*options, "--search_budget", "4", "--mini_finetune_epochs", "1", "--num_epochs", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(stage2.Step, "apply", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
@@ -283,7 +283,8 @@ def interrupt_at(number: int):
 
 
 def test_an_overwritten_search_leaves_nothing_of_the_old_one(options, tmp_path, monkeypatch, capsys):
-    words = [*options, "--search_budget", "0", "--mini_finetune_epochs", "1", "--finetune_epochs", "0"]
+    words = [*options, "--search_budget", "0", "--no_warm_start", "--mini_finetune_epochs", "1",
+             "--finetune_epochs", "0"]
     rl_regrowth_nas.main([*words, "--num_epochs", "2"])
     folder = tmp_path / "rl_regrow_savedir/resnet20"
     again = [*words, "--num_epochs", "1", "--finetune_lr", "0.01"]

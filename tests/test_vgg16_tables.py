@@ -57,9 +57,9 @@ def test_every_setting_runs_and_is_continued(image_folder, tmp_path, monkeypatch
         surviving = {row["row"]: row["surviving"] for row in csv.DictReader(file)}
     assert surviving == {label: str(round((1 - sparsity) * 270_896))
                          for label, sparsity in (("B:0.95", 0.95), ("A:0.64", 0.64), ("R:0.98", 0.98))}
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}
-    tables.main([*words, "--overwrite", "--finetune_lr", "0.001"])  # everything anew, also with other arguments
-    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")}
-    assert before.keys() == after.keys() and all(after[path] > before[path] for path in before)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "seed_0").rglob("*.pth")}
+    tables.main([*words, "--seeds", "0", "--overwrite", "--finetune_lr", "0.001"])  # anew, also with other arguments
+    after = {path: path.stat().st_mtime_ns for path in (folder / "seed_0").rglob("*.pth")}
+    assert before and before.keys() == after.keys() and all(after[path] > before[path] for path in before)
     out = capsys.readouterr().out
     assert "B:0.95" in out and "B:0.96" not in out and (folder / "tables.png").stat().st_size > 1000
