@@ -283,16 +283,10 @@ def _load_model(run: Run, artifact: Artifact, needs_regrown: bool, args: argpars
                         "regrowth started from with --starting_checkpoint FILE")
     if not has_masks(model):
         raise UserError(f"{artifact.path} is a dense model without masks; no weight of it counts as regrown")
-    before = get_masks(_load_pruned(run, start))
+    pruned = stage1.load_pruned(run, start)
+    before = get_masks(pruned.model)
     regrown = {name: mask & ~before[name] for name, mask in get_masks(model).items()}
-    return Source(model, artifact.path, regrown, str(start), checkpoint.file_digest(start))
-
-
-def _load_pruned(run: Run, path: Path) -> nn.Module:
-    model = stage1.load_outcome(run, path).model
-    if not has_masks(model):
-        raise UserError(f"{path} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
-    return model
+    return Source(model, artifact.path, regrown, str(start), pruned.digest)
 
 
 def _replay(run: Run, artifact: Artifact, args: argparse.Namespace) -> Source:
@@ -300,20 +294,20 @@ def _replay(run: Run, artifact: Artifact, args: argparse.Namespace) -> Source:
     if start is None:
         raise UserError(f"{artifact.path} does not say which pruned checkpoint it is for; name it with "
                         "--starting_checkpoint FILE")
-    model, reference = _load_pruned(run, start), None
+    pruned, reference = stage1.load_pruned(run, start), None
     if "regrow_values" not in artifact.content:
         reference = args.reference_model or checkpoint.dense_path(run.root, run.m_name)
     elif args.reference_model is not None:
         raise UserError(f"{artifact.path} has the values of its regrown weights; leave --reference_model out")
     values = reference and stage1.load_outcome(run, reference).model
     try:
-        record = record_from(artifact.content["regrow_indices"], model, values) if reference else \
+        record = record_from(artifact.content["regrow_indices"], pruned.model, values) if reference else \
             RegrowthRecord.from_state_dict(artifact.content)
-        record.replay(model)
+        record.replay(pruned.model)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"{artifact.path} does not fit {start}: {' '.join(str(error).split())}; name the right one "
                         "with --starting_checkpoint FILE") from error
-    return Source(model, artifact.path, record.masks(model), str(start), checkpoint.file_digest(start), reference)
+    return Source(pruned.model, artifact.path, record.masks(pruned.model), str(start), pruned.digest, reference)
 
 
 def record_from(indices: Mapping[str, Any], model: nn.Module, reference: nn.Module) -> RegrowthRecord:

@@ -299,6 +299,14 @@ def load_outcome(run: Run, artifact: Path, weights: Mapping[str, Tensor] | None 
     return Outcome(model, artifact, card)
 
 
+def load_pruned(run: Run, artifact: Path) -> Outcome:
+    """`load_outcome` of a model that regrowth starts from. UserError for a dense one."""
+    outcome = load_outcome(run, artifact)
+    if not has_masks(outcome.model):
+        raise UserError(f"{artifact} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
+    return outcome
+
+
 def load_models(run: Run, args: argparse.Namespace) -> tuple[Outcome, Outcome]:
     """The dense model, and the pruned one that regrowth starts from: a file, or that of `--start_sparsity`.
 
@@ -315,15 +323,13 @@ def load_models(run: Run, args: argparse.Namespace) -> tuple[Outcome, Outcome]:
         raise UserError(f"no dense checkpoint at {dense}; {prerequisite(args, dense, *words)}")
     if not start.is_file():
         raise UserError(f"no pruned checkpoint at {start}" + (f"; {prerequisite(args, start, *words)}" if ours else ""))
-    models = load_outcome(run, dense), load_outcome(run, start)
+    models = load_outcome(run, dense), load_pruned(run, start)
     config = models[1].card.get("config", {})
     found = config.get("schedule", "unknown").replace("-", "")
     if ours and kind not in (None, found):
         made = f"{found}, pruned by {config['pruner']}" if "pruner" in config else "of unknown origin (no run card)"
         raise UserError(f"{start} is {made}, not {kind}; ask for what is there, give a path to "
                         "--starting_checkpoint, or keep several under different --root folders")
-    if not has_masks(models[1].model):
-        raise UserError(f"{start} is a dense model; regrowth starts from a pruned one (with weight_mask entries)")
     return models
 
 
