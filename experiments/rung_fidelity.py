@@ -31,7 +31,6 @@ from utils.common import (  # noqa: E402
     positive_float,
     positive_int,
 )
-from utils.data_loader import BatchLoader  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.run import Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
@@ -56,19 +55,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.num_allocations < 6:
         raise UserError(f"--num_allocations {args.num_allocations} leaves nothing beside the four rules; use 6 or more")
     return args
-
-
-def open_few(args: argparse.Namespace) -> Run:
-    """The run with `--num_images` of its training images, as many of each class as there are; what the models have been
-    validated on stays out of them."""
-    run = open_run(args)
-    if args.num_images is None or args.num_images >= run.train.num_images:
-        return run
-    train = run.train
-    few = train.balanced_sample(args.num_images, args.num_images, seed=0)
-    return replace(run, train=BatchLoader(few.images.numpy(force=True), few.targets.numpy(force=True), train.batch_size,
-                                          mean=train.mean, std=train.std, device=run.device, augment=True,
-                                          shuffle=True))
 
 
 class Study:
@@ -146,7 +132,8 @@ def compare(rows: Sequence[dict[str, Any]], rungs: Sequence[float]) -> list[dict
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what is missing, allocation by allocation, then compares the rungs."""
     args = parse_args(argv)
-    run = open_few(args)
+    run = open_run(args)
+    run = replace(run, train=run.train.part(args.num_images))  # validation, which models have had already, stays whole
     folder = args.save_dir or run.root / "rung_fidelity" / args.m_name
     study = Study(run, args)
     config = {**run.identity(), "rungs": args.rungs, "start": study.step.start.digest, "budget": study.step.budget,

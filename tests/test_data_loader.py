@@ -171,3 +171,20 @@ def test_padding_says_how_far_a_crop_may_move():
         assert np.may_share_memory(loader.with_padding(padding).windows, loader.windows)
         padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
         assert np.array_equal(loader.with_padding(padding).windows[3, 0, -1], padded[3, :21, 2 * padding:])
+
+
+def test_a_part_has_as_many_of_each_class_and_is_augmented_as_the_whole():
+    images = np.arange(40, dtype=np.uint8).repeat(8 * 8 * 3).reshape(40, 8, 8, 3)
+    targets = np.repeat([0, 1, 2], [25, 10, 5])  # sorted and unbalanced, as on disk
+    whole = BatchLoader(images, targets, 4, mean=MEAN, std=STD, augment=True, shuffle=True)
+    few = whole.part(12)
+    assert few.num_images == 12 and np.bincount(few.targets).tolist() == [4, 4, 4] and few.batch_size == 4
+    assert few.augment and few.shuffle and few.windows.shape[:3] == (12, *whole.windows.shape[1:3])
+    assert sorted(np.asarray(few.images)[:, 0, 0, 0].tolist()) == sorted(
+        np.asarray(few.windows)[:, 4, 4, 0, 0, 0].tolist())  # the crops are of the same images
+    assert whole.part(None) is whole is whole.part(40) and len({*np.asarray(few.images)[:, 0, 0, 0].tolist()}) == 12
+    again = whole.part(12)
+    for loader in (few, again):
+        loader.reseed(3)
+    first, second = ([labels.tolist() for _, labels in loader] for loader in (few, again))
+    assert first == second and sum(map(len, first)) == 12

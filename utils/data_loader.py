@@ -94,6 +94,15 @@ class BatchLoader:
         where = torch.from_numpy(indices).to(self.device)
         return self.unaugmented(batch_size)._with(images=self.images[where], targets=self.targets[where])
 
+    def part(self, num_images: int | None, seed: int = 0) -> BatchLoader:
+        """So many of the images, as many of each class as there are, augmented and shuffled as all are; None: all."""
+        if num_images is None or num_images >= self.num_images:
+            return self
+        where = torch.from_numpy(balanced_indices(self.images, self.targets, num_images, seed)).to(self.device)
+        few = self._with(images=self.images[where], targets=self.targets[where])
+        few.windows = few._windows() if self.augment else None
+        return few
+
     def _with(self, **changes: Any) -> BatchLoader:
         """A copy in which these attributes are others, with a generator of its own in the same state."""
         other = copy.copy(self)
