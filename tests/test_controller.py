@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.agent import RatioActions, RegrowthAgent, ShareActions
+from utils.agent import RatioActions, RegrowthAgent, ShareActions, fit, most_promising
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, shares_near
 from utils.checkpoint import load_checkpoint, read_csv, save_checkpoint
 from utils.common import UserError
@@ -18,7 +18,6 @@ from utils.controller import RegrowthPolicyGradient, SearchConfig, scaled_advant
 from utils.distributed import World
 from utils.methods import parse_regrowth_args
 from utils.stage2 import run_search, saved_searches
-from utils.surrogate import fit, most_promising
 
 SMALL = SearchConfig(num_epochs=8, batch_size=3, hidden_size=8, search_budget=None)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.ladder import Ladder
+from utils.agent import Ladder
 
 
 def climb(ladder: Ladder, next_trials, reward) -> list:

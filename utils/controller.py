@@ -11,9 +11,8 @@ more epochs and the best rules, to compare with. All trials of a round are train
 are (`World`). Decisions fall between rounds, so that the number of processes changes nothing but the time.
 
 Few episodes teach an LSTM little. So by default the controller starts around the best of the plain rules, and of many
-episodes that it samples those are trained which a surrogate of the trials so far finds most promising
-(`utils.surrogate`). REINFORCE then learns from chosen episodes, not from a fair sample. The published search, with
-ratios for actions, has neither.
+episodes that it samples those are trained which a surrogate of the trials so far finds `most_promising`. REINFORCE then
+learns from chosen episodes, not from a fair sample. The published search, with ratios for actions, has neither.
 """
 from __future__ import annotations
 
@@ -27,12 +26,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.agent import ACTION_SPACES, ActionSpace, RatioActions, RegrowthAgent, Rollout, ShareActions
+from utils.agent import (
+    ACTION_SPACES,
+    ActionSpace,
+    Allocation,
+    Ladder,
+    RatioActions,
+    RegrowthAgent,
+    Rollout,
+    ShareActions,
+    Trial,
+    most_promising,
+)
 from utils.allocation import ALLOCATORS, AllocationProblem, proportional, shares_near
 from utils.common import UserError, derive_seed, generator
 from utils.distributed import World
-from utils.ladder import Allocation, Ladder, Trial
-from utils.surrogate import most_promising
 
 ADVANTAGE_LIMIT = 100.0
 WARM_START = tuple(name for name in ALLOCATORS if name != "random")
