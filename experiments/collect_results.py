@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
 from utils import checkpoint, plots, stage1  # noqa: E402
-from utils.checkpoint import rounded_sparsity  # noqa: E402
 from utils.common import UserError  # noqa: E402
 from utils.run import ArgumentParser, add_model_option, script  # noqa: E402
 
@@ -26,7 +25,6 @@ ANCESTORS = ("parent", "start", "dense")  # entries of a card's config: digests 
 NO_SETTING = {*ANCESTORS, "seed", "dataset", "data_fingerprint", "sparsity", "previous", "iteration", "budget"}
 REGROWTH_COLUMNS = {**dict.fromkeys(("method", "allocation", "checkpoint"), "text"),
                     **dict.fromkeys(("seed", "sparsity_before", "sparsity", "val_acc_before", "val_acc"), "number")}
-NAMED = 4  # models or folders that are listed by name
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,12 +50,13 @@ class Model:
         """What makes a line of the figure: pruner and schedule, or method, allocation and where regrowth started."""
         if "pruner" in self.row:
             return self.row["pruner"] != "none", self.row["pruner"], self.row["schedule"]
-        return self.row["method"], self.row["allocation"], rounded_sparsity(float(self.row["sparsity_before"]))
+        before = checkpoint.rounded_sparsity(float(self.row["sparsity_before"]))
+        return self.row["method"], self.row["allocation"], before
 
     @property
     def sparsity(self) -> float:
         """Rounded as in file names."""
-        return rounded_sparsity(float(self.row["sparsity"]))
+        return checkpoint.rounded_sparsity(float(self.row["sparsity"]))
 
     @property
     def name(self) -> str:
@@ -146,7 +145,8 @@ def name_runs(models: Sequence[Model], base: Path) -> None:
         place = *way, model.sparsity, str(model.row["seed"])
         lines.setdefault((*way, model.folder) if place in taken else way, []).append(model)  # a repetition is no seed
         taken.add(place)
-    names = {way: listed(_relative(model.folder, base) for model in line) for way, line in lines.items()}
+    names = {way: listed(base.name if model.folder.samefile(base) else os.path.relpath(model.folder, base)
+                         for model in line) for way, line in lines.items()}
     for way, line in lines.items():
         alone = len({name for other, name in names.items() if other[0] == way[0]}) == 1
         for model in line:
@@ -160,15 +160,10 @@ def _made(card: Row, cards: Mapping[str, Row]) -> list[Any]:
     return [own, *(_made(cards.get(config[name], {}), cards) for name in ANCESTORS if name in config)]
 
 
-def _relative(folder: Path, base: Path) -> str:
-    name = os.path.relpath(folder, base)
-    return folder.absolute().name if name == "." else name
-
-
-def listed(words: Iterable[str]) -> str:
-    """The words in a row, each once, the first few by name."""
+def listed(words: Iterable[str], most: int = 4) -> str:
+    """The words in a row, each once; of many the first few, and how many more there are."""
     words = list(dict.fromkeys(words))
-    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def print_table(models: Sequence[Model]) -> None:

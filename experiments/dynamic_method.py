@@ -34,6 +34,7 @@ class Swap(TrainingHook):
         self.every, self.share, self.seed = every, share, seed
 
     def on_step(self, trainer: Trainer) -> None:
+        """Exchanges weights in every layer, if it is time."""
         if trainer.step % self.every or trainer.step > 0.75 * trainer.total_steps:
             return
         for name, layer in prunable_layers(trainer.model).items():

@@ -23,7 +23,6 @@ from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError, epoch_count  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
-from utils.distributed import world  # noqa: E402
 from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
@@ -180,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = make_rows(args, folder, config, ("arm", "target", "seed"), [[key] for key in keys],
                      lambda run: pruned_model(run, args, args.start_sparsity, before) if {*args.arms} & {*REGROWN}
                      else dense_model(run, args), lambda run, *key: measure(run, args, *key))
-    if not world().leads:
+    if not rows:  # the leader has them
         return
     report(rows, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")
     print(f"runs, verdicts and figures: {folder}")

@@ -21,7 +21,6 @@ from experiments.rows import make_rows  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
-from utils.distributed import world  # noqa: E402
 from utils.methods import METHODS, regrowth_arguments  # noqa: E402
 from utils.run import Run, count, positive_float, positive_int, run_parser, script  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
@@ -172,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = [[(entry, seed) for entry in group] for seed in args.seeds for group in (chained, *alone) if group]
     rows = make_rows(args, folder, config, ("row", "seed"), groups, lambda run: prepare(run, args),
                      lambda run, entry: measure(run, args, entry))
-    if not world().leads:
+    if not rows:  # the leader has them
         return
     results = beside_published(rows, args.m_name)
     checkpoint.save_csv(results, folder / "tables.csv")

@@ -90,9 +90,11 @@ def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
     """The arguments with what follows from them: `method`, `finetuning` (the final recipe), `search` (its
-    configuration) and `mask` (how it moves in the final finetuning). UserError for values that contradict each other.
+    configuration), `mask` (how it moves in the final finetuning) and a `save_dir`. UserError for values that
+    contradict each other.
     """
     args.method = method
+    args.save_dir = args.save_dir or args.root / method.save_dir / args.m_name
     args.finetuning = replace(RECIPES[args.recipe].final, **recipe_changes(args, "finetune_"))
     args.mask = mask_options(args, args.finetuning.epochs, "magnitude", at_target=True)
     for option in ("only_live", "target_layers"):

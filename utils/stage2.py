@@ -77,7 +77,7 @@ def regrow(run: Run, args: argparse.Namespace, passes: int = 0, processes: World
     """
     processes = processes or World()
     dense, *outcomes = stage1.load_models(run, args)
-    run.held.add(hold_folder(save_folder(run, args), "--save_dir"))
+    run.held.add(hold_folder(args.save_dir, "--save_dir"))
     about = evidence_maker(run, args, dense.model)
     for number in range(1, args.regrow_iterations + 1):
         step = Step(run, args, outcomes[-1], about(outcomes[-1].model), number)
@@ -122,7 +122,7 @@ class Step:
             raise UserError("--only_live: no weight could return, since no path leads from the image to the output; "
                             "leave the option out")
         self.sparsity_after = 1.0 - (counts.surviving + min(self.budget, room)) / counts.total
-        self.folder = save_folder(run, args) / (f"step_{number}" if args.regrow_iterations > 1 else ".")
+        self.folder = args.save_dir / (f"step_{number}" if args.regrow_iterations > 1 else ".")
         name = f"regrown_{run.m_name}_{checkpoint.format_sparsity(self.sparsity_after)}.pth"
         self.artifact = self.folder / name
 
@@ -334,14 +334,6 @@ def reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({**kept, "recipe": recipe}))  # lists for tuples, as in what was saved
 
 
-# --- the models -----------------------------------------------------------------------------------------------
-
-
-def save_folder(run: Run, args: argparse.Namespace) -> Path:
-    """`--save_dir`, or the method's default folder under the root."""
-    return args.save_dir or run.root / args.method.save_dir / run.m_name
-
-
 # --- evidence ------------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +397,7 @@ def report(run: Run, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> N
 
     outcomes: the starting model, then the regrown ones in order.
     """
-    folder = save_folder(run, args)
+    folder = args.save_dir
     stage1.read_test(run, outcomes[1:])
     rows = [table_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
     checkpoint.save_csv(rows, folder / "regrowth_results.csv")
