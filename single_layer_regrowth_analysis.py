@@ -21,7 +21,6 @@ from torch import nn
 
 from utils import checkpoint, plots, stage1, stage2
 from utils.analysis_utils import clone_model
-from utils.common import derive_seed
 from utils.regrowth import Evidence, WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.run import (
     Run,
@@ -74,17 +73,15 @@ def regrow_layer(run: Run, args: argparse.Namespace, start: nn.Module, evidence:
 
     Every layer sees the same order of the same images for a seed.
     """
-    model = clone_model(start)
+    model, derived = clone_model(start), run.derive_seed("single layer", seed)
     if number:
-        regrowth_seed = derive_seed(run.seed, "single layer", seed)
-        WeightRegrowth(model, "reference", evidence, "reference", regrowth_seed).apply_regrowth({layer: number})
+        WeightRegrowth(model, "reference", evidence, "reference", derived).apply_regrowth({layer: number})
     immediate = evaluate(model, run.val, run.precision).accuracy
     reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
     recipe = replace(FINETUNE_FINAL, epochs=args.finetune_epochs, lr=args.finetune_lr, patience=None)
     if not recipe.epochs:
         return immediate, reestimated, reestimated
-    trainer = Trainer(model, run.train, run.val, recipe, seed=derive_seed(run.seed, "single layer", seed),
-                      precision=run.precision)
+    trainer = Trainer(model, run.train, run.val, recipe, seed=derived, precision=run.precision)
     return immediate, reestimated, trainer.run(f"{layer}, seed {seed}").accuracy
 
 

@@ -33,7 +33,7 @@ def about(train: BatchLoader, dense: nn.Module, pruned: nn.Module, **given: obje
     """The evidence that stage 2 would have about this pruned model."""
     args = argparse.Namespace(**{"saliency_max_batches": 3, "ssim_batches": 3, "saliency_source": "dense", **given})
     run = SimpleNamespace(train=train, precision="fp32", seed=0)
-    run.evidence_sample = partial(Run.evidence_sample, run)
+    run.derive_seed, run.evidence_sample = partial(Run.derive_seed, run), partial(Run.evidence_sample, run)
     return stage2.evidence_maker(run, args, dense)(pruned)
 
 

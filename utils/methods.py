@@ -90,8 +90,8 @@ def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
     """The arguments with what follows from them: `method`, `finetuning` (the final recipe), `search` (its
-    configuration), `mask` (how it moves in the final finetuning) and a `save_dir`. UserError for values that
-    contradict each other.
+    configuration), `mask` (how it moves in the final finetuning), a `save_dir`, and `decisive` (the options that a
+    regrown model depends on, beside its recipe). UserError for values that contradict each other.
     """
     args.method = method
     args.save_dir = args.save_dir or args.root / method.save_dir / args.m_name
@@ -112,6 +112,11 @@ def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
                         f"{args.start_sparsity}; regrowth makes a model denser")
     if args.max_ratio == 0:
         raise UserError("--max_ratio 0 lets no weight return; use a fraction up to 1")
+    names = ["allocation", "max_ratio", "target_layers", "ssim_batches", *method.options]
+    if args.allocation == "rl":
+        names += [name for name in SEARCH_OPTIONS if name != "action_space" or args.action_space != "ratio"]
+    names += [name for name in ("only_live", "mask") if getattr(args, name)]  # older artifacts, without, still fit
+    args.decisive = {name: getattr(args, name) for name in names}
     return args
 
 

@@ -78,8 +78,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None):
         """description: usually the script's docstring."""
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=_Formatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse; ``~/x`` and ``--option=~/x`` mean the home folder, also where no shell has replaced it.
@@ -227,14 +226,17 @@ class Run:
         return {"m_name": self.m_name, "dataset": self.data_label, "data_fingerprint": self.data.fingerprint,
                 "val_split": self.val_split, "seed": self.seed, "precision": self.precision}
 
+    def derive_seed(self, *purpose: object) -> int:
+        """The seed of one purpose (`common.derive_seed`) under the run's."""
+        return derive_seed(self.seed, *purpose)
+
     def new_model(self) -> nn.Module:
         """A freshly initialised model on the run's device, the same for the same seed."""
-        return model_loader(self.m_name, self.device, num_classes=len(self.data.classes),
-                            seed=derive_seed(self.seed, "init"))
+        return model_loader(self.m_name, self.device, len(self.data.classes), self.derive_seed("init"))
 
     def evidence_sample(self, num_images: int, batch_size: int) -> BatchLoader:
         """The class-balanced sample of un-augmented training images that all evidence comes from."""
-        return self.train.balanced_sample(num_images, batch_size, derive_seed(self.seed, "evidence"))
+        return self.train.balanced_sample(num_images, batch_size, self.derive_seed("evidence"))
 
     def model_input(self) -> dict[str, Any]:
         """What a model needs to know of its input, for checkpoints and cards: side of the images in pixels, class

@@ -24,7 +24,7 @@ from utils.analysis_utils import (
     prunable_layers,
 )
 from utils.channels import effective_sparsity
-from utils.common import UserError, derive_seed, note, one_line
+from utils.common import UserError, note, one_line
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
 from utils.pruning import prune_to, weights_left
@@ -188,7 +188,7 @@ def pretrain(run: Run, recipe: Recipe, stage: Stage | None = None) -> Outcome:
     if stage.finished:
         return reuse(run, stage)
     model = run.new_model()
-    facts, trainer = train(run, stage, model, recipe, f"pretrain {run.m_name}", seed=derive_seed(run.seed, "pretrain"))
+    facts, trainer = train(run, stage, model, recipe, f"pretrain {run.m_name}", seed=run.derive_seed("pretrain"))
     state = trainer.state_dict()
     content = {"net": model.state_dict(), "acc": facts["val_acc"], "epoch": facts["best_epoch"], "args": stage.config,
                "input": run.model_input(),
@@ -260,12 +260,12 @@ def finish(run: Run, stage: Stage, model: nn.Module, facts: Mapping[str, Any], c
 
 def pruning_seed(run: Run, step: PruneStep) -> int:
     """Of what a pruning rule or a mask schedule draws at random."""
-    return derive_seed(run.seed, "prune", step.pruner, step.schedule, step.iteration)
+    return run.derive_seed("prune", step.pruner, step.schedule, step.iteration)
 
 
 def finetuning_seed(run: Run, iteration: int = 1) -> int:
     """Of the order of the images in a finetuning: every model of a seed that is compared sees them alike."""
-    return derive_seed(run.seed, "finetune", iteration)
+    return run.derive_seed("finetune", iteration)
 
 
 def mask_mover(run: Run, model: nn.Module, step: PruneStep, reference: nn.Module | None = None) -> MaskMover:

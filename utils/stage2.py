@@ -36,7 +36,6 @@ from utils.channels import count_live
 from utils.common import Progress, UserError, derive_seed, generator
 from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
 from utils.distributed import World, world
-from utils.methods import SEARCH_OPTIONS
 from utils.regrowth import (
     BEST_ENTRIES,
     RegrowthRecord,
@@ -141,8 +140,8 @@ class Step:
     def regrower(self, model: nn.Module) -> WeightRegrowth:
         """What regrows weights in this model by the method's rule; the evidence it needs is made at its first use."""
         rule, init_strategy = self.args.method.rule(self.args)
-        return WeightRegrowth(model, rule, self.evidence, init_strategy, derive_seed(self.run.seed, "regrowth"),
-                              self.args.only_live)
+        seed = self.run.derive_seed("regrowth")
+        return WeightRegrowth(model, rule, self.evidence, init_strategy, seed, self.args.only_live)
 
     def apply(self, allocation: Sequence[int]) -> tuple[nn.Module, RegrowthRecord]:
         """A copy of the pruned model with so many weights regrown in each layer, and the record of what returned."""
@@ -172,14 +171,9 @@ def capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
 def step_config(step: Step, dense: Outcome) -> dict[str, Any]:
     """The arguments that determine a regrown model."""
     run, args = step.run, step.args
-    names = ["allocation", "max_ratio", "target_layers", "ssim_batches", *args.method.options]
-    if args.allocation == "rl":
-        names += [name for name in SEARCH_OPTIONS if name != "action_space" or args.action_space != "ratio"]
-    names += [name for name in ("only_live", "mask") if getattr(args, name)]  # older artifacts, without, still fit
-    options = {name: getattr(args, name) for name in names}
     return {"stage": "regrow", "method": args.method.name, **run.identity(), "budget": step.budget, "evidence": SAMPLE,
             **reference_config(run, getattr(args, "reference_model", None)), "start": step.start.digest,
-            "dense": dense.digest, "recipe": args.finetuning.as_dict(), **options}
+            "dense": dense.digest, "recipe": args.finetuning.as_dict(), **args.decisive}
 
 
 def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outcome:
@@ -244,8 +238,8 @@ class Found(NamedTuple):
 def search_allocation(step: Step, config: Mapping[str, Any], processes: World) -> Found:
     """Searches the best allocation, from a saved search if `--resume` says so; leaves CSV, figure and checkpoints."""
     args, stem = step.args, step.folder / step.args.method.search_stem
-    search = RegrowthPolicyGradient(step.problem, step.reward, args.search, derive_seed(step.run.seed, "search"),
-                                    processes)
+    seed = step.run.derive_seed("search")
+    search = RegrowthPolicyGradient(step.problem, step.reward, args.search, seed, processes)
     if step.run.resume:
         named = args.resume not in (None, "latest")
         load_search(search, [Path(args.resume)] if named else list(saved_searches(stem).values()), config)
