@@ -24,22 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from utils import sparse_file, stage1
-from utils.analysis_utils import (
-    Evidence,
-    clone_model,
-    count_pruned_params,
-    is_binary,
-    prunable_layers,
-    remove_masks,
-    set_masks,
-)
+from utils.analysis_utils import clone_model, count_pruned_params, is_binary, prunable_layers, remove_masks, set_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, save_json
 from utils.common import RunFailed, UserError, generator, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
 from utils.datasets import SIDE
 from utils.inspection import Artifact, guess_model, layer_rows, load_artifact, plain
 from utils.model_loader import has_mask_entries, load_model_state, model_loader
-from utils.pruning import prune_to
+from utils.pruning import check_reach, prune_to
 from utils.run import Run
 from utils.stage1 import Outcome, PruneStep
 
@@ -337,11 +329,10 @@ def safe_sparsity(model: nn.Module, pruner: str, budget: int) -> float:
 def _fewest(model: nn.Module, pruner: str) -> int:
     """The fewest weights that the pruner can leave; 1 for most."""
     total = count_pruned_params(model).total
-    equal = Evidence(gradient={name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()})
 
     def works(keep: int) -> bool:
         try:
-            prune_to(clone_model(model), keep, pruner, evidence=equal)
+            check_reach(clone_model(model), keep, pruner)
         except UserError:
             return False
         return True

@@ -87,6 +87,12 @@ def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: 
         _prune(model, PRUNERS[pruner], keep, seed, evidence)
 
 
+def check_reach(model: nn.Module, keep: int, pruner: str) -> None:
+    """UserError where the rule of `PRUNERS` cannot leave so few weights; `model` is pruned to see, by counts alone."""
+    equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
+    prune_to(model, keep, pruner, evidence=Evidence(gradient=equal))
+
+
 def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidence | None) -> None:
     evidence = evidence or Evidence()
     for kind in needed(rule):

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from utils import checkpoint, plots
@@ -21,13 +20,12 @@ from utils.analysis_utils import (
     empty_layers,
     has_masks,
     layer_sparsity,
-    prunable_layers,
 )
 from utils.channels import effective_sparsity
 from utils.common import UserError, note, one_line
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
-from utils.pruning import prune_to, weights_left
+from utils.pruning import check_reach, prune_to, weights_left
 from utils.run import KINDS, Run, prerequisite
 from utils.stage import Stage, differences, hold_folder
 from utils.training import Recipe, Trainer, evaluate
@@ -112,8 +110,7 @@ def check_steps(run: Run, steps: Sequence[PruneStep], option: str) -> None:
     for step in steps:
         asked = f"{option}: iteration {step.iteration}" if step.previous else f"{option} {step.sparsity:.12g}"
         keep = weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
-    equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
-    prune_to(model, keep, steps[-1].pruner, evidence=Evidence(gradient=equal))  # only the counts matter here
+    check_reach(model, keep, steps[-1].pruner)
 
 
 def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe) -> None:
@@ -235,8 +232,7 @@ def train(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, 
           mover: MaskMover | None = None, **options: Any) -> tuple[dict[str, Any], Trainer]:
     """Trains the stage's model, from its interrupted state if there is one; returns what its run card says of it.
 
-    mover: moves the mask meanwhile, and leaves a table and a figure of that beside the artifact; options: more of
-    `Trainer`.
+    mover: moves the mask meanwhile, and leaves a table and a figure beside the artifact; options: more of `Trainer`.
     """
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=mover, **options)
     result = stage.fit(trainer, label)
@@ -415,8 +411,7 @@ def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
 
 
 def write_summary(run: Run, outcomes: Iterable[Outcome] = ()) -> list[dict[str, Any]]:
-    """Collects the run cards of the model under the root, and those of `outcomes`, into ``pruning_results.csv`` and
-    ``.png``."""
+    """Collects the model's run cards under the root, and in `outcomes`, into ``pruning_results.csv`` and ``.png``."""
     rows = summary_rows(run.root, run.m_name, {outcome.artifact: outcome.card for outcome in outcomes})
     table = run.root / run.m_name / "pruning_results.csv"
     checkpoint.save_csv(rows, table)
