@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("arms", "sparsity", "num_seeds", "save_dir", "root", "resume", "overwrite", "data_dir",
                              "device")}  # the rest decides what a row holds
+    config["schedules"] = {name: plan_fields(name) for name in MASK_SCHEDULES}  # so do their defaults
     keys = [(arm, sparsity, seed) for seed in range(args.seed, args.seed + args.num_seeds) for sparsity in args.sparsity
             for arm in args.arms if arm not in REGROWN or sparsity < args.start_sparsity]
     before = round(args.before_share * args.finetune_epochs)

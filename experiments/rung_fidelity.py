@@ -32,7 +32,7 @@ from utils.common import (  # noqa: E402
     positive_int,
 )
 from utils.methods import regrowth_arguments  # noqa: E402
-from utils.run import Run, open_run, run_parser, script  # noqa: E402
+from utils.run import DATA_OPTIONS, Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.statistics import correlate  # noqa: E402
 from utils.training import FINETUNE_FINAL, Trainer, accuracy_with_new_statistics  # noqa: E402
@@ -64,7 +64,8 @@ class Study:
         """Loads the models and measures what the order of the layers needs."""
         self.run, self.rungs = run, args.rungs
         self.step = stage2.first_step(run, regrowth_arguments(
-            "reference", m_name=args.m_name, start_sparsity=args.start_sparsity, root=run.root,
+            "reference", m_name=args.m_name, **{name: getattr(args, name) for name in DATA_OPTIONS},
+            start_sparsity=args.start_sparsity, root=run.root,
             target_sparsity=args.target_sparsity, finetune_lr=args.finetune_lr))
         self.problem = self.step.problem
 

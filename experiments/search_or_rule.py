@@ -24,7 +24,7 @@ from utils.common import UserError, count, derive_seed, fraction, generator, pos
 from utils.controller import WARM_START, RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
-from utils.run import Run, open_run, run_parser, script  # noqa: E402
+from utils.run import DATA_OPTIONS, Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.statistics import paired_difference  # noqa: E402
 from utils.training import FINETUNE_FINAL  # noqa: E402
@@ -55,7 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def first_step(run: Run, args: argparse.Namespace) -> stage2.Step:
     """The regrowth whose allocation is looked for."""
     return stage2.first_step(run, regrowth_arguments(
-        "reference", m_name=args.m_name, root=run.root, start_sparsity=args.start_sparsity,
+        "reference", m_name=args.m_name, **{name: getattr(args, name) for name in DATA_OPTIONS},
+        root=run.root, start_sparsity=args.start_sparsity,
         target_sparsity=args.target_sparsity, finetune_lr=args.finetune_lr, search_budget=args.search_budget,
         resume="latest" if args.resume else None, overwrite=args.overwrite))
 

@@ -30,7 +30,7 @@ from utils.common import RunFailed, epoch_count, fraction, generator, positive_i
 from utils.controller import RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import World, world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
-from utils.run import open_run, run_parser, script  # noqa: E402
+from utils.run import DATA_OPTIONS, open_run, run_parser, script  # noqa: E402
 
 IDLE = 0.2  # the largest share that is acceptable
 RUNGS = (1, 3, 9)
@@ -61,7 +61,8 @@ def measure_round(args: argparse.Namespace) -> None:
     """Trains a round of trials with the processes there are; prints its seconds and those of each trial, as JSON."""
     run, processes = open_run(args), world()
     step = stage2.first_step(run, regrowth_arguments(
-        "reference", m_name=args.m_name, root=args.root, target_sparsity=args.target_sparsity, ssim_batches=1))
+        "reference", m_name=args.m_name, **{name: getattr(args, name) for name in DATA_OPTIONS},
+        root=args.root, target_sparsity=args.target_sparsity, ssim_batches=1))
     if not processes.leads:
         processes.serve(step.reward)
         return

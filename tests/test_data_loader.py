@@ -188,3 +188,10 @@ def test_a_part_has_as_many_of_each_class_and_is_augmented_as_the_whole():
         loader.reseed(3)
     first, second = ([labels.tolist() for _, labels in loader] for loader in (few, again))
     assert first == second and sum(map(len, first)) == 12
+
+
+def test_a_padding_wider_than_the_images_is_refused():
+    loader = BatchLoader(numbered_images(4), np.zeros(4), 2, mean=MEAN, std=STD, augment=True)
+    with pytest.raises(UserError, match="less, such as 4"):
+        loader.with_padding(33)
+    assert loader.with_padding(32).windows.shape[1] == 65

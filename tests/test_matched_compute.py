@@ -9,6 +9,7 @@ import torch
 
 from experiments import matched_compute as study
 from utils.common import UserError
+from utils.mask_schedule import plan_fields
 from utils.statistics import compare_arms
 from utils.training import Trainer
 
@@ -150,3 +151,11 @@ def test_the_epochs_before_regrowth_are_rounded_to_the_nearest(share, epochs, be
     args = study.parse_args(["--m_name", "resnet20", "--before_share", share, "--finetune_epochs", epochs])
     with pytest.raises(Stop):
         study.measure(None, args, "proportional+reference", 0.97)
+
+
+def test_a_table_of_schedules_with_other_defaults_is_not_continued(image_folder, tmp_path, monkeypatch):
+    words = [*options(image_folder, tmp_path)[:-7], "--num_seeds", "1", "--sparsity", "0.97", "--arms", "gradual"]
+    study.main(words)
+    monkeypatch.setattr(study, "plan_fields", lambda name: {**plan_fields(name), "update_until": 0.5})
+    with pytest.raises(UserError, match="update_until 0.6 .asked: 0.5."):
+        study.main([*words, "--resume"])

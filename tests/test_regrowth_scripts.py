@@ -162,7 +162,7 @@ def get_masks_of(path: Path) -> torch.Tensor:
     return torch.cat([value.flatten() for name, value in state.items() if name.endswith("weight_mask")])
 
 
-def test_target_layers_and_max_ratio_limit_where_weights_return(options, tmp_path):
+def test_target_layers_and_max_ratio_limit_where_weights_return(options, tmp_path, capsys):
     rl_regrowth_nas.main([*options, "--allocation", "greedy", "--target_layers", "layer3.*", "--max_ratio", "0.02",
                           "--finetune_epochs", "0"])
     folder = tmp_path / "rl_regrow_savedir/resnet20"
@@ -171,6 +171,7 @@ def test_target_layers_and_max_ratio_limit_where_weights_return(options, tmp_pat
     state = checkpoint.load_checkpoint(checkpoint.pruned_path(tmp_path, "resnet20", 0.99))
     for name, number in best["allocation"].items():
         assert number <= 0.02 * int((state[f"{name}.weight_mask"] == 0).sum())
+    assert f"are to return, and only {sum(best['allocation'].values()):,} can" in "".join(capsys.readouterr())
 
 
 SEARCH = ["--search_budget", "24", "--mini_finetune_epochs", "1", "--num_epochs", "5", "--finetune_epochs", "2"]
@@ -346,6 +347,13 @@ def test_a_missing_dense_model_beside_a_pruned_one_is_made_alone(options, tmp_pa
     dense.rename(checkpoint.progress_path(dense))
     with pytest.raises(UserError, match=r"interrupted \(.*ckpt.progress.pth\): repeat the command .* --resume"):
         rl_regrowth_nas.main(options)
+
+
+@pytest.mark.parametrize("words", [("--start_beta", "nan"), ("--end_beta", "-5")])
+def test_an_entropy_bonus_is_a_number_from_0_on(words, capsys):
+    with pytest.raises(SystemExit):
+        rl_regrowth_nas.parse_args(["--m_name", "resnet20", *words])
+    assert f"{words[0]}: '{words[1]}' is not a number, 0 or more" in capsys.readouterr().err
 
 
 def test_max_ratio_is_exact(monkeypatch):

@@ -76,7 +76,13 @@ class BatchLoader:
         return self._with(batch_size=batch_size)
 
     def with_padding(self, padding: int) -> BatchLoader:
-        """The same with so many pixels of zeros on each side before the random crop."""
+        """The same with so many pixels of zeros on each side before the random crop.
+
+        UserError for more than an image has pixels, where a crop could miss it.
+        """
+        if padding > self.images.shape[1]:
+            raise UserError(f"a padding of {padding} pixels would leave crops without their image, which has "
+                            f"{self.images.shape[1]} pixels a side; use less, such as {PADDING}")
         other, less = self._with(padding=padding), self.padding - padding
         if self.augment and less > 0:  # the crops in the middle are the ones: nothing is copied
             middle = slice(less, less + 2 * padding + 1)

@@ -306,7 +306,11 @@ def _cached_or_decoded(data_dir: Path, files: list[_File], side: int, resize: bo
         images = content["images"]
         if (str(content["digest"]), images.shape, images.dtype) == (digest, (len(files), side, side, 3), np.uint8):
             return images
-    images = np.empty((len(files), side, side, 3), np.uint8)
+    try:
+        images = np.empty((len(files), side, side, 3), np.uint8)
+    except MemoryError as error:
+        raise UserError(f"{len(files):,} images of {side}x{side} pixels do not fit in memory; take a smaller "
+                        "--image_size") from error
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # PIL releases the interpreter lock while it decodes
         decoded = pool.imap(lambda file: _decode(data_dir / file[0], side, resize), files, chunksize=256)
         for number, image in enumerate(tqdm(decoded, f"decoding {data_dir}", len(files), unit="img", disable=None)):

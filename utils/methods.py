@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from utils.allocation import ALLOCATORS
-from utils.common import UserError, count, epoch_count, fraction, positive_float, positive_int, unit_interval
+from utils.common import (
+    UserError,
+    count,
+    epoch_count,
+    fraction,
+    not_negative,
+    positive_float,
+    positive_int,
+    unit_interval,
+)
 from utils.controller import ACTION_SPACES, SearchConfig
 from utils.mask_schedule import add_mask_options, mask_options
 from utils.regrowth import INITIALISERS, SELECTORS
@@ -186,8 +195,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
                        "of what the layer could take (published)")
     group.add_argument("--reward_temperature", type=positive_float,
                        help="accuracy (fraction) above the baseline that counts as an advantage of 1")
-    group.add_argument("--start_beta", type=float, help="entropy bonus at the start")
-    group.add_argument("--end_beta", type=float, help="entropy bonus at the end")
+    group.add_argument("--start_beta", type=not_negative, help="entropy bonus at the start")
+    group.add_argument("--end_beta", type=not_negative, help="entropy bonus at the end")
     group.add_argument("--decay_fraction", type=unit_interval,
                        help="fraction of the updates over which the entropy bonus falls")
     parser.set_defaults(**{name: getattr(SearchConfig, name) for name in SEARCH_OPTIONS if hasattr(SearchConfig, name)})

@@ -279,6 +279,9 @@ def command_line() -> str:
     return shlex.join([*launcher(), *started, *sys.argv[1:]])
 
 
+DATA_OPTIONS = ("dataset", "data_dir", "image_size", "val_split", "seed")  # which images, and which are held out
+
+
 def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
     """``make it with: COMMAND (what it costs)``: the shell command of stage 1 for what is missing, for this folder.
 

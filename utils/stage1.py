@@ -288,8 +288,7 @@ def load_outcome(run: Run, artifact: Path, weights: Mapping[str, Tensor] | None 
     UserError when it is missing, damaged or another model's, or was trained on what the run holds out.
     """
     model = run.new_model()
-    weights = weights or checkpoint.load_checkpoint(artifact, run.device)
-    card = checkpoint.read_card(artifact) or {}
+    weights, card = weights or checkpoint.load_checkpoint(artifact, run.device), checkpoint.read_card(artifact) or {}
     check_data(run, artifact, card)
     load_model_state(model, weights, str(artifact))
     return Outcome(model, artifact, card)
@@ -376,16 +375,14 @@ def describe(model: nn.Module, val_acc: float) -> dict[str, Any]:
 
 
 def report(run: Run, outcomes: Sequence[Outcome]) -> None:
-    """Reads the test set for every model that has no test accuracy yet; writes table and figure of all artifacts of the
-    model under the run's root, and prints them."""
+    """Reads the test set for every model that has no test accuracy yet; writes and prints a table of all artifacts."""
     read_test(run, outcomes)
     rows, folder = write_summary(run, outcomes), run.root / run.m_name
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
     print(f"{'pruner':>10} {'schedule':>9} {'sparsity':>9} {'effective':>9} {'weights':>10} {'val %':>7} {'test %':>7}")
     for row in rows:
         test = f"{row['test_acc']:7.2f}" if row["test_acc"] != "" else f"{'-':>7}"
-        effective = row["effective_sparsity"]
-        effective = "-" if effective == "" else checkpoint.format_sparsity(effective)
+        effective = "-" if (found := row["effective_sparsity"]) == "" else checkpoint.format_sparsity(found)
         print(f"{row['pruner']:>10} {row['schedule']:>9} {checkpoint.format_sparsity(row['sparsity']):>9} "
               f"{effective:>9} {row['surviving']:10,} {row['val_acc']:7.2f} {test}")
     print(f"checkpoints and run cards: {folder / 'checkpoint'}, {folder / 'ckpt_after_prune'}\n"
@@ -428,8 +425,7 @@ def summary_rows(root: Path, m_name: str, cards: Mapping[Path, dict[str, Any]] |
     rows = []
     for path in [checkpoint.dense_path(root, m_name), *pruned]:
         try:
-            card = checkpoint.read_card(path) or (cards or {}).get(path)
-            if card:
+            if card := checkpoint.read_card(path) or (cards or {}).get(path):
                 rows.append(_row(path, card))
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its run card is not one of this project"

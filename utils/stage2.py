@@ -33,7 +33,7 @@ from utils.analysis_utils import (
     prunable_layers,
 )
 from utils.channels import count_live
-from utils.common import Progress, UserError, derive_seed, generator
+from utils.common import Progress, UserError, derive_seed, generator, note
 from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
 from utils.distributed import World, world
 from utils.regrowth import (
@@ -120,6 +120,9 @@ class Step:
         if not room and args.only_live:
             raise UserError("--only_live: no weight could return, since no path leads from the image to the output; "
                             "leave the option out")
+        if room < self.budget:
+            note(f"{self.budget:,} weights are to return, and only {room:,} can: --target_layers, --max_ratio or "
+                 "--only_live leave no more room")
         self.sparsity_after = 1.0 - (counts.surviving + min(self.budget, room)) / counts.total
         self.folder = args.save_dir / (f"step_{number}" if args.regrow_iterations > 1 else ".")
         name = f"regrown_{run.m_name}_{checkpoint.format_sparsity(self.sparsity_after)}.pth"
