@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Is what the search finds better than the plain rules? On real data, each trained again.
+"""Is what the controller finds better than the plain rules? On real data, each trained again.
 
-The search of the stage-2 scripts, with its defaults, spreads one budget over the layers; its best allocation and the
-best plain rules are then trained again, for as long as its last rung, under seeds of their own: what was chosen for a
-lucky training shows no more than it is worth. Starts from the checkpoints of `main.py --m_name ... --pruner magnitude
---iter_end 1`. torchrun starts it in several processes, which share the trials.
+The search of the stage-2 scripts, with its defaults, spreads one budget over the layers; the controller's best
+allocation and the best plain rules are then trained again, for as long as the last rung, under seeds of their own: what
+was chosen for a lucky training shows no more than it is worth. Starts from the checkpoints of `main.py --m_name ...
+--pruner magnitude --iter_end 1`. torchrun starts it in several processes, which share the trials.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from utils.stage import ResumableTable  # noqa: E402
 from utils.statistics import paired_difference  # noqa: E402
 from utils.training import FINETUNE_FINAL  # noqa: E402
 
-SEARCH = "search"  # the name, in the table, of what it found
+CONTROLLER = "controller"  # the name, in the table, of the best allocation that it sampled
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,19 +73,22 @@ def run_search(step: stage2.Step, folder: Path, config: dict[str, Any]) -> Regro
 
 
 def contenders(search: RegrowthPolicyGradient, rules: int) -> dict[str, tuple[int, ...]]:
-    """Name -> allocation: what the search found, and of the plain rules those that it trained longest and found best.
+    """Name -> allocation: the best of the controller's, and the best plain rules; longest training first, then reward.
 
-    Where the search found a rule, that rule is left out, for it would be compared with itself.
+    A search gives the best of all, which may be a rule.
     """
-    found, _ = search.ladder.leader()
-    plain = {name: ALLOCATORS[name](search.problem, generator(search.seed)) for name in WARM_START}
-
-    def standing(name: str) -> tuple[float, float]:
-        paid = ((epochs, rewards[plain[name]]) for epochs, rewards in search.ladder.rewards.items()
-                if plain[name] in rewards)
-        return max(paid, default=(0.0, 0.0))
-    best = sorted((name for name in WARM_START if plain[name] != found), key=standing, reverse=True)
-    return {SEARCH: found, **{name: plain[name] for name in best[:rules]}}
+    plain: dict[tuple[int, ...], str] = {}
+    for name in WARM_START:  # rules that agree count once
+        plain.setdefault(ALLOCATORS[name](search.problem, generator(search.seed)), name)
+    standing = dict.fromkeys(plain, (0.0, 0.0))
+    for epochs, rewards in sorted(search.ladder.rewards.items()):
+        standing |= {allocation: (epochs, reward) for allocation, reward in rewards.items()}
+    ranked = sorted(standing, key=standing.get, reverse=True)
+    own = [allocation for allocation in ranked if allocation not in plain]
+    if not own:
+        raise UserError(f"--search_budget {search.config.search_budget} left no episode to the controller; raise it")
+    return {CONTROLLER: own[0],
+            **{plain[allocation]: allocation for allocation in [rule for rule in ranked if rule in plain][:rules]}}
 
 
 def train_again(step: stage2.Step, table: ResumableTable, allocations: dict[str, tuple[int, ...]],
@@ -106,10 +109,10 @@ def train_again(step: stage2.Step, table: ResumableTable, allocations: dict[str,
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was found against every rule, paired by repeat, in points of validation accuracy."""
+    """The controller's allocation against every rule, paired by repeat, in points of validation accuracy."""
     of = {name: [row["val_acc"] for row in rows if row["allocation"] == name]
           for name in dict.fromkeys(row["allocation"] for row in rows)}
-    return [{"against": name, **paired_difference(of[SEARCH], of[name])} for name in of if name != SEARCH]
+    return [{"against": name, **paired_difference(of[CONTROLLER], of[name])} for name in of if name != CONTROLLER]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = compare(table.rows)
     save_csv(results, folder / "differences.csv")
     for row in results:
-        print(f"what the search found against {row['against']}: {row['mean']:+.2f} points [{row['t_low']:+.2f}, "
+        print(f"the controller's best against {row['against']}: {row['mean']:+.2f} points [{row['t_low']:+.2f}, "
               f"{row['t_high']:+.2f}], {row['verdict']} at {row['pairs']} trainings each")
     print(f"tables: {folder}")
 
