@@ -110,6 +110,7 @@ def train_again(step: stage2.Step, table: ResumableTable, allocations: dict[str,
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The controller's allocation against every rule, paired by repeat, in points of validation accuracy."""
+    rows = sorted(rows, key=lambda row: row["repeat"])  # several processes finish in any order
     of = {name: [row["val_acc"] for row in rows if row["allocation"] == name]
           for name in dict.fromkeys(row["allocation"] for row in rows)}
     return [{"against": name, **paired_difference(of[CONTROLLER], of[name])} for name in of if name != CONTROLLER]

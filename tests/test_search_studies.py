@@ -133,3 +133,11 @@ def test_the_controllers_best_meets_the_rules_that_came_furthest():
     assert search.ladder.leader() == (plain["uniform"], 3)  # a rule wins the search
     assert search_or_rule.contenders(search, 2) == {
         "controller": second, "uniform": plain["uniform"], "proportional": plain["proportional"]}
+
+
+def test_trainings_are_paired_by_repeat_in_whatever_order_they_finished():
+    rows = [{"allocation": name, "repeat": repeat, "val_acc": value} for name, repeat, value in (
+        ("erk", 2, 50.0), ("controller", 1, 61.0), ("controller", 3, 73.0), ("erk", 1, 60.0), ("controller", 2, 52.0),
+        ("erk", 3, 70.0))]
+    (result,) = search_or_rule.compare(rows)
+    assert (result["against"], result["mean"], result["std"]) == ("erk", pytest.approx(2), pytest.approx(1))
