@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from utils.analysis_utils import clone_model, prunable_layers, remove_masks
-from utils.channels import SIDE
+from utils.common import SIDE
 
 
 class SparseProduct(nn.Module):

@@ -24,8 +24,8 @@ from torch import Tensor, nn  # noqa: E402
 from experiments.csr import multiplications, sparse_products, without_masks  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.benchmark import measure  # noqa: E402
-from utils.channels import SIDE, effective_sparsity  # noqa: E402
-from utils.common import UserError, generator  # noqa: E402
+from utils.channels import effective_sparsity  # noqa: E402
+from utils.common import SIDE, UserError, generator  # noqa: E402
 from utils.compact import compact, content, largest_difference  # noqa: E402
 from utils.inspection import guess_model, load_artifact  # noqa: E402
 from utils.model_loader import load_model_state, model_loader  # noqa: E402

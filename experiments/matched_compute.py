@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help=f"schedule[+rule[+allocation]]: {', '.join(MASK_SCHEDULES)}; {', '.join(SELECTORS)}; "
                         f"layer, global, {', '.join(ALLOCATORS)}. Or allocation+selection[+values]: rl or a rule of "
                         f"these; {', '.join(INITIALISERS)}, where values left out are zero for saliency, else "
-                        f"reference, the dense weights. The control always runs (default: {' '.join(DEFAULT_ARMS)})")
+                        "reference, the dense weights. The control always runs")
     parser.add_argument("--sparsity", "--target_sparsity", type=fraction, nargs="+", default=[0.97],
                         help="sparsities that every arm ends at")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99,

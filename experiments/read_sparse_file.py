@@ -12,10 +12,11 @@ import numpy as np
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Tensors by name; pruned weights are 0."""
+    """Tensors by name; pruned weights are 0. ValueError and the like for another or a damaged file."""
     with open(path, "rb") as file:
         content = file.read()
-    assert content[:12] == b"\x93SPARSE\n\x01\x00\x00\x00", "not a compact file of version 1"
+    if content[:12] != b"\x93SPARSE\n\x01\x00\x00\x00":
+        raise ValueError("it is no compact file of version 1")
     start = 48 + int.from_bytes(content[12:16], "little")
     tensors = {}
     for entry in json.loads(zlib.decompress(content[48:start])):
@@ -36,5 +37,12 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    for name, tensor in read(sys.argv[1]).items():
+    file = sys.argv[1] if len(sys.argv) == 2 else "FILE.sparse"
+    try:
+        found = read(file)
+    except (OSError, ValueError, LookupError, zlib.error) as error:
+        print(f"error: cannot read {file}: {error}; give one file of inspect_checkpoint.py --export sparse",
+              file=sys.stderr)
+        sys.exit(2)
+    for name, tensor in found.items():
         print(f"{name:<40} {tensor.dtype!s:<8} {tensor.shape}, {np.count_nonzero(tensor):,} not 0")

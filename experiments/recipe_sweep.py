@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from utils import checkpoint, stage1  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
-from utils.common import UserError, count, derive_seed, fraction, not_negative, positive_float, positive_int  # noqa: E402
+from utils.common import UserError, count, fraction, not_negative, positive_float, positive_int  # noqa: E402
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
 from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
 from utils.run import Run, open_run, run_parser, script  # noqa: E402
@@ -87,7 +87,7 @@ def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     """Trains one model and returns what came out: best and last validation accuracy (%), seconds, surviving weights."""
     sparsity, pruner, mask_schedule = asked["sparsity"], asked["pruner"], asked["mask_schedule"]
     recipe = Recipe(**{name: asked[name] for name in RECIPE})
-    seed, hook = derive_seed(run.seed, "pretrain"), None
+    seed, hook = run.derive_seed("pretrain"), None
     if not sparsity:
         model = run.new_model()
     else:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from utils import stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
-from utils.common import UserError, count, derive_seed, fraction, generator, positive_float, positive_int  # noqa: E402
+from utils.common import UserError, count, fraction, generator, positive_float, positive_int  # noqa: E402
 from utils.controller import WARM_START, RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
@@ -63,7 +63,7 @@ def first_step(run: Run, args: argparse.Namespace) -> stage2.Step:
 
 def run_search(step: stage2.Step, folder: Path, config: dict[str, Any]) -> RegrowthPolicyGradient:
     """The search of the step, after it has ended; leaves its table and checkpoints in the folder."""
-    search = RegrowthPolicyGradient(step.problem, step.reward, step.args.search, derive_seed(step.run.seed, "search"),
+    search = RegrowthPolicyGradient(step.problem, step.reward, step.args.search, step.run.derive_seed("search"),
                                     world())
     stem = folder / "search_checkpoint"
     if step.args.resume:
@@ -104,7 +104,7 @@ def train_again(step: stage2.Step, table: ResumableTable, allocations: dict[str,
                    "dataset": step.run.data_label, "weights": " ".join(map(str, allocations[name]))},
                   step.run.card(layers=step.problem.layers))
         print(f"{name}, repeat {repeat}: validation {100 * reward:.2f} %", flush=True)
-    world().run(step.reward, [(allocations[name], derive_seed(step.run.seed, "again", repeat), epochs)
+    world().run(step.reward, [(allocations[name], step.run.derive_seed("again", repeat), epochs)
                               for name, repeat in missing], add)
 
 

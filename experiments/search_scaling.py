@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from utils import plots, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
-from utils.common import RunFailed, epoch_count, fraction, generator, positive_int  # noqa: E402
+from utils.common import RunFailed, UserError, epoch_count, fraction, generator, positive_int  # noqa: E402
 from utils.controller import RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import World, world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
@@ -78,13 +78,13 @@ def measure_round(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """What `measure_round` prints in so many processes of one thread each. RunFailed with its error."""
+    """What `measure_round` prints in so many processes of one thread each. UserError with its error."""
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), __file__, *sys.argv[1:]]
     done = subprocess.run([sys.executable, "-m", *words, "--round"], env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr[-500:]]
-        raise RunFailed(errors[0].removeprefix("error: "))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError(errors[0].removeprefix("error: ")) if errors else RunFailed(done.stderr[-500:])
     return json.loads(done.stdout.splitlines()[-1])
 
 

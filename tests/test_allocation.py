@@ -58,6 +58,13 @@ def test_what_a_full_layer_cannot_take_goes_to_the_others(name, expected):
     assert allocate(name, problem_of((2, 30, 60), 20, fan=(7, 2, 1))) == expected
 
 
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "random"])
+def test_a_rule_says_whether_it_goes_by_the_order_of_the_layers(name):
+    forth = allocate(name, problem_of((10, 30, 60), 9, fan=(5, 3, 2)))
+    back = allocate(name, problem_of((60, 30, 10), 9, fan=(2, 3, 5)))
+    assert (forth != back[::-1]) == getattr(ALLOCATORS[name], "by_drift", False)
+
+
 def test_random_allocations_follow_their_seed_and_favour_no_layer():
     problem = problem_of((1000,) * 4, 1000)
     draws = torch.tensor([allocate("random", problem, seed) for seed in range(600)], dtype=torch.float64)

@@ -81,6 +81,8 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
 def test_missing_truncated_and_foreign_files_are_one_line_errors(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        checkpoint.load_checkpoint(tmp_path)
     whole = tmp_path / "whole.pth"
     checkpoint.save_checkpoint({"net": {"w": torch.ones(1000)}}, whole)
     content = whole.read_bytes()

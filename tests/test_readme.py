@@ -25,7 +25,8 @@ from utils.model_loader import model_loader
 
 README, RESULTS = ((REPOSITORY / name).read_text() for name in ("README.md", "results/README.md"))
 STAGE_1 = "--max_epochs 1 --finetune_epochs 0 --batch_size 64 --dataset cifar10"
-STAGE_2 = "--finetune_epochs 0 --search_budget 2 --mini_finetune_epochs 1 --num_epochs 1 --ssim_batches 1"
+STAGE_2 = "--finetune_epochs 0 --ssim_batches 1"
+SEARCH = "--search_budget 2 --mini_finetune_epochs 1 --num_epochs 1"
 SMALL = {  # script -> what makes a line of it small
     "main": STAGE_1, "iclr2021_solution.iterate": STAGE_1, "rl_regrowth_nas": STAGE_2,
     "rl_saliency_regrowth": f"{STAGE_2} --saliency_max_batches 1",
@@ -69,6 +70,8 @@ def added(name: str, words: list[str], images: Path) -> list[str]:
     few = SMALL[name].split()
     if name == "experiments.deploy":  # looks at no data
         return few
+    if few[:4] == STAGE_2.split() and "--allocation" not in words:
+        few += SEARCH.split()
     if "--mask_schedule" in words:  # moves the mask while it finetunes
         few[few.index("--finetune_epochs") + 1] = "1"
     if name in ONE and ONE[name][0] not in words:

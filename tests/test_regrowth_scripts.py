@@ -227,6 +227,8 @@ def test_missing_prerequisites_name_the_command_that_makes_them(options, tmp_pat
     (["--max_ratio", "0"], "--max_ratio"),
     (["--mini_finetune_epochs", "3", "1"], "increasing"),
     (["--search_budget", "2", "--mini_finetune_epochs", "9"], "budget"),
+    (["--allocation", "erk", "--search_budget", "9"], "--search_budget is for the search, .*--allocation erk"),
+    (["--allocation", "erk", "--no_warm_start"], "--no_warm_start is for the search"),
     (["--reference_model", "0.95"], "no checkpoint at .*0.95"),
 ])
 def test_wrong_input_is_one_clear_line(words, said, options, tmp_path):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from experiments.read_sparse_file import read
+from tests.conftest import REPOSITORY
 from utils import sparse_file
 from utils.checkpoint import load_checkpoint
 from utils.common import UserError
@@ -213,3 +216,13 @@ def test_a_model_at_99_percent_takes_no_more_than_its_bar(name, bar):
     model = model_loader(name, seed=0)
     weight_pruner_loader("magnitude")(model, 0.99)
     assert len(encode(model.state_dict())) <= bar
+
+
+@pytest.mark.parametrize("words", [(), ("none.sparse",), ("README.md",), ("README.md", "README.md"), ("damaged",)])
+def test_the_example_for_other_programs_says_in_a_line_what_it_cannot_read(words, tmp_path):
+    (tmp_path / "damaged").write_bytes(encode(random_state(0))[:300])
+    words = [str(tmp_path / word) if word == "damaged" else word for word in words]
+    process = subprocess.run([sys.executable, "experiments/read_sparse_file.py", *words], cwd=REPOSITORY, text=True,
+                             capture_output=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: cannot read ") and process.stderr.count("\n") == 1

@@ -142,6 +142,9 @@ def greedy(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int
     return ratios_to_allocation([1.0] * len(problem.layers), problem.capacities, problem.budget)
 
 
+greedy.by_drift = True  # its result depends on the order of the layers; others are spared the measuring of drift
+
+
 def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
     """ERK (Evci et al. 2020): a layer's fraction ∝ (sum of the tensor's dims) / size, so its number ∝ the sum."""
     return tuple(apportion(problem.fan, problem.budget, problem.capacities))

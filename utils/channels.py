@@ -18,9 +18,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from utils.analysis_utils import clone_model, get_masks, remove_masks
-from utils.common import UserError
+from utils.common import SIDE, UserError
 
-SIDE = 32  # pixels; the image size that a network is traced with unless another is given
 PLACE = 1 << 24  # numbers of one channel: position in its map, row * ROW + column
 ROW = 1 << 12
 

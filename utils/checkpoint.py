@@ -161,8 +161,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
     try:
         with path.open("rb") as file:
             compact = file.read() if file.peek().startswith(sparse_file.MAGIC) else b""
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; name a file in it") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if compact:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+SIDE = 32  # pixels, the side of an image unless asked otherwise
 LONGEST = 590  # characters of a message; with "error: " before it, it stays under 600
 
 

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from utils.analysis_utils import clone_model
-from utils.channels import FUNCTIONS, MODULES, SIDE, Layer, bias_of, constants, links, sources, split, trace
+from utils.channels import FUNCTIONS, MODULES, Layer, bias_of, constants, links, sources, split, trace
 from utils.checkpoint import load_checkpoint
-from utils.common import RunFailed, UserError
+from utils.common import SIDE, RunFailed, UserError
 
 Step = dict[str, Any]
 FORMAT = "compact network 1"

@@ -22,9 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.common import UserError, note, write_atomic
+from utils.common import SIDE, UserError, note, write_atomic
 
-SIDE = 32  # pixels, the side of an image unless asked otherwise
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PHOTOS = ("brick", "camera", "coffee", "coins", "grass", "gravel", "ihc", "moon", "motorcycle_left", "page")

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from utils import sparse_file, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, is_binary, prunable_layers, remove_masks, set_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, save_json
-from utils.common import RunFailed, UserError, generator, write_atomic
+from utils.common import SIDE, RunFailed, UserError, generator, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
-from utils.datasets import SIDE
 from utils.inspection import Artifact, guess_model, layer_rows, load_artifact, plain
 from utils.model_loader import has_mask_entries, load_model_state, model_loader
 from utils.pruning import check_reach, prune_to

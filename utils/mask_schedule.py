@@ -253,7 +253,7 @@ def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence,
     if plan.regrow_allocation == "global":
         return _by_best_scores(layers, capacities, budget, plan.regrow_rule, evidence)
     rule = ALLOCATORS["proportional" if plan.regrow_allocation == "layer" else plan.regrow_allocation]
-    drift = evidence.make("drift") if plan.regrow_allocation == "greedy" else None
+    drift = evidence.make("drift") if getattr(rule, "by_drift", False) else None
     order = sorted(layers, key=lambda name: drift[name]) if drift else list(layers)
     problem = AllocationProblem(
         layers=tuple(order), capacities=tuple(capacities[name] for name in order), budget=budget,

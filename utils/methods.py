@@ -82,7 +82,14 @@ SEARCH_OPTIONS = ("num_epochs", "batch_size", "learning_rate", "hidden_size", "r
 
 def parse_regrowth_args(name: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line of a method's script; UserError for values that contradict each other."""
-    return complete(regrowth_parser(description, METHODS[name]).parse_args(argv), METHODS[name])
+    parser = regrowth_parser(description, METHODS[name])
+    args = parser.parse_args(argv)
+    changed = [option for option in SEARCH_OPTIONS if getattr(args, option) != parser.get_default(option)]
+    if changed and args.allocation != "rl":
+        option = changed[0].replace("warm_start", "no_warm_start")
+        raise UserError(f"--{option} is for the search, which --allocation {args.allocation} does without; leave it "
+                        "out, or take --allocation rl")
+    return complete(args, METHODS[name])
 
 
 def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:

@@ -21,6 +21,7 @@ from torch import nn
 from utils.checkpoint import dense_path, ensure_writable, progress_path, read_card
 from utils.common import (
     PRECISIONS,
+    SIDE,
     UserError,
     count,
     cpu_info,
@@ -34,7 +35,7 @@ from utils.common import (
     unit_interval,
 )
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
-from utils.datasets import DATASETS, SIDE, ImageDataset, load_dataset
+from utils.datasets import DATASETS, ImageDataset, load_dataset
 from utils.distributed import LOST, World, keep_error, launcher, restarted, use_own_part, world
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
