@@ -70,7 +70,7 @@ def added(name: str, words: list[str], images: Path) -> list[str]:
     few = SMALL[name].split()
     if name == "experiments.deploy":  # looks at no data
         return few
-    if few[:4] == STAGE_2.split() and "--allocation" not in words:
+    if name.startswith("rl_") and "--allocation" not in words:
         few += SEARCH.split()
     if "--mask_schedule" in words:  # moves the mask while it finetunes
         few[few.index("--finetune_epochs") + 1] = "1"

@@ -114,12 +114,12 @@ def refresh_weight(layer: nn.Module) -> None:
 def count_pruned_params(model: nn.Module) -> PruneCounts:
     """Total, surviving and pruned weights over all prunable layers."""
     total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
-    surviving = sum(_surviving(model).values())
+    surviving = sum(surviving_by_layer(model).values())
     return PruneCounts(total, surviving, total - surviving)
 
 
-def _surviving(model: nn.Module) -> dict[str, int]:
-    """Layer name -> surviving weights."""
+def surviving_by_layer(model: nn.Module) -> dict[str, int]:
+    """Layer name -> its surviving weights, by one transfer from the device for all layers."""
     masks = get_masks(model)
     return dict(zip(masks, numbers(mask.count_nonzero() for mask in masks.values()), strict=True))
 
@@ -127,12 +127,12 @@ def _surviving(model: nn.Module) -> dict[str, int]:
 def layer_sparsity(model: nn.Module) -> dict[str, float]:
     """pruned / total of every prunable layer, in [0, 1]."""
     layers = prunable_layers(model)
-    return {name: 1 - count / layers[name].weight.numel() for name, count in _surviving(model).items()}
+    return {name: 1 - count / layers[name].weight.numel() for name, count in surviving_by_layer(model).items()}
 
 
 def empty_layers(model: nn.Module) -> list[str]:
     """Names of the prunable layers without a single surviving weight: nothing passes through them."""
-    return [name for name, count in _surviving(model).items() if not count]
+    return [name for name, count in surviving_by_layer(model).items() if not count]
 
 
 def clone_model(model: nn.Module) -> nn.Module:

@@ -27,11 +27,12 @@ from utils.analysis_utils import (
     get_masks,
     prunable_layers,
     set_masks,
+    surviving_by_layer,
 )
-from utils.common import UserError, derive_seed, fraction, generator, positive_int
+from utils.common import UserError, derive_seed, fraction, generator, numbers, positive_int
 from utils.data_loader import BatchLoader
 from utils.pruning import PRUNERS, needed, prune_to
-from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth
+from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth, layer_capacities
 from utils.selection import exact_k_mask, exact_k_masks
 from utils.training import Trainer, TrainingHook
 
@@ -233,11 +234,10 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
     """Prunes round(exchange * survivors) of every layer, least |w| first; returns how many in each."""
-    masks, counts = get_masks(model), {}
+    masks, alive = get_masks(model), surviving_by_layer(model)
+    counts = {name: round(exchange * number) for name, number in alive.items()}
     for name, layer in prunable_layers(model).items():
-        alive = int(masks[name].count_nonzero())
-        counts[name] = round(exchange * alive)
-        masks[name] = exact_k_mask(layer.weight_orig.detach().abs(), alive - counts[name], masks[name])
+        masks[name] = exact_k_mask(layer.weight_orig.detach().abs(), alive[name] - counts[name], masks[name])
     set_masks(model, masks)
     return {name: count for name, count in counts.items() if count}
 
@@ -249,7 +249,7 @@ def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence,
     if budget < 1:
         return {}
     layers = prunable_layers(model)
-    capacities = {name: int((layer.weight_mask == 0).sum()) - spoken_for.get(name, 0) for name, layer in layers.items()}
+    capacities = {name: free - spoken_for.get(name, 0) for name, free in layer_capacities(model, layers).items()}
     if plan.regrow_allocation == "global":
         return _by_best_scores(layers, capacities, budget, plan.regrow_rule, evidence)
     rule = ALLOCATORS["proportional" if plan.regrow_allocation == "layer" else plan.regrow_allocation]
@@ -271,10 +271,10 @@ def _by_best_scores(layers: Mapping[str, nn.Module], capacities: Mapping[str, in
         evidence.make(kind)
     rankings = [selector.rank(name, layer, evidence) for name, layer in layers.items()]
     free = [None if ranking is None else ranking.taken == 0 for ranking in rankings]
-    if any(ranking is None for ranking in rankings) or sum(int(one.sum()) for one in free) < budget:
+    if any(ranking is None for ranking in rankings) or sum(numbers(one.sum() for one in free)) < budget:
         return dict(zip(layers, apportion(list(capacities.values()), budget, list(capacities.values())), strict=True))
     masks = exact_k_masks([ranking.scores for ranking in rankings], budget, free)
-    return {name: int(mask.count_nonzero()) for name, mask in zip(layers, masks, strict=True)}
+    return dict(zip(layers, numbers(mask.count_nonzero() for mask in masks), strict=True))
 
 
 # ---- while training ------------------------------------------------------------------------------------------------
@@ -372,14 +372,13 @@ class MaskMover(TrainingHook):
         returned = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
                               seed=derive_seed(self.seed, "mask update"), number=number)
         self._forget_momentum(trainer.optimizer, returned)
-        after = get_masks(self.model)
-        counts = {name: int(mask.count_nonzero()) for name, mask in after.items()}
+        after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
         self.history.append({
             "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
             "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
-            "pruned": sum(int((before[name] & ~mask).count_nonzero()) for name, mask in after.items()),
-            "regrown": sum(int(mask.count_nonzero()) for mask in returned.values()), **counts})
+            "pruned": sum(numbers((before[name] & ~mask).count_nonzero() for name, mask in after.items())),
+            "regrown": sum(numbers(mask.count_nonzero() for mask in returned.values())), **counts})
 
     @torch.no_grad()
     def _forget_momentum(self, optimizer: torch.optim.Optimizer, returned: Mapping[str, Tensor]) -> None:
