@@ -347,10 +347,6 @@ class Ladder:
         """A copy of `rewards`."""
         return {epochs: dict(paid) for epochs, paid in self.rewards.items()}
 
-    def load_state_dict(self, rewards: dict[float, dict[Allocation, float]]) -> None:
-        """Takes up rewards of an earlier search; those of rungs that are not climbed here count as spent."""
-        self.rewards = {epochs: dict(rewards.get(epochs, {})) for epochs in {**dict.fromkeys(self.rungs), **rewards}}
-
     def _unpaid(self, allocations: Iterable[Allocation], level: int) -> Iterable[Trial]:
         trials = ((allocation, self.rungs[level]) for allocation in allocations)
         return (trial for trial in trials if self.reward(trial) is None)
