@@ -121,8 +121,9 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs))
 
 
-def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int) -> tuple[Outcome, float]:
-    """The model that an arm which regrows once ends with, and the seconds of training before it regrows."""
+def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int
+                  ) -> tuple[Outcome, dict[str, Any]]:
+    """The model that an arm which regrows once ends with, and the run card of the one that it starts from."""
     allocation, selection, values = REGROWN[arm]
     published = (selection, values) == ("reference", "reference")
     start = pruned_model(run, args, args.start_sparsity, before)
@@ -134,22 +135,22 @@ def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float,
         selection=selection, init_strategy=values)
     recipe = finetuning(args, args.finetune_epochs - before)
     options.finetuning = replace(recipe, patience=recipe.epochs + 1)
-    return stage2.regrow(run, options, passes=before)[-1], start.card["seconds"]
+    return stage2.regrow(run, options, passes=before)[-1], start.card
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, sparsity: float) -> dict[str, Any]:
     """A row of the table: one arm with the run's seed; seconds are those of training after pretraining."""
-    seconds = 0.0
+    before = {"epochs": 0, "seconds": 0.0}
     if arm in REGROWN:
-        outcome, seconds = regrown_model(run, args, arm, sparsity, round(args.before_share * args.finetune_epochs))
+        outcome, before = regrown_model(run, args, arm, sparsity, round(args.before_share * args.finetune_epochs))
     else:
         outcome = pruned_model(run, args, sparsity, args.finetune_epochs, arm)
     stage1.read_test(run, [outcome])
     card = outcome.card
     return {"arm": arm, "target": sparsity, "seed": run.seed, "sparsity": card["sparsity"],
             "surviving": card["surviving"], "val_acc": card["val_acc"], "test_acc": card["test_acc"],
-            "epochs": args.finetune_epochs, "search_epochs": card.get("search_epochs", 0),
-            "seconds": seconds + card["seconds"], "dataset": run.data_label}
+            "epochs": before["epochs"] + card["epochs"], "search_epochs": card.get("search_epochs", 0),
+            "seconds": before["seconds"] + card["seconds"], "dataset": run.data_label}
 
 
 def report(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:

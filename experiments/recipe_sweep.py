@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(first, first + args.num_seeds):
         args.seed, args.root = seed, root if seed == first == 0 else root / f"seed_{seed}"
         run = open_run(args)
+        table.check_data(run.data_label)
         for asked in combinations(args):
             if not table.has(*asked.values(), seed):
                 table.add({**asked, "seed": seed, **train(run, asked)}, run.card())

@@ -17,14 +17,16 @@ import rl_saliency_regrowth
 import single_layer_regrowth_analysis as single_layer
 from tests.test_regrowth import closed_form_gradients, one_linear, pruned_copy
 from tests.test_regrowth_scripts import make_start, options  # noqa: F401  (a fixture)
-from utils import checkpoint, stage2
+from utils import checkpoint, stage1, stage2
 from utils.analysis_utils import BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
 from utils.common import UserError, derive_seed
 from utils.data_loader import BatchLoader, balanced_indices
 from utils.datasets import load_dataset
+from utils.mask_schedule import plan_fields
 from utils.regrowth import SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
 from utils.run import Run
 from utils.saliency_analysis import class_sample
+from utils.stage1 import PruneStep
 
 SAMPLE = {"mean": np.full(3, 127.0), "std": np.full(3, 60.0)}
 
@@ -32,13 +34,20 @@ SAMPLE = {"mean": np.full(3, 127.0), "std": np.full(3, 60.0)}
 def about(train: BatchLoader, dense: nn.Module, pruned: nn.Module, **given: object) -> Evidence:
     """The evidence that stage 2 would have about this pruned model."""
     args = argparse.Namespace(**{"saliency_max_batches": 3, "ssim_batches": 3, "saliency_source": "dense", **given})
+    return stage2.evidence_maker(run_over(train), args, dense)(pruned)
+
+
+def run_over(train: BatchLoader) -> SimpleNamespace:
+    """What there is of a run for evidence."""
     run = SimpleNamespace(train=train, precision="fp32", seed=0)
     run.derive_seed, run.evidence_sample = partial(Run.derive_seed, run), partial(Run.evidence_sample, run)
-    return stage2.evidence_maker(run, args, dense)(pruned)
+    return run
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
+    monkeypatch.setattr(stage1, "DRIFT_IMAGES", 20)
+    monkeypatch.setattr(stage1, "GRADIENT_BATCH", 20)
     monkeypatch.setattr(stage2, "DRIFT_BATCH", 20)
     monkeypatch.setattr(stage2, "SALIENCY_BATCH", 20)
 
@@ -150,6 +159,14 @@ def test_every_consumer_sees_every_class(tiny_dataset, small_cnn, small_batches,
     assert len(seen) == 5  # drift of two models, saliency of both, gradient
     assert all(batches == [[4] * 5] * 3 for batches in seen)
     assert counts_of(class_sample(train, 7, seed=0).targets) == [7] * 5
+    seen.clear()
+    plan = plan_fields("bidirectional", regrow_allocation="greedy")
+    mover = stage1.mask_mover(run_over(train), pruned, PruneStep("magnitude", "bidirectional", 1, 0.9, mask=plan))
+    mover._evidence().make("drift")
+    assert seen == [[[4] * 5]] * 2  # its one batch, for both models
+    seen.clear()
+    stage1.pruning_evidence(run_over(train), small_cnn).make("gradient")
+    assert seen == [[[6, 5, 4, 3, 2]] * 10]  # all 200 images, every class in every batch
 
 
 # --- which evidence, from which model --------------------------------------------------------------------------------

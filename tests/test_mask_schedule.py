@@ -18,7 +18,15 @@ from torch import nn
 import main
 from tests.conftest import REPOSITORY, assert_user_error, run_here
 from utils.allocation import ALLOCATORS
-from utils.analysis_utils import add_masks, clone_model, count_pruned_params, get_masks, prunable_layers, set_masks
+from utils.analysis_utils import (
+    add_masks,
+    clone_model,
+    count_pruned_params,
+    get_masks,
+    prunable_layers,
+    set_masks,
+    surviving_by_layer,
+)
 from utils.common import UserError
 from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan, cosine_exchange, cubic_sparsity, move_masks
 from utils.regrowth import SELECTORS, Evidence
@@ -91,9 +99,10 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_of_each_layer(ex
     model = two_layers([3.0, -1.0, 0.5, 4.0, 9.0, 8.0], [2.0, 0.1, 7.0, 6.0])
     set_masks(model, {"0": torch.tensor([[1, 1, 1, 1, 0, 0]]), "1": torch.tensor([[1, 1, 0, 0]])})
     evidence = gradients([9.0, 0.1, -0.3, 9.0, -0.2, 0.4], [0.0, -5.0, 1.0, 2.0])
-    returned = move_masks(model, 6, exchange, MaskPlan("rigl", 0.4, 0.4), evidence, seed=0, number=1)
+    moved = move_masks(model, 6, exchange, MaskPlan("rigl", 0.4, 0.4), evidence, seed=0, number=1)
     assert active(model) == [[1, 0, 1, 1, 0, 1], [1, 1, 0, 0]]
-    assert returned["0"].tolist() == [[False] * 5 + [True]] and not returned["1"].any()
+    assert moved.returned["0"].tolist() == [[False] * 5 + [True]] and not moved.returned["1"].any()
+    assert [mask.nonzero()[:, 1].tolist() for mask in moved.handed_back.values()] == [[2], [1]]  # 0.5 and 0.1
     assert model[0].weight_orig.tolist() == [[3.0, -1.0, 0.5, 4.0, 9.0, 0.0]]  # 8 came back at zero, 0.5 as it was
     assert model[1].weight_orig[0, :2].tolist() == pytest.approx([2.0, 0.1])
 
@@ -148,8 +157,9 @@ def test_exactly_so_many_survive_whatever_the_rule_and_allocation(rule, allocati
                             drift={name: place for place, name in enumerate(layers)})
         plan = MaskPlan("bidirectional", 0, 0.9, regrow_rule=rule, regrow_allocation=allocation, exchange=0.4)
         before = get_masks(small_cnn)
-        returned = move_masks(small_cnn, keep, 0.4, plan, evidence, seed=1, number=number)
+        returned, handed_back = move_masks(small_cnn, keep, 0.4, plan, evidence, seed=1, number=number)
         after = get_masks(small_cnn)
+        assert not any(bool((mask & ~(before[name] & after[name])).any()) for name, mask in handed_back.items())
         assert count_pruned_params(small_cnn).surviving == keep
         assert all(torch.equal(returned[name], after[name] & ~before[name]) for name in layers)
 
@@ -199,6 +209,41 @@ def test_pruned_weights_never_move_and_returning_ones_have_no_momentum(small_cnn
     mover = Checker(small_cnn, plan, 0)
     Trainer(small_cnn, *tiny_loaders[:2], RECIPE, seed=0, hook=mover).run(show=False)
     assert sum(row["regrown"] for row in mover.history) > 0
+
+
+def test_the_history_tells_which_of_the_survivors_had_been_pruned_and_came_back(small_cnn, tiny_loaders):
+    """Followed by hand, from mask to mask: a survivor has come back if it was off after some update before."""
+    plan = MaskPlan("bidirectional", 0.0, 0.8, update_every=2, regrow_rule="random", evidence_steps=1)
+    off = {name: torch.zeros_like(layer.weight, dtype=torch.bool) for name, layer in prunable_layers(small_cnn).items()}
+    expected = []
+
+    class Follower(MaskMover):
+        def _update(self, trainer, move):
+            super()._update(trainer, move)
+            masks = get_masks(self.model)
+            expected.append(sum(int((masks[name] & off[name]).sum()) for name in off))
+            for name, mask in masks.items():
+                off[name] |= ~mask
+    mover = Follower(small_cnn, plan, 0)
+    Trainer(small_cnn, *tiny_loaders[:2], RECIPE, seed=0, hook=mover).run(show=False)
+    assert [row["came_back"] for row in mover.history] == expected and any(expected)
+    counts = surviving_by_layer(small_cnn)
+    assert sum(round(share * counts[name]) for name, (_, share) in mover.shares_regrown().items()) == expected[-1]
+
+
+def test_of_adam_a_returning_weight_has_the_second_moment_of_its_layer():
+    """Survivors' moments 4 and 8, mean 6; momentum starts at 0."""
+    model = two_layers([3.0, -1.0, 0.5, 4.0], [2.0, -5.0])
+    mover = MaskMover(model, MaskPlan("rigl", 0, 0.5), 0)
+    set_masks(model, {"0": torch.tensor([[1, 1, 1, 0]]), "1": torch.tensor([[1, 1]])})
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.state[model[0].weight_orig] = {"step": torch.tensor(9.0), "exp_avg": torch.ones(1, 4),
+                                             "exp_avg_sq": torch.tensor([[4.0, 8.0, 100.0, 200.0]])}
+    back = {"0": torch.tensor([[False, False, True, False]]), "1": torch.zeros(1, 2, dtype=torch.bool)}
+    mover._forget_momentum(optimizer, back)
+    state = optimizer.state[model[0].weight_orig]
+    assert state["exp_avg"].tolist() == [[1, 1, 0, 1]] and state["exp_avg_sq"].tolist() == [[4, 8, 6, 200]]
+    assert float(state["step"]) == 9
 
 
 def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():

@@ -59,6 +59,10 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
     assert sorted(values) == [("proportional", "saliency", "reference"), ("random", "random", "reference"),
                               ("rl", "saliency", "zero")]
     assert [config["mini_finetune_epochs"] for config in made if config.get("allocation") == "rl"] == [[1]]
+    table = (folder / "runs.csv").read_text().splitlines(keepends=True)
+    (folder / "runs.csv").write_text("".join(table[:-1]).replace("image folder (PNG)", "torchvision"))
+    with pytest.raises(UserError, match=r"rows of other data: cifar10, torchvision, and this run reads .*PNG"):
+        study.main([*words, "--resume"])
 
 
 def test_schedules_are_arms_at_every_sparsity_with_one_number_of_steps(image_folder, tmp_path):

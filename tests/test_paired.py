@@ -8,6 +8,16 @@ from scipy import stats
 from utils.statistics import holm, paired_difference
 
 
+@pytest.mark.parametrize("pairs", [3, 5, 10])
+def test_the_smallest_effect_shows_in_four_of_five_experiments(pairs):
+    """A true effect of that size, in 100,000 experiments of so many pairs each."""
+    noise = np.random.default_rng(1).standard_normal((100_000, pairs))
+    unit = paired_difference([1.0] + [0.0] * (pairs - 1), [0.0] * pairs)
+    effect = unit["detectable"] / unit["std"]  # in standard deviations
+    shown = stats.ttest_1samp(noise + effect, 0, axis=1).pvalue < 0.05
+    assert shown.mean() == pytest.approx(0.8, abs=0.005)
+
+
 def test_by_hand():
     found = paired_difference([3.0, 5.0, 7.0], [2.0, 3.0, 4.0])
     # differences 1, 2, 3: mean 2, std 1, standard error 0.577, t quantile 4.303 at two degrees of freedom
@@ -15,7 +25,7 @@ def test_by_hand():
     assert (found["t_low"], found["t_high"]) == (pytest.approx(2 - 2.484, abs=1e-3), pytest.approx(2 + 2.484, abs=1e-3))
     assert found["p"] == pytest.approx(stats.ttest_rel([3, 5, 7], [2, 3, 4]).pvalue)
     assert found["verdict"] == "indistinguishable"
-    assert found["detectable"] == pytest.approx((4.3027 + 1.0607) * 0.57735, abs=1e-3)  # 80 % power: quantile 1.061
+    assert found["detectable"] == pytest.approx(5.653 * 0.57735, abs=2e-3)  # tables of the noncentral t: 5.65
     assert 1.0 <= found["bootstrap_low"] < 2 < found["bootstrap_high"] <= 3.0
 
 

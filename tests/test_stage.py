@@ -173,6 +173,16 @@ def test_a_table_goes_on_when_there_is_an_option_more_that_is_not_given(tmp_path
         ResumableTable(tmp_path / "t.csv", ("seed",), {"lr": 0.1, "padding": 2}, resume=True, overwrite=False)
 
 
+def test_a_table_takes_no_rows_of_other_data(tmp_path):
+    table = ResumableTable(tmp_path / "t.csv", ("seed",), {}, resume=False, overwrite=False)
+    table.check_data("mine, image folder (PNG)")  # no row yet
+    table.add({"seed": 0, "dataset": "mine, image folder (PNG)"}, {})
+    again = ResumableTable(tmp_path / "t.csv", ("seed",), {}, resume=True, overwrite=False)
+    again.check_data("mine, image folder (PNG)")
+    with pytest.raises(UserError, match=r"rows of other data: mine, image folder \(PNG\), and this run reads yours"):
+        again.check_data("yours, image folder (PNG)")
+
+
 # --- two runs in one folder ----------------------------------------------------------------------------------------
 
 HOLDER = """

@@ -24,7 +24,8 @@ from utils.regrowth import BEST_ENTRIES, LayerRecord
 Sections = dict[str, Any]
 CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
               "val_acc_after_pruning", "sparsity", "effective_sparsity", "sparsity_before", "regrown",
-              "regrown_live", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished", "command")
+              "regrown_live", "came_back", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
+              "command")
 LISTED = 12  # longer lists are summarised
 ROUNDED = 9  # decimals of sums of fractions of an epoch
 

@@ -204,15 +204,22 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str, at
 # ---- one update ----------------------------------------------------------------------------------------------------
 
 
+class Moved(NamedTuple):
+    """Layer -> bool: where a weight is active now and was not before the update, and where one was given up by it and
+    came back at once, with the value that it had."""
+
+    returned: dict[str, Tensor]
+    handed_back: dict[str, Tensor]
+
+
 def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evidence: Evidence, *, seed: int,
-               number: int) -> dict[str, Tensor]:
-    """Prunes and regrows in place so that exactly `keep` prunable weights survive; returns where weights came back.
+               number: int) -> Moved:
+    """Prunes and regrows in place so that exactly `keep` prunable weights survive.
 
     With allocation 'layer' the model is pruned to `keep`, then every layer gives up `exchange` of its survivors, least
     |w| first, and gets as many back (RigL, GraNet). With any other it is pruned past `keep` by `exchange` of it, and
     the margin is regrown by the allocation. What was given up may come back, with the value it had; all that comes back
-    from an earlier pruning gets the plan's initial value. Returns layer -> bool, True where a weight is active now and
-    was not before. seed, number: of the update, for what is drawn at random.
+    from an earlier pruning gets the plan's initial value. seed, number: of the update, for what is drawn at random.
     """
     before = get_masks(model)
     weights = {name: layer.weight_orig.detach().clone() for name, layer in prunable_layers(model).items()}
@@ -223,13 +230,14 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
     missing = keep - count_pruned_params(model).surviving - sum(amounts.values())
     for name, count in _allocate(model, missing, plan, evidence, seed, amounts).items():
         amounts[name] = amounts.get(name, 0) + count
+    low = get_masks(model)
     WeightRegrowth(model, plan.regrow_rule, evidence, plan.regrow_values, seed).apply_regrowth(amounts, number)
-    returned = {}
     with torch.no_grad():
         for name, layer in prunable_layers(model).items():
             layer.weight_orig.copy_(torch.where(before[name], weights[name], layer.weight_orig))
-            returned[name] = layer.weight_mask.bool() & ~before[name]
-    return returned
+    grown = {name: mask & ~low[name] for name, mask in get_masks(model).items()}
+    return Moved({name: mask & ~before[name] for name, mask in grown.items()},
+                 {name: mask & before[name] for name, mask in grown.items()})
 
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
@@ -277,6 +285,11 @@ def _by_best_scores(layers: Mapping[str, nn.Module], capacities: Mapping[str, in
     return dict(zip(layers, numbers(mask.count_nonzero() for mask in masks), strict=True))
 
 
+def _total(masks: Mapping[str, Tensor]) -> int:
+    """How many are True, by one transfer."""
+    return sum(numbers(mask.count_nonzero() for mask in masks.values()))
+
+
 # ---- while training ------------------------------------------------------------------------------------------------
 
 
@@ -285,8 +298,8 @@ class MaskMover(TrainingHook):
 
     Gradients at pruned positions are those of the training batches themselves. Weights that return have no momentum;
     pruned ones do not move. `history` has a dict per update: step, epoch, sparsity, survivors, pruned and regrown
-    (positions that changed), then the survivors of every layer. `ever_regrown`: layer -> bool, True where a weight has
-    come back at least once.
+    (positions that changed), handed_back (of `Moved`), came_back (survivors that were pruned earlier in the training),
+    then the survivors of every layer. `ever_regrown`: layer -> bool, True where a weight has come back at least once.
     """
 
     def __init__(self, model: nn.Module, plan: MaskPlan, seed: int, sample: BatchLoader | None = None,
@@ -369,27 +382,39 @@ class MaskMover(TrainingHook):
     def _update(self, trainer: Trainer, move: Move) -> None:
         before = get_masks(self.model)
         keep, number = round((1.0 - move.sparsity) * self.total), len(self.history) + 1
-        returned = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
-                              seed=derive_seed(self.seed, "mask update"), number=number)
+        returned, handed_back = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
+                                           seed=derive_seed(self.seed, "mask update"), number=number)
         self._forget_momentum(trainer.optimizer, returned)
         after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
         self.history.append({
             "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
             "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
-            "pruned": sum(numbers((before[name] & ~mask).count_nonzero() for name, mask in after.items())),
-            "regrown": sum(numbers(mask.count_nonzero() for mask in returned.values())), **counts})
+            "pruned": _total({name: before[name] & ~mask for name, mask in after.items()}),
+            "regrown": _total(returned), "handed_back": _total(handed_back), "came_back": _total(self._stayed()),
+            **counts})
 
     @torch.no_grad()
     def _forget_momentum(self, optimizer: torch.optim.Optimizer, returned: Mapping[str, Tensor]) -> None:
+        """Weights that return have no momentum. Adam's second moment becomes the layer's mean: with one of zero, whose
+        bias nothing would correct so late, their steps would be the larger the later they return."""
         for name, layer in prunable_layers(self.model).items():
-            for value in optimizer.state.get(layer.weight_orig, {}).values():
+            stayed = layer.weight_mask.bool() & ~returned[name]
+            for key, value in optimizer.state.get(layer.weight_orig, {}).items():
                 if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
-                    value.masked_fill_(returned[name], 0.0)
+                    mean = (value * stayed).sum() / stayed.sum().clamp(min=1) if key == "exp_avg_sq" else 0.0
+                    value.copy_(torch.where(returned[name], mean, value))
 
-    def shares_regrown(self) -> dict[str, float]:
-        """The share of each layer's weights, in [0, 1], that have come back at least once."""
-        return {name: ever.float().mean().item() for name, ever in self.ever_regrown.items()}
+    def _stayed(self) -> dict[str, Tensor]:
+        """Layer -> bool, True where a weight is active that has come back."""
+        return {name: mask & self.ever_regrown[name] for name, mask in get_masks(self.model).items()}
+
+    def shares_regrown(self) -> dict[str, tuple[float, float]]:
+        """Of each layer's weights the share, in [0, 1], that has come back at least once; and of those that are active
+        now, the share that has."""
+        active = surviving_by_layer(self.model)
+        return {name: (self.ever_regrown[name].float().mean().item(), stayed.sum().item() / max(1, active[name]))
+                for name, stayed in self._stayed().items()}
 
     def counts(self, trainer: Trainer) -> bool:
         """Only epochs that end at the target's sparsity may be the best."""

@@ -220,11 +220,14 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     axes.invert_yaxis()
 
 
-def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, float], path: Path, title: str) -> None:
+def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, tuple[float, float]], path: Path,
+                      title: str) -> None:
     """Left: sparsity after every update of the mask, and validation accuracy, over epochs; right: by layer, the share
-    of the weights that have come back at least once, and its share of all survivors in the end.
+    of the weights that have come back at least once, that of the final survivors which have, and the layer's share of
+    all survivors.
 
-    updates: `utils.mask_schedule.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> share in [0, 1].
+    updates: `utils.mask_schedule.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> the first two shares,
+    in [0, 1] (`MaskMover.shares_regrown`).
     """
     figure, (left, right) = panels((12, max(4.5, 0.24 * len(regrown) + 1.2)), title, columns=2)
     left.step([row["epoch"] for row in updates], [100 * row["sparsity"] for row in updates], where="post", color="C0",
@@ -235,8 +238,10 @@ def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, float],
     accuracy.plot([row["epoch"] for row in epochs], [row["val_acc"] for row in epochs], color="C1", marker=".",
                   linestyle="--", label="validation accuracy (right axis)")
     accuracy.set_ylabel("validation accuracy (%)")
-    right.barh(range(len(regrown)), [100 * share for share in regrown.values()], color="C0",
+    right.barh(range(len(regrown)), [100 * ever for ever, _ in regrown.values()], color="0.8",
                label="of the layer's weights, those that came back at least once")
+    right.barh(range(len(regrown)), [100 * stayed for _, stayed in regrown.values()], color="C0", height=0.4,
+               label="of the layer's survivors, those that had come back")
     sizes = np.array([updates[-1][name] for name in regrown])
     right.plot(100 * sizes / max(1, sizes.sum()), range(len(regrown)), "k|", markersize=8,
                label="of all survivors, those in the layer")

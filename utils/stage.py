@@ -248,6 +248,12 @@ class ResumableTable:
         return (f"Restore it, or remove {self.path.name} and {self.path.with_suffix('.json').name} and use --resume: "
                 "finished models are then taken as they are")
 
+    def check_data(self, label: str) -> None:
+        """UserError where a row was made on other data than this, by its column `dataset` (`Run.data_label`)."""
+        if others := {row.get("dataset", label) for row in self.rows} - {label}:
+            raise UserError(f"{self.path} has rows of other data: {min(others)}, and this run reads {label}. Use "
+                            "--save_dir for another place, or --overwrite to redo it")
+
     def has(self, *key: Any) -> bool:
         """Whether there is a row with this key."""
         asked = tuple(str(_as_saved(value)) for value in key)

@@ -242,7 +242,7 @@ def train(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, 
         checkpoint.save_csv(mover.history, table)
         plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"),
                                 label)
-        facts["mask_updates"] = table.name
+        facts |= {"mask_updates": table.name, "came_back": mover.history[-1]["came_back"]}
     facts |= {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": trainer.seconds}
     return facts, trainer
 
