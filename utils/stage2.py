@@ -194,7 +194,8 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
     before = evaluate(start.model, run.val, run.precision).accuracy
     model, record = step.apply(found.allocation)
     regrown = evaluate(model, run.val, run.precision).accuracy
-    reestimated = accuracy_with_new_statistics(model, run.train, run.val, run.precision)
+    as_trained = run.train.with_padding(args.finetuning.padding)
+    reestimated = accuracy_with_new_statistics(model, as_trained, run.val, run.precision)
     regrowth = {"val_acc_after_regrowth": regrown, "val_acc_after_regrowth_bn": reestimated,
                 "allocation": dict(zip(step.problem.layers, found.allocation))}
     checkpoint.save_checkpoint(  # `BEST_ENTRIES` says what each entry is; the record replays it on the start
