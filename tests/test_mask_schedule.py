@@ -28,7 +28,15 @@ from utils.analysis_utils import (
     surviving_by_layer,
 )
 from utils.common import UserError
-from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan, cosine_exchange, cubic_sparsity, move_masks
+from utils.mask_schedule import (
+    MASK_SCHEDULES,
+    MaskMover,
+    MaskPlan,
+    cosine_exchange,
+    cubic_sparsity,
+    move_masks,
+    plan_fields,
+)
 from utils.regrowth import SELECTORS, Evidence
 from utils.training import Recipe, Trainer
 
@@ -77,6 +85,18 @@ def test_what_each_schedule_asks_for(name, steps):
     assert set(MASK_SCHEDULES) == {"gradual", "rigl", "granet", "bidirectional", "acdc"}
     for step, sparsity, exchange in steps:
         assert plan.move(step, 20) == pytest.approx((sparsity, exchange)), step
+
+
+def test_a_ramp_may_end_before_the_exchange_does():
+    """20 steps: sparse after 6 of the 10 in which the mask moves, half-way at 3: 0.9 - 0.4 (1 - 1/2)^3 = 0.85."""
+    plan = MaskPlan("bidirectional", 0.5, 0.9, update_until=0.5, ramp_until=0.3)
+    assert [plan.move(step, 20) for step in (0, 3, 6, 10)] == [
+        pytest.approx(move) for move in ((0.5, 0.3), (0.85, cosine_exchange(0.3, 0.3)),
+                                         (0.9, cosine_exchange(0.6, 0.3)), (0.9, 0))]
+    assert "ramp_until" not in plan_fields("bidirectional")
+    assert plan_fields("granet", ramp_until=0.2)["ramp_until"] == 0.2
+    with pytest.raises(UserError, match=r"--ramp_until 0.7 lies after --update_until 0.6"):
+        plan_fields("bidirectional", ramp_until=0.7)
 
 
 def test_acdc_ends_sparse_when_the_last_phase_would_be_dense():

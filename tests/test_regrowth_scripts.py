@@ -375,6 +375,7 @@ def test_max_ratio_is_exact(monkeypatch):
     (["--mask_schedule", "gradual"], "--mask_schedule gradual only leads from one sparsity to another, and a regrown "
      "model has the target's already; schedules that exchange weights at one sparsity are rigl, granet, bidirectional"),
     (["--mask_schedule", "acdc"], "--mask_schedule acdc only leads from one sparsity to another"),
+    (["--mask_schedule", "granet", "--ramp_until", "0.2"], "--ramp_until is about the way to a sparsity"),
     (["--mask_schedule", "granet", "--only_live"], "--only_live says where weights may return, and --mask_schedule"),
     (["--mask_schedule", "rigl", "--target_layers", "linear"], "--target_layers says where weights may return"),
 ])

@@ -25,7 +25,7 @@ def test_what_seeds_have_in_common_comes_first_and_finished_rows_are_not_made_ag
     done = []
 
     def open_run(args):
-        return SimpleNamespace(seed=args.seed, root=args.root, made=set(), card=dict)
+        return SimpleNamespace(seed=args.seed, root=args.root, made=set(), card=dict, data_label="tiny")
 
     def prepare(run):
         done.append(("common", run.seed))

@@ -53,8 +53,9 @@ class MaskPlan:
 
     schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
     which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase).
-    update_until: fraction of the training after which the mask stays. exchange: fraction of the survivors that changes
-    places in the first update. regrow_rule, regrow_values: which weights return, and with what value.
+    update_until: fraction of the training after which the mask stays. ramp_until: fraction of it after which the
+    sparsity is the target's and weights only change places; None: update_until. exchange: fraction of the survivors
+    that changes places in the first update. regrow_rule, regrow_values: which weights return, and with what value.
     regrow_allocation: 'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the
     network), or a name of `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are
     averaged.
@@ -66,6 +67,7 @@ class MaskPlan:
     pruner: str = "magnitude"
     update_every: int = 40
     update_until: float = 0.6
+    ramp_until: float | None = None
     exchange: float = 0.3
     regrow_rule: str = "gradient"
     regrow_allocation: str = "layer"
@@ -101,7 +103,8 @@ def _rigl(plan: MaskPlan, t: float, number: int) -> Move:
 
 
 def _granet(plan: MaskPlan, t: float, number: int) -> Move:
-    return Move(cubic_sparsity(t, plan.start, plan.target), cosine_exchange(t, plan.exchange))
+    ramp = 1.0 if plan.ramp_until is None else plan.ramp_until / plan.update_until
+    return Move(cubic_sparsity(min(1.0, t / ramp), plan.start, plan.target), cosine_exchange(t, plan.exchange))
 
 
 def _acdc(plan: MaskPlan, t: float, number: int) -> Move:
@@ -121,29 +124,36 @@ class MaskSchedule(NamedTuple):
 
 MASK_SCHEDULES: dict[str, MaskSchedule] = {
     # Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878
-    "gradual": MaskSchedule(_gradual, {}, ignores=("exchange", "regrow_rule", "regrow_allocation", "regrow_values",
-                                                     "evidence_steps")),
+    "gradual": MaskSchedule(_gradual, {}, ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation",
+                                                   "regrow_values", "evidence_steps")),
     # Evci et al., "Rigging the lottery", ICML 2020: constant sparsity, grown by |gradient|, returning at zero
-    "rigl": MaskSchedule(_rigl, {"update_until": 0.75}),
+    "rigl": MaskSchedule(_rigl, {"update_until": 0.75}, ignores=("ramp_until",)),
     # Liu et al., "Sparse training via boosting pruning plasticity with neuroregeneration", NeurIPS 2021
     "granet": MaskSchedule(_granet, {}),
     # Peste et al., "AC/DC: Alternating compressed/decompressed training", NeurIPS 2021
     "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
-                         ignores=("exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
+                         ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
     # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation; the
     # defaults, granet's choices on the evidence of more than one batch, were the best on validation (results/README.md)
     "bidirectional": MaskSchedule(_granet, {"evidence_steps": 8}),
 }
 
-MASK_FIELDS = ("update_every", "update_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values",
-               "evidence_steps")  # of a plan, that are free to choose
+MASK_FIELDS = ("update_every", "update_until", "ramp_until", "exchange", "regrow_rule", "regrow_allocation",
+               "regrow_values", "evidence_steps")  # of a plan, that are free to choose
 
 
 def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
-    """`schedule` and every field of `MASK_FIELDS` that it reads: as given, else its own default, else the plan's."""
+    """`schedule` and every field of `MASK_FIELDS` that it reads: as given, else its own default, else the plan's.
+
+    What would be None is left out. UserError for a ramp that ends after the last update.
+    """
     row = MASK_SCHEDULES[schedule]
     plain = {name: getattr(MaskPlan, name) for name in MASK_FIELDS if name not in row.ignores}
-    return {"schedule": schedule, **plain, **row.defaults, **given}
+    fields = {name: value for name, value in {**plain, **row.defaults, **given}.items() if value is not None}
+    if fields.get("ramp_until", 0.0) > fields["update_until"]:
+        raise UserError(f"--ramp_until {fields['ramp_until']} lies after --update_until {fields['update_until']}, from "
+                        "where on the mask stays; take a smaller one")
+    return {"schedule": schedule, **fields}
 
 
 # ---- options of the scripts ----------------------------------------------------------------------------------------
@@ -162,6 +172,8 @@ def add_mask_options(parser: argparse.ArgumentParser, text: str = "fixed prunes 
     add("--update_every", type=positive_int, metavar="STEPS",
         help="steps from one update of the mask to the next (acdc: of a phase)")
     add("--update_until", type=fraction, help="fraction of the training after which the mask stays")
+    add("--ramp_until", type=fraction, help="fraction of the training after which the sparsity is the target's and "
+        "weights only change places (default: that of --update_until)")
     add("--exchange", type=fraction,
         help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
     add("--regrow_rule", choices=list(SELECTORS), help="which weights return")
@@ -189,6 +201,9 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str, at
         able = ", ".join(name for name, row in MASK_SCHEDULES.items() if "exchange" not in row.ignores)
         raise UserError(f"--mask_schedule {args.mask_schedule} only leads from one sparsity to another, and a regrown "
                         f"model has the target's already; schedules that exchange weights at one sparsity are {able}")
+    if at_target and "ramp_until" in given:
+        raise UserError("--ramp_until is about the way to a sparsity, and a regrown model has the target's already; "
+                        "leave it out")
     unused = [name for name in given if name in schedule.ignores]
     if unused:
         raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")

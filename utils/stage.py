@@ -229,7 +229,7 @@ class ResumableTable:
                             "--save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
-        columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
+        columns = {**dict.fromkeys(self.keys, "text"), **card.get("columns", {})}  # earlier versions do not say
         self.rows = [{name: _number(text) for name, text in row.items() if name in columns or not card.get("columns")}
                      for row in read_csv(self.path, columns, self._remedy)]
 
