@@ -133,8 +133,8 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
     # Peste et al., "AC/DC: Alternating compressed/decompressed training", NeurIPS 2021
     "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
                          ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
-    # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation; the
-    # defaults, granet's choices on the evidence of more than one batch, were the best on validation (results/README.md)
+    # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation. The
+    # defaults are ahead of gradual; what they regrow does not stay, and at random does as well (results/README.md)
     "bidirectional": MaskSchedule(_granet, {"evidence_steps": 8}),
 }
 
