@@ -10,14 +10,14 @@ BIN := $(VENV)/bin
 # Interrupted, it goes on where it stopped; `make clean` makes it start anew.
 DEMO := --m_name resnet20 --dataset photos --val_split 0.5 --root demo --finetune_lr 0.003 --finetune_epochs 2
 PRUNE := $(DEMO) --resume --max_epochs 4 --finetune_schedule cosine
-REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 6 --mini_finetune_epochs 1 --ssim_batches 2
+REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 6 --mini_finetune_epochs 1 --ssim_batches 4
 
 demo: $(VENV)/.installed
 	$(BIN)/python main.py $(PRUNE) --sparsity 0.9 0.95 0.97 0.99
 	$(BIN)/python rl_regrowth_nas.py $(REGROW) --resume
 	$(BIN)/python rl_saliency_regrowth.py $(REGROW) --resume
 	mkdir -p demo/moving/resnet20 && cp -r demo/resnet20/checkpoint demo/moving/resnet20/
-	$(BIN)/python main.py $(PRUNE) --root demo/moving --sparsity 0.97 --mask_schedule bidirectional --update_every 8
+	$(BIN)/python main.py $(PRUNE) --root demo/moving --sparsity 0.97 --mask_schedule bidirectional --update_every 4
 	$(BIN)/python experiments/collect_results.py --m_name resnet20 --roots demo demo/moving --save_dir demo
 
 # Two processes, a core each. The files named here take about half of the time, all others the rest. Each shows its
