@@ -13,7 +13,7 @@ PRUNE := $(DEMO) --resume --max_epochs 4 --finetune_schedule cosine
 REGROW := $(DEMO) --target_sparsity 0.97 --search_budget 6 --mini_finetune_epochs 1 --ssim_batches 4
 
 demo: $(VENV)/.installed
-	$(BIN)/python main.py $(PRUNE) --sparsity 0.9 0.95 0.97 0.99
+	$(BIN)/python main.py $(PRUNE) --sparsity 0.9 0.97 0.99
 	$(BIN)/python rl_regrowth_nas.py $(REGROW) --resume
 	$(BIN)/python rl_saliency_regrowth.py $(REGROW) --resume
 	mkdir -p demo/moving/resnet20 && cp -r demo/resnet20/checkpoint demo/moving/resnet20/
