@@ -134,7 +134,7 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
     "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
                          ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
     # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation. The
-    # defaults are ahead of gradual; what they regrow does not stay, and at random does as well (results/README.md)
+    # defaults are ahead of gradual, though what they regrow does not stay, and at random does nearly as well (results/)
     "bidirectional": MaskSchedule(_granet, {"evidence_steps": 8}),
 }
 
