@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -171,6 +172,20 @@ def test_a_table_goes_on_when_there_is_an_option_more_that_is_not_given(tmp_path
     assert again.has(0)
     with pytest.raises(UserError, match=r"padding None \(asked: 2\)"):
         ResumableTable(tmp_path / "t.csv", ("seed",), {"lr": 0.1, "padding": 2}, resume=True, overwrite=False)
+
+
+def test_a_table_of_an_earlier_version_goes_on_with_a_column_more(tmp_path):
+    """Its rows count as made without the new option; the new column is filled from then on."""
+    path = tmp_path / "t.csv"
+    table = ResumableTable(path, ("lr",), {}, resume=False, overwrite=False)
+    table.add({"lr": 0.1, "acc": 50.0}, {})
+    again = ResumableTable(path, ("lr", "ramp"), {}, resume=True, overwrite=False)
+    assert again.has(0.1, "") and not again.has(0.1, 0.4)
+    again.add({"lr": 0.1, "ramp": 0.4, "acc": 60.0}, {})
+    assert path.read_text() == "lr,acc,ramp\n0.1,50,\n0.1,60,0.4\n"
+    last = ResumableTable(path, ("lr", "ramp"), {}, resume=True, overwrite=False)
+    assert last.has(0.1, "") and last.has(0.1, 0.4) and json.loads(path.with_suffix(".json").read_text())[
+        "columns"] == {"lr": "number", "acc": "number", "ramp": "text"}
 
 
 def test_a_table_takes_no_rows_of_other_data(tmp_path):

@@ -119,10 +119,11 @@ def save_json(value: Any, path: Path) -> None:
 
 
 def save_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Saves rows with equal keys as a CSV with a header, atomically; floats to six significant digits."""
+    """Saves rows as a CSV with a header, atomically; floats to six significant digits, empty what a row lacks."""
     rows = list(rows)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)  # rows of earlier versions may have fewer
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{item:.6g}" if isinstance(item, (float, np.floating)) else item

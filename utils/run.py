@@ -176,8 +176,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= (found := torch.cuda.device_count()):
         raise UserError(f"--device {name}: this machine has {found or 'no'} CUDA GPU{'s' if found > 1 else ''} that "
                         "PyTorch can use; take --device cpu or auto")
     return device

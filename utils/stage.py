@@ -229,7 +229,7 @@ class ResumableTable:
                             "--save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
-        columns = {**dict.fromkeys(self.keys, "text"), **card.get("columns", {})}  # earlier versions do not say
+        columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
         self.rows = [{name: _number(text) for name, text in row.items() if name in columns or not card.get("columns")}
                      for row in read_csv(self.path, columns, self._remedy)]
 
@@ -255,15 +255,16 @@ class ResumableTable:
                             "--save_dir for another place, or --overwrite to redo it")
 
     def has(self, *key: Any) -> bool:
-        """Whether there is a row with this key."""
+        """Whether there is a row with this key; what a row of an earlier version lacks counts as ''."""
         asked = tuple(str(_as_saved(value)) for value in key)
-        return any(tuple(str(row[name]) for name in self.keys) == asked for row in self.rows)
+        return any(tuple(str(row.get(name, "")) for name in self.keys) == asked for row in self.rows)
 
     def add(self, row: Mapping[str, Any], card: Mapping[str, Any]) -> None:
-        """Appends a row and saves table and card; equal columns in every row."""
+        """Appends a row and saves table and card."""
         self.rows.append({name: _as_saved(value) for name, value in row.items()})
-        kinds = {name: "number" if all(isinstance(line[name], (int, float)) and not isinstance(line[name], bool)
-                                       for line in self.rows) else "text" for name in row}
+        names = dict.fromkeys(name for line in self.rows for name in line)
+        kinds = {name: "number" if all(type(line.get(name)) in (int, float) for line in self.rows) else "text"
+                 for name in names}
         save_json({**card, "config": self.config, "columns": kinds}, self.path.with_suffix(".json"))
         save_csv(self.rows, self.path)
 
