@@ -17,6 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
+import torch  # noqa: E402
+
 from utils import checkpoint, stage1  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.common import UserError, count, fraction, not_negative, positive_float, positive_int  # noqa: E402
@@ -25,10 +27,18 @@ from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
 from utils.run import Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import PruneStep  # noqa: E402
-from utils.training import OPTIMIZERS, RECIPES, SCHEDULES, Recipe, Trainer  # noqa: E402
+from utils.training import (  # noqa: E402
+    OPTIMIZERS,
+    RECIPES,
+    SCHEDULES,
+    Recipe,
+    Trainer,
+    accuracy_with_new_statistics,
+)
 
 RECIPE = ("epochs", "optimizer", "lr", "schedule", "batch_size", "weight_decay", "label_smoothing", "padding")
-KEYS = ("sparsity", "pruner", "mask_schedule", *MASK_FIELDS, *RECIPE)
+KEYS = ("sparsity", "pruner", "mask_schedule", *MASK_FIELDS, *RECIPE, "average")
+AVERAGED_SHARE = 0.35  # of the steps: those after the last update of the mask, by most schedules' defaults
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,6 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         **several)
     parser.add_argument("--padding", type=count, default=[start.padding], help="pixels of zeros around an image before "
                         "its random crop", **several)
+    parser.add_argument("--average", type=fraction, metavar="DECAY", help="take an exponential average of the weights "
+                        f"over the last {AVERAGED_SHARE} of the steps (default: the best epoch's weights)", **several)
     parser.add_argument("--num_seeds", type=positive_int, default=1, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--save_dir", type=Path, help="default: recipe_sweep/{m_name} under --root")
     args = parser.parse_args(argv)
@@ -78,13 +90,39 @@ def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
             ignored = MASK_SCHEDULES[asked["mask_schedule"]].ignores
             plan = plan_fields(asked["mask_schedule"], **{name: asked[name] for name in MASK_FIELDS
                                                           if asked[name] is not None and name not in ignored})
-        whole = {**asked, **{name: plan.get(name, "") for name in MASK_FIELDS}}
+        whole = {**asked, **{name: plan.get(name, "") for name in MASK_FIELDS}, "average": asked["average"] or ""}
         found[tuple(whole.values())] = whole
     return list(found.values())
 
 
+class WeightAverage:
+    """Exponential average of the parameters that a `Trainer` trains, over the last `AVERAGED_SHARE` of its steps."""
+
+    def __init__(self, trainer: Trainer, decay: float):
+        self.trainer, self.decay, self.values = trainer, decay, []
+        trainer.optimizer.register_step_post_hook(self._add)
+
+    @torch.no_grad()
+    def _add(self, *_: Any) -> None:
+        trainer = self.trainer
+        if trainer.step + 1 >= (1.0 - AVERAGED_SHARE) * trainer.total_steps:  # the step that is done is not counted yet
+            parameters = list(trainer.model.parameters())
+            self.values = self.values or [parameter.clone() for parameter in parameters]
+            for value, parameter in zip(self.values, parameters, strict=True):
+                value.lerp_(parameter, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Validation accuracy (%) of the averaged weights, with batch-norm statistics of their own."""
+        model = clone_model(self.trainer.model)
+        for parameter, value in zip(model.parameters(), self.values, strict=True):
+            parameter.copy_(value)
+        return accuracy_with_new_statistics(model, self.trainer.train_loader, self.trainer.val, self.trainer.precision)
+
+
 def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
-    """Trains one model and returns what came out: best and last validation accuracy (%), seconds, surviving weights."""
+    """Trains one model and returns what came out: best and last validation accuracy (%), surviving weights and how many
+    of them had been pruned on the way ('' where the mask does not move), seconds."""
     sparsity, pruner, mask_schedule = asked["sparsity"], asked["pruner"], asked["mask_schedule"]
     recipe = Recipe(**{name: asked[name] for name in RECIPE})
     seed, hook = run.derive_seed("pretrain"), None
@@ -100,9 +138,12 @@ def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
                 mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))
             hook = stage1.mask_mover(run, model, step)
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=hook)
+    average = WeightAverage(trainer, asked["average"]) if asked["average"] else None
     result = trainer.run(f"{recipe.optimizer} {recipe.lr:g}, {mask_schedule} {sparsity:g}")
-    return {"val_acc": result.accuracy, "last_val_acc": trainer.history[-1]["val_acc"],
-            "surviving": count_pruned_params(model).surviving, "seconds": trainer.seconds, "dataset": run.data_label}
+    return {"val_acc": average.accuracy() if average else result.accuracy,
+            "last_val_acc": trainer.history[-1]["val_acc"], "surviving": count_pruned_params(model).surviving,
+            "came_back": hook.history[-1]["came_back"] if hook else "",
+            "seconds": trainer.seconds, "dataset": run.data_label}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

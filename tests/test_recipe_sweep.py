@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import recipe_sweep as sweep
 from utils import checkpoint
@@ -44,8 +46,10 @@ def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_f
     dense = {"net": model_loader("resnet20", seed=0).state_dict(), "acc": 10.0, "epoch": 1}
     checkpoint.save_checkpoint(dense, checkpoint.dense_path(tmp_path, "resnet20"))
     sweep.main([*words, "--resume"])
-    assert [(row["mask_schedule"], row["surviving"]) for row in rows_of(tmp_path)] == [
+    fixed, moving = rows_of(tmp_path)
+    assert [(row["mask_schedule"], row["surviving"]) for row in (fixed, moving)] == [
         ("fixed", "8127"), ("bidirectional", "8127")]
+    assert fixed["came_back"] == "" and 0 <= int(moving["came_back"]) <= 8127
 
 
 def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(image_folder, tmp_path):
@@ -65,6 +69,30 @@ def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(imag
     assert (pretraining["pruner"], pretraining["mask_schedule"]) == ("", "fixed")
     with pytest.raises(UserError, match="--pruner"):
         sweep.parse_args([*options(image_folder, tmp_path), "--pruner", "lamp"])
+
+
+def test_the_average_begins_in_the_last_third_and_forgets_by_its_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, step=0, total_steps=10)
+    average = sweep.WeightAverage(trainer, 0.75)
+    for _ in range(10):  # the weight is 1 after the first step, 2 after the second
+        model.weight.grad = -torch.ones(1, 1)
+        trainer.optimizer.step()
+        trainer.step += 1
+        if trainer.step == 6:
+            assert not average.values
+    assert average.values[0].item() == pytest.approx(7 * 0.75**3 + 0.25 * (8 * 0.75**2 + 9 * 0.75 + 10))
+
+
+def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):
+    words = [*options(image_folder, tmp_path), "--average", "0.5"]
+    sweep.main(words[:-2])
+    sweep.main([*words, "--resume"])
+    plain, averaged = rows_of(tmp_path)
+    assert (plain["average"], averaged["average"]) == ("", "0.5")
+    assert averaged["last_val_acc"] == plain["last_val_acc"] and 0 <= float(averaged["val_acc"]) <= 100
 
 
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):
