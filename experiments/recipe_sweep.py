@@ -90,6 +90,9 @@ def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
             ignored = MASK_SCHEDULES[asked["mask_schedule"]].ignores
             plan = plan_fields(asked["mask_schedule"], **{name: asked[name] for name in MASK_FIELDS
                                                           if asked[name] is not None and name not in ignored})
+        if asked["average"] and plan.get("update_until", 0.0) > 1.0 - AVERAGED_SHARE:
+            raise UserError(f"--average takes the last {AVERAGED_SHARE} of the steps, in which the mask of "
+                            f"--mask_schedule {asked['mask_schedule']} still moves; give --update_until 0.6")
         whole = {**asked, **{name: plan.get(name, "") for name in MASK_FIELDS}, "average": asked["average"] or ""}
         found[tuple(whole.values())] = whole
     return list(found.values())
@@ -99,25 +102,21 @@ class WeightAverage:
     """Exponential average of the parameters that a `Trainer` trains, over the last `AVERAGED_SHARE` of its steps."""
 
     def __init__(self, trainer: Trainer, decay: float):
-        self.trainer, self.decay, self.values = trainer, decay, []
+        self.trainer, self.decay, self.model = trainer, decay, None
         trainer.optimizer.register_step_post_hook(self._add)
 
     @torch.no_grad()
     def _add(self, *_: Any) -> None:
         trainer = self.trainer
         if trainer.step + 1 >= (1.0 - AVERAGED_SHARE) * trainer.total_steps:  # the step that is done is not counted yet
-            parameters = list(trainer.model.parameters())
-            self.values = self.values or [parameter.clone() for parameter in parameters]
-            for value, parameter in zip(self.values, parameters, strict=True):
+            self.model = self.model or clone_model(trainer.model)
+            for value, parameter in zip(self.model.parameters(), trainer.model.parameters(), strict=True):
                 value.lerp_(parameter, 1.0 - self.decay)
 
-    @torch.no_grad()
     def accuracy(self) -> float:
         """Validation accuracy (%) of the averaged weights, with batch-norm statistics of their own."""
-        model = clone_model(self.trainer.model)
-        for parameter, value in zip(model.parameters(), self.values, strict=True):
-            parameter.copy_(value)
-        return accuracy_with_new_statistics(model, self.trainer.train_loader, self.trainer.val, self.trainer.precision)
+        trainer = self.trainer
+        return accuracy_with_new_statistics(self.model, trainer.train_loader, trainer.val, trainer.precision)
 
 
 def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:

@@ -71,19 +71,22 @@ def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(imag
         sweep.parse_args([*options(image_folder, tmp_path), "--pruner", "lamp"])
 
 
-def test_the_average_begins_in_the_last_third_and_forgets_by_its_decay():
+def test_the_average_begins_in_the_last_third_and_forgets_by_its_decay(monkeypatch):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    trainer = SimpleNamespace(model=model, optimizer=optimizer, step=0, total_steps=10)
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, step=0, total_steps=10,
+                              train_loader=None, val=None, precision=None)
     average = sweep.WeightAverage(trainer, 0.75)
     for _ in range(10):  # the weight is 1 after the first step, 2 after the second
         model.weight.grad = -torch.ones(1, 1)
         trainer.optimizer.step()
         trainer.step += 1
         if trainer.step == 6:
-            assert not average.values
-    assert average.values[0].item() == pytest.approx(7 * 0.75**3 + 0.25 * (8 * 0.75**2 + 9 * 0.75 + 10))
+            assert average.model is None
+    monkeypatch.setattr(sweep, "accuracy_with_new_statistics", lambda read, *_: read.weight.item())
+    assert model.weight.item() == 10
+    assert average.accuracy() == pytest.approx(7 * 0.75**3 + 0.25 * (8 * 0.75**2 + 9 * 0.75 + 10))
 
 
 def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):
@@ -93,6 +96,8 @@ def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):
     plain, averaged = rows_of(tmp_path)
     assert (plain["average"], averaged["average"]) == ("", "0.5")
     assert averaged["last_val_acc"] == plain["last_val_acc"] and 0 <= float(averaged["val_acc"]) <= 100
+    with pytest.raises(UserError, match="--update_until 0.6"):  # rigl's mask moves until 0.75
+        sweep.combinations(sweep.parse_args([*words, "--sparsity", "0.9", "--mask_schedule", "rigl"]))
 
 
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):
