@@ -253,7 +253,7 @@ def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, tuple[f
 
 def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> None:
     """Four panels: SSIM against the final and the immediate gain with trend and p, gain by layer in SSIM order, and
-    gain against capacity; layers that took the whole budget in one colour, those capped by their capacity in another.
+    gain against capacity; discs are layers that took the whole budget, squares those capped by their capacity.
 
     layers: rows of `single_layer_regrowth_analysis.by_layer`, in SSIM order; results: its correlations, the rows in
     points (not per weight) are shown.
@@ -264,9 +264,9 @@ def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> No
     capped, places = np.array([bool(row["capped"]) for row in layers]), np.arange(len(layers))
     by_final, by_immediate, by_layer, by_capacity = grid.flat
     for axes, x, gain in zip(grid.flat, (ssim, ssim, places, capacity), (final, immediate, final, final)):
-        for chosen, color, label in ((~capped, "C0", "layer that took the whole budget"),
-                                     (capped, "C1", "layer capped by its capacity: took fewer weights")):
-            axes.scatter(x[chosen], gain[chosen], color=color, label=label, zorder=3)
+        for chosen, look, label in ((~capped, "C0o", "layer that took the whole budget"),
+                                    (capped, "C1s", "layer capped by its capacity: took fewer weights")):
+            axes.plot(x[chosen], gain[chosen], look, label=label, zorder=3)
         axes.set(ylabel="gain after finetuning, over the control (points)")
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8)
