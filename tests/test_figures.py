@@ -54,6 +54,8 @@ def test_every_row_of_the_tables_lies_inside_an_axis_whose_labels_stay_apart(dra
     drawn[0].draw_without_rendering()
     left, right = axes.get_xlim()
     assert all(right < 1 - row["sparsity"] < left for row in rows)
+    settings = {row["row"][0] for row in rows}
+    assert len({bars.lines[0].get_marker() for bars in axes.containers}) == len(settings)
     shown = visible_ticks(axes)
     assert shown and not overlapping([label.get_window_extent() for label in shown])
 
@@ -104,7 +106,7 @@ def test_the_baseline_is_named_only_where_it_is_drawn(drawn, tmp_path, updates):
 # --- single layers -------------------------------------------------------------------------------------------------
 
 
-def test_the_colours_of_single_layers_are_explained_and_a_gain_of_zero_has_one(drawn, tmp_path):
+def test_the_marks_of_single_layers_are_explained_and_a_gain_of_zero_has_one(drawn, tmp_path):
     layers = [{"layer": f"layer{number}", "ssim": number / 5, "capacity": 100 * (number + 1), "capped": number % 2,
                "immediate_gain": -float(number), "final_gain": 0.0 if number == 1 else 1.0} for number in range(5)]
     results = [{"gain": gain, "unit": "points", "pearson": 0.1, "pearson_p": 0.5, "spearman": 0.1, "spearman_p": 0.5}
@@ -112,10 +114,11 @@ def test_the_colours_of_single_layers_are_explained_and_a_gain_of_zero_has_one(d
     plots.plot_single_layer(layers, results, tmp_path / "s.png", "title")
     assert any("capped" in label for label in legend(drawn[0])) and any("whole" in label for label in legend(drawn[0]))
     assert not any("orange" in axes.get_title() for axes in drawn[0].axes)
-    for axes in drawn[0].axes:  # the same colours in every panel
+    for axes in drawn[0].axes:  # the same marks in every panel
         whole, capped, *_ = axes.collections
         assert (len(whole.get_offsets()), len(capped.get_offsets())) == (3, 2)
         assert whole.get_facecolors().tolist() != capped.get_facecolors().tolist()
+        assert len(whole.get_paths()[0].vertices) != len(capped.get_paths()[0].vertices)  # other marks, to print in grey
     assert [list(offset) for offset in drawn[0].axes[2].collections[1].get_offsets()][0] == [1.0, 0.0]
 
 

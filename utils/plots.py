@@ -266,7 +266,7 @@ def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> No
     for axes, x, gain in zip(grid.flat, (ssim, ssim, places, capacity), (final, immediate, final, final)):
         for chosen, look, label in ((~capped, "C0o", "layer that took the whole budget"),
                                     (capped, "C1s", "layer capped by its capacity: took fewer weights")):
-            axes.plot(x[chosen], gain[chosen], look, label=label, zorder=3)
+            axes.scatter(x[chosen], gain[chosen], color=look[:2], marker=look[2], label=label, zorder=3)
         axes.set(ylabel="gain after finetuning, over the control (points)")
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8)
@@ -344,21 +344,22 @@ def plot_differences(results: Rows, path: Path, title: str) -> None:
 
 
 def plot_tables(results: Rows, path: Path, title: str) -> None:
-    """Test accuracy against sparsity for each setting of `experiments.vgg16_tables`: ours filled, published hollow.
+    """Test accuracy against sparsity for each setting of `experiments.vgg16_tables`: ours filled, published hollow; the
+    settings differ in their marks.
 
     results: rows of its `beside_published`; bars are standard deviations, where there are several seeds.
     """
     figure, axes = panels((8, 4.5))
     sparsity_axis(axes, [row["sparsity"] for row in results])
-    settings = {"A": "iterative, 40 % each", "B": "one-shot", "R": "regrown from 99 %"}
-    columns = (("ours", "mean", "std", {"fmt": "o-"}),
-               ("published", "published", "published_std", {"fmt": "s--", "mfc": "none"}))
-    for (number, (setting, name)), (whose, mean, std, style) in product(enumerate(settings.items()), columns):
+    settings = {"A": ("o", "iterative, 40 % each"), "B": ("s", "one-shot"), "R": ("^", "regrown from 99 %")}
+    columns = (("ours", "mean", "std", {"linestyle": "-"}),
+               ("published", "published", "published_std", {"linestyle": "--", "mfc": "none"}))
+    for (number, (setting, (mark, name))), (whose, mean, std, style) in product(enumerate(settings.items()), columns):
         rows = [row for row in results if row["row"].startswith(setting) and row[mean] != ""]
         if rows:
             axes.errorbar([1 - row["sparsity"] for row in rows], [row[mean] for row in rows],
-                          [row[std] or np.nan for row in rows], color=f"C{number}", capsize=3, alpha=0.8,
-                          label=f"{name} ({whose})", **style)
+                          [row[std] or np.nan for row in rows], color=f"C{number}", marker=mark, capsize=3,
+                          alpha=0.8, label=f"{name} ({whose})", **style)
     axes.set(ylabel="test accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     spread = any(row["std"] or row["published_std"] for row in results)
