@@ -97,8 +97,28 @@ def test_muon_by_hand():
         kernel.grad, bias.grad = matrix.view(2, 2, 1, 1).clone(), torch.tensor([1.0, 0.0])
         optimizer.step()
     step = orthogonalised(matrix)  # the direction stays, so momentum changes its length only
-    torch.testing.assert_close(kernel.detach().flatten(1), -0.1 * 0.5 * 2 * step)
+    torch.testing.assert_close(kernel.detach().flatten(1), -0.1 * 0.5 * 2 * step)  # begins at 0, so is free
     torch.testing.assert_close(bias.detach(), nesterov_by_hand([1.0, 0.0], rate=0.1, decay=0.5, steps=2))
+
+
+def test_kernels_keep_their_norm_under_muon():
+    """They point where they would if they grew, over a resumption too. If they did grow, pruning by magnitude would take
+    all of a classifier that does not."""
+    draws = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 4, generator=draws), torch.randn(8, 3, 4, generator=draws)
+    grown, momentum = start.clone(), torch.zeros(3, 4)
+    kernel = nn.Parameter(start.view(3, 2, 2, 1).clone())
+    optimizer = Muon([kernel], lr=0.5, weight_decay=0.5)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + gradient
+        grown = grown - 0.5 * 0.5 * orthogonalised(gradient + 0.95 * momentum)
+        state = optimizer.state_dict()
+        optimizer = Muon([kernel], lr=0.5, weight_decay=0.5)
+        optimizer.load_state_dict(state)
+        kernel.grad = gradient.view_as(kernel).clone()
+        optimizer.step()
+    assert grown.norm() > 1.1 * start.norm()
+    torch.testing.assert_close(kernel.detach().flatten(1), grown * start.norm() / grown.norm())
 
 
 def nesterov_by_hand(grad: list[float], rate: float, decay: float, steps: int) -> torch.Tensor:

@@ -218,8 +218,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="dense or pruned model; default: {m_name}/checkpoint/ckpt.pth under --root")
     parser.add_argument("--measure", choices=list(MEASURES), nargs="+", default=list(MEASURES), metavar="MEASURE",
                         help="gradient: first order |g|; fisher: g^2 theta^2")
-    parser.add_argument("--samples_per_class", type=count, default=100,
-                        help="un-augmented training images of each class, drawn by --seed; 0 takes all")
+    parser.add_argument("--samples_per_class", type=count, default=1000,
+                        help="un-augmented training images of each class, drawn by --seed; 0 takes all; a hundred say "
+                        "little, squared gradients being those of the few that are classified wrongly")
     parser.add_argument("--chunk", type=positive_int,
                         help="images whose gradients are held at a time; default: as many as fit in 1 GB")
     parser.add_argument("--threshold_percentile", type=positive_float, default=90.0,
