@@ -26,9 +26,9 @@ def rows_of(tmp_path) -> list[dict[str, str]]:
 def test_every_combination_is_a_row_and_none_is_trained_again(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TestLoader, "__iter__", lambda loader: pytest.fail("the test set was read"))
     words = [*options(image_folder, tmp_path), "--lr", "0.1", "0.05"]
-    sweep.main(words)
+    sweep.main([*words, "--optimizer", "muon"])
     with pytest.raises(UserError, match="--resume"):
-        sweep.main(words)
+        sweep.main([*words, "--optimizer", "muon"])
     trained, real = [], sweep.train
     monkeypatch.setattr(sweep, "train", lambda run, asked: trained.append(asked["optimizer"]) or real(run, asked))
     sweep.main([*words, "--optimizer", "muon", "nesterov", "--resume"])
