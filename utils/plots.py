@@ -264,9 +264,9 @@ def plot_single_layer(layers: Rows, results: Rows, path: Path, title: str) -> No
     capped, places = np.array([bool(row["capped"]) for row in layers]), np.arange(len(layers))
     by_final, by_immediate, by_layer, by_capacity = grid.flat
     for axes, x, gain in zip(grid.flat, (ssim, ssim, places, capacity), (final, immediate, final, final)):
-        for chosen, look, label in ((~capped, "C0o", "layer that took the whole budget"),
-                                    (capped, "C1s", "layer capped by its capacity: took fewer weights")):
-            axes.scatter(x[chosen], gain[chosen], color=look[:2], marker=look[2], label=label, zorder=3)
+        for chosen, color, mark, label in ((~capped, "C0", "o", "layer that took the whole budget"),
+                                           (capped, "C1", "s", "layer capped by its capacity: took fewer weights")):
+            axes.scatter(x[chosen], gain[chosen], color=color, marker=mark, label=label, zorder=3)
         axes.set(ylabel="gain after finetuning, over the control (points)")
         axes.grid(alpha=0.3)
         axes.axhline(0, color="0.5", linewidth=0.8)

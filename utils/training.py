@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
         grad = param.grad if kernel else param.grad.add(param, alpha=weight_decay)
         state = self.state[param]
         if "growth" not in state:
-            state.update(momentum_buffer=torch.zeros_like(param), norm=param.norm(), growth=torch.ones_like(param.sum()))
+            state.update(momentum_buffer=torch.zeros_like(param), norm=param.norm(), growth=param.new_ones(()))
         direction = grad.add(state["momentum_buffer"].mul_(momentum).add_(grad), alpha=momentum)
         if not kernel:
             param.add_(direction, alpha=-lr)
