@@ -25,6 +25,7 @@ from utils.training import (
     Muon,
     Recipe,
     Trainer,
+    TrainingHook,
     accuracy_with_new_statistics,
     evaluate,
     orthogonalised,
@@ -213,6 +214,18 @@ def test_progress_in_a_pipe_is_a_plain_line_per_epoch(small_cnn, tiny_loaders, m
         assert line.startswith(f"epoch {epoch}/3  val {row['val_acc']:.2f} %  best {best:.2f} %  "
                                f"loss {row['train_loss']:.3f}  ")
         assert "pretrain a-network" in line and ("left" in line) == (epoch < 3)
+
+
+def test_epochs_that_may_not_be_kept_are_never_called_the_best(small_cnn, tiny_loaders, monkeypatch):
+    class FromTheSecondOn(TrainingHook):
+        def counts(self, trainer: Trainer) -> bool:
+            return trainer.epoch >= 2
+
+    monkeypatch.setattr("sys.stderr", pipe := Terminal(False))
+    trainer = make_trainer(small_cnn, tiny_loaders, hook=FromTheSecondOn())
+    trainer.run()
+    first, second = pipe.getvalue().splitlines()[:2]
+    assert "best none yet  " in first and f"best {trainer.history[1]['val_acc']:.2f} %  " in second
 
 
 def test_progress_on_a_terminal_is_one_line_in_its_width(small_cnn, tiny_loaders, monkeypatch):

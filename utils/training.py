@@ -338,8 +338,9 @@ class Trainer:
                 row = self._run_epoch(progress)
                 self._keep_best(row["val_acc"])
                 self.history.append(row)
-                progress.say(f"epoch {self.epoch}/{self.recipe.epochs}  val {row['val_acc']:.2f} %  "
-                             f"best {self.best_accuracy:.2f} %  loss {row['train_loss']:.3f}")
+                best = f"{self.best_accuracy:.2f} %" if self.best_accuracy >= 0 else "none yet"
+                progress.say(f"epoch {self.epoch}/{self.recipe.epochs}  val {row['val_acc']:.2f} %  best {best}  "
+                             f"loss {row['train_loss']:.3f}")
                 if on_epoch is not None:
                     on_epoch(self)
         if self.best_state:
