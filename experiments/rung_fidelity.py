@@ -41,7 +41,7 @@ from utils.training import FINETUNE_FINAL, Trainer, accuracy_with_new_statistics
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = run_parser(__doc__)
-    parser.add_argument("--num_allocations", type=positive_int, default=24, help="the four rules among them")
+    parser.add_argument("--num_allocations", type=positive_int, default=24, help="the rules among them")
     parser.add_argument("--rungs", type=epoch_count, nargs="+", default=[0.25, 1, 3, 9], help="epochs, increasing")
     parser.add_argument("--num_images", type=positive_int, help="training images of an epoch; validation stays whole "
                         "(default: all)")
@@ -52,8 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rungs != sorted(set(args.rungs)) or len(args.rungs) < 2:
         raise UserError(f"--rungs {' '.join(map(str, args.rungs))}: give at least two, increasing, such as 0.25 1 3 9")
-    if args.num_allocations < 6:
-        raise UserError(f"--num_allocations {args.num_allocations} leaves nothing beside the four rules; use 6 or more")
+    if args.num_allocations < len(ALLOCATORS) + 1:  # the rules and two others
+        raise UserError(f"--num_allocations {args.num_allocations} leaves nothing beside the rules; use "
+                        f"{len(ALLOCATORS) + 1} or more")
     return args
 
 

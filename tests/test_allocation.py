@@ -5,8 +5,11 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, spend_ratio
+from utils.analysis_utils import set_masks
+from utils.pruning import lacking_weights
 
 
 def problem_of(capacities: tuple[int, ...], budget: int, **columns: tuple) -> AllocationProblem:
@@ -56,6 +59,21 @@ def test_allocators_by_hand(name, expected):
 ])
 def test_what_a_full_layer_cannot_take_goes_to_the_others(name, expected):
     assert allocate(name, problem_of((2, 30, 60), 20, fan=(7, 2, 1))) == expected
+
+
+def test_by_magnitude_layers_get_what_they_lack():
+    """The reference's five largest: 9, 8, 7 in a and 6, 5 in b, none in c; two of a's are there already."""
+    reference, model = nn.ModuleDict(), nn.ModuleDict()
+    for name, values in {"a": [9, -8, 7, 1], "b": [6, 5, 0, 0], "c": [1, -2, 3, 1]}.items():
+        reference[name], model[name] = nn.Linear(4, 1), nn.Linear(4, 1)
+        with torch.no_grad():
+            reference[name].weight.copy_(torch.tensor([values]))
+    set_masks(model, {"a": torch.tensor([[1, 1, 0, 0]]), "b": torch.zeros(1, 4), "c": torch.tensor([[1, 0, 0, 0]])})
+    assert lacking_weights(model, reference, 5) == {"a": 1, "b": 2, "c": 0}
+    assert allocate("magnitude", problem_of((2, 4, 3), 3, lacking=(1, 2, 0))) == (1, 2, 0)
+    assert allocate("magnitude", problem_of((2, 4, 3), 6, lacking=(1, 2, 0))) == (2, 4, 0)  # b is filled, then a
+    assert allocate("magnitude", problem_of((2, 4, 3), 8, lacking=(1, 2, 0))) == (2, 4, 2)
+    assert allocate("magnitude", problem_of((2, 4, 3), 3)) == allocate("proportional", problem_of((2, 4, 3), 3))
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "random"])

@@ -326,15 +326,15 @@ def test_the_order_in_which_the_trials_of_a_round_end_changes_nothing(budget, se
 
 
 def test_a_round_is_the_rules_a_batch_or_a_rung():
-    """Of five equal layers two of the four rules differ; at the end the best 4 of 11 and both rules go to the second
+    """Of five equal layers two of the five rules differ; at the end the best 4 of 11 and both rules go to the second
     rung, and 2 of these 6 to the top.
     """
     world = Shuffled(0)
     search = RegrowthPolicyGradient(small_problem((90,) * 5, 200), Trainer(), replace(SMALL, num_epochs=3), 3, world)
     search.run()
     assert world.rounds == [2, 3, 3, 3, 6, 2]
-    assert [row["fidelity"] for row in search.history] == [1] * 13 + [3] * 6 + [9] * 2
-    assert [row["epoch"] for row in search.history] == [0] * 7 + [1] * 3 + [2] * 3 + [3] * 8
+    assert [row["fidelity"] for row in search.history] == [1] * 14 + [3] * 6 + [9] * 2
+    assert [row["epoch"] for row in search.history] == [0] * 8 + [1] * 3 + [2] * 3 + [3] * 8
 
 
 def interrupt(*_) -> None:

@@ -272,7 +272,7 @@ def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():
     mover = MaskMover(model, MaskPlan("rigl", 0, 0.5), 0)
     set_masks(model, {"0": torch.tensor([[1, 0]])})
     handle = model[0].register_forward_pre_hook(mover._watch)
-    mover._watching = True
+    mover.watching = True
     model(torch.tensor([[3.0, 7.0]])).sum().backward()
     mover._gather()
     handle.remove()

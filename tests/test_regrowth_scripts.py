@@ -20,6 +20,7 @@ import rl_regrowth_nas
 import rl_saliency_regrowth
 from tests.conftest import REPOSITORY, assert_user_error, heed_sigint, run_here
 from utils import checkpoint, stage2
+from utils.allocation import ALLOCATORS
 from utils.analysis_utils import get_masks, set_masks
 from utils.common import UserError, generator
 from utils.model_loader import model_loader
@@ -99,7 +100,7 @@ def test_a_search_leaves_every_artifact_at_exactly_the_target(script_name, optio
     assert 0 < card["regrown_live"] <= BACK and card["sparsity"] <= card["effective_sparsity"] < 1
 
 
-@pytest.mark.parametrize("allocation", ["proportional", "uniform", "greedy", "erk", "random"])
+@pytest.mark.parametrize("allocation", ALLOCATORS)
 def test_every_allocation_rule_spends_the_same(allocation, options, tmp_path, capsys):
     rl_regrowth_nas.main([*options, "--allocation", allocation, "--target_sparsity", "0.98", "--finetune_epochs", "0"])
     card = json.loads((tmp_path / "rl_regrow_savedir/resnet20/regrown_resnet20_0.98.json").read_text())

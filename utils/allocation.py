@@ -68,9 +68,11 @@ class AllocationProblem:
     sizes: tuple[int, ...]  # weights, pruned or not
     fan: tuple[int, ...]  # sum of the dimensions of the weight tensor (for ERK)
     drift: tuple[float, ...] | None = None  # SSIM, increasing; None when it was not measured
+    lacking: tuple[int, ...] | None = None  # of `utils.pruning.lacking_weights`; None when they were not counted
 
     def __post_init__(self) -> None:
-        columns = [self.capacities, self.sizes, self.fan] + ([] if self.drift is None else [self.drift])
+        columns = [self.capacities, self.sizes, self.fan]
+        columns += [column for column in (self.drift, self.lacking) if column is not None]
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct and at least one: {self.layers}")
         if any(len(column) != len(self.layers) for column in columns):
@@ -150,6 +152,15 @@ def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, .
     return tuple(apportion(problem.fan, problem.budget, problem.capacities))
 
 
+def magnitude(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
+    """In proportion to what a layer lacks to its part in global magnitude pruning of the reference to the sparsity
+    after regrowth, so that the layers end with about these numbers; proportional where that was not counted."""
+    return tuple(apportion(problem.lacking or problem.capacities, problem.budget, problem.capacities))
+
+
+magnitude.by_reference = True  # others are spared the counting
+
+
 def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int, ...]:
     """A control: shares uniform on the simplex (flat Dirichlet); what exceeds a capacity is divided anew."""
     shares = torch.empty(len(problem.layers), dtype=torch.float64).exponential_(generator=generator)
@@ -157,5 +168,6 @@ def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int,
 
 
 ALLOCATORS: dict[str, Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]] = {
-    "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "random": random,
+    "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "magnitude": magnitude,
+    "random": random,
 }

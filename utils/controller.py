@@ -71,8 +71,8 @@ class SearchConfig:
         search_budget: epochs over all candidates and rungs, None for no limit.
         action_space: name in `ACTION_SPACES`. With `share` a fresh controller spreads around the best rule, and a
             surrogate picks its most promising new episodes; `ratio` is the published search.
-        warm_start: the deterministic allocations (proportional, uniform, greedy, ERK) are candidates too. The
-            controller does not learn from them. False (`--no_warm_start`): the published search, without them.
+        warm_start: the deterministic allocations (proportional, uniform, greedy, ERK, magnitude) are candidates too.
+            The controller does not learn from them. False (`--no_warm_start`): the published search, without them.
 
     The defaults are a small budget: 60 epochs pay about 20 candidates for 1 epoch, 6 for 3 and 2 for 9. Raises
     UserError for values that make no sense.
@@ -224,7 +224,8 @@ class RegrowthPolicyGradient:
         `num_epochs` and `search_budget` may differ, to search on.
         """
         requested = {"seed": self.seed, **asdict(self.problem), **asdict(self.config)}
-        saved = {"seed": state["seed"], "action_space": "ratio", **state["problem"], **state["config"]}
+        older = {"action_space": "ratio", "lacking": self.problem.lacking}  # what saved searches did not name
+        saved = {"seed": state["seed"], **older, **state["problem"], **state["config"]}
         differ = [f"{key} {saved.get(key)} (asked: {requested[key]})" for key in requested.keys() - MAY_CHANGE
                   if saved.get(key) != requested[key]]
         if differ:

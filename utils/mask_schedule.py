@@ -31,7 +31,7 @@ from utils.analysis_utils import (
 )
 from utils.common import UserError, derive_seed, fraction, generator, numbers, positive_int
 from utils.data_loader import BatchLoader
-from utils.pruning import PRUNERS, needed, prune_to
+from utils.pruning import PRUNERS, lacking_weights, needed, prune_to
 from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth, layer_capacities
 from utils.selection import exact_k_mask, exact_k_masks
 from utils.training import Trainer, TrainingHook
@@ -278,11 +278,14 @@ def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence,
     rule = ALLOCATORS["proportional" if plan.regrow_allocation == "layer" else plan.regrow_allocation]
     drift = evidence.make("drift") if getattr(rule, "by_drift", False) else None
     order = sorted(layers, key=lambda name: drift[name]) if drift else list(layers)
+    lacking = getattr(rule, "by_reference", False) and lacking_weights(
+        model, evidence.reference, count_pruned_params(model).surviving + budget)
     problem = AllocationProblem(
         layers=tuple(order), capacities=tuple(capacities[name] for name in order), budget=budget,
         sizes=tuple(layers[name].weight_mask.numel() for name in order),
         fan=tuple(sum(layers[name].weight_mask.shape) for name in order),
-        drift=drift and tuple(drift[name] for name in order))
+        drift=drift and tuple(drift[name] for name in order),
+        lacking=tuple(lacking[name] for name in order) if lacking else None)
     return dict(zip(order, rule(problem, generator(seed, "allocation")), strict=True))
 
 
@@ -329,7 +332,6 @@ class MaskMover(TrainingHook):
         self.history: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._watching = False
 
     @property
     def _power(self) -> int:
@@ -351,13 +353,13 @@ class MaskMover(TrainingHook):
             handle.remove()
 
     def _watch(self, layer: nn.Module, _: object) -> None:
-        if self._watching and layer.weight.requires_grad:
+        if self.watching and layer.weight.requires_grad:
             layer.weight.retain_grad()
 
     def before_step(self, trainer: Trainer) -> None:
         """Has the gradients of the effective weights kept in the last `evidence_steps` steps before an update."""
         ahead = self._next_update(trainer) - trainer.step  # the coming step is the ahead-th before it, 1 the last
-        self._watching = self._power > 0 and 0 < ahead <= self.plan.evidence_steps
+        self.watching = self._power > 0 and 0 < ahead <= self.plan.evidence_steps
 
     def _next_update(self, trainer: Trainer) -> int:
         """Steps done at the next update; not after `trainer.step` when there is none."""
@@ -366,7 +368,7 @@ class MaskMover(TrainingHook):
 
     def on_step(self, trainer: Trainer) -> None:
         """Gathers evidence, and moves the mask where an update is due."""
-        if self._watching:
+        if self.watching:
             self._gather()
         last = self.plan.last_update(trainer.total_steps)
         if trainer.step == last or (trainer.step < last and trainer.step % self.plan.update_every == 0):

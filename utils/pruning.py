@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.allocation import apportion
-from utils.analysis_utils import Evidence, count_pruned_params, empty_layers, get_masks, prunable_layers, set_masks
+from utils.analysis_utils import (
+    Evidence,
+    count_pruned_params,
+    empty_layers,
+    get_masks,
+    prunable_layers,
+    set_masks,
+    stored_weight,
+    surviving_by_layer,
+)
 from utils.common import UserError, numbers
 from utils.selection import exact_k_mask, exact_k_masks
 
@@ -130,6 +139,16 @@ def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int
         raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
                         f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
     return keep
+
+
+def lacking_weights(model: nn.Module, reference: nn.Module, keep: int) -> dict[str, int]:
+    """Layer -> how many weights a pruned model lacks to the `keep` that global magnitude pruning of a reference, of the
+    same architecture, would leave at once; 0 where it has as many or more."""
+    layers = prunable_layers(reference)
+    masks = exact_k_masks([stored_weight(layer).abs() for layer in layers.values()], keep)
+    alive = surviving_by_layer(model)
+    return {name: max(0, count - alive[name])
+            for name, count in zip(layers, numbers(mask.count_nonzero() for mask in masks), strict=True)}
 
 
 def _mask_layers(layers: Layers, scores: list[Tensor], counts: list[int]) -> list[Tensor]:

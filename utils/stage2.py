@@ -36,6 +36,7 @@ from utils.channels import count_live
 from utils.common import Progress, UserError, derive_seed, generator, note
 from utils.controller import MAY_CHANGE, RegrowthPolicyGradient, SearchResult
 from utils.distributed import World, world
+from utils.pruning import lacking_weights
 from utils.regrowth import (
     BEST_ENTRIES,
     RegrowthRecord,
@@ -123,7 +124,8 @@ class Step:
         if room < self.budget:
             note(f"{self.budget:,} weights are to return, and only {room:,} can: --target_layers, --max_ratio or "
                  "--only_live leave no more room")
-        self.sparsity_after = 1.0 - (counts.surviving + min(self.budget, room)) / counts.total
+        self.surviving_after = counts.surviving + min(self.budget, room)
+        self.sparsity_after = 1.0 - self.surviving_after / counts.total
         self.folder = args.save_dir / (f"step_{number}" if args.regrow_iterations > 1 else ".")
         name = f"regrown_{run.m_name}_{checkpoint.format_sparsity(self.sparsity_after)}.pth"
         self.artifact = self.folder / name
@@ -135,10 +137,11 @@ class Step:
         order = sorted(self.capacities, key=lambda name: drift[name])
         layers = prunable_layers(self.start.model)
         weights = [layers[name].weight for name in order]
+        lacking = lacking_weights(self.start.model, self.evidence.reference, self.surviving_after)
         return AllocationProblem(
             layers=tuple(order), capacities=tuple(self.capacities[name] for name in order), budget=self.budget,
             sizes=tuple(weight.numel() for weight in weights), fan=tuple(sum(weight.shape) for weight in weights),
-            drift=tuple(drift[name] for name in order))
+            drift=tuple(drift[name] for name in order), lacking=tuple(lacking[name] for name in order))
 
     def regrower(self, model: nn.Module) -> WeightRegrowth:
         """What regrows weights in this model by the method's rule; the evidence it needs is made at its first use."""

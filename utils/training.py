@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from utils.analysis_utils import clone_model, hold_pruned_weights
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import PADDING, BatchLoader
+from utils.step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,12 @@ RECIPES = {
 
 
 def _sgd(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=recipe.optimizer == "nesterov",
+                           weight_decay=recipe.weight_decay, fused=True)
 
 
 def _adamw(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
-
-def _nesterov(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay,
-                           fused=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -156,7 +153,7 @@ def _muon(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {
-    "sgd": _sgd, "nesterov": _nesterov, "adamw": _adamw, "muon": _muon}
+    "sgd": _sgd, "nesterov": _sgd, "adamw": _adamw, "muon": _muon}
 
 
 def _cosine(step: int, total: int) -> float:
@@ -268,8 +265,11 @@ class TrainingHook:
     """What a method does while a model trains. Every method of this base does nothing; override those that matter.
 
     `on_step` may change weights and masks in place; after a change of masks it calls `trainer.hold_pruned()`. What it
-    must know to go on after an interruption is its `state_dict` (tensors and plain containers).
+    must know to go on after an interruption is its `state_dict` (tensors and plain containers). It sets `watching`
+    where hooks that it put on modules or tensors are to run in the coming step: else, on a GPU, a `StepGraph` may.
     """
+
+    watching = False
 
     def begin(self, trainer: Trainer) -> None:
         """Before the first step of this process, also after `load_state_dict`."""
@@ -318,6 +318,7 @@ class Trainer:
         self._held = (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
         self.hook, self.total_steps = hook or TrainingHook(), \
             max(int(recipe.epochs > 0), round(recipe.epochs * len(self.train_loader)))
+        self._passes = StepGraph(model, self._gradients)
         factor = SCHEDULES[recipe.schedule]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, self.total_steps))
         self.epoch, self.best_accuracy, self.best_epoch, self.best_state = 0, -1.0, 0, {}
@@ -395,21 +396,26 @@ class Trainer:
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for inputs, targets in islice(self.train_loader, self.total_steps - self.step):
             self.hook.before_step(self)
-            with autocast(self.device, self.precision):
-                logits = self.model(inputs)
-                loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            totals += self._passes(inputs, targets, self.hook.watching)
             self.optimizer.step()
             self.scheduler.step()
             self.hook.on_step(self)
-            totals += _batch_totals(loss.detach(), logits.detach(), targets)
             progress.advance()
         loss_sum, correct, seen = totals.tolist()
         return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """`_batch_totals` of a batch, whose gradients it leaves in the parameters."""
+        with autocast(self.device, self.precision):
+            logits = self.model(inputs)
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return _batch_totals(loss.detach(), logits.detach(), targets)
+
     def hold_pruned(self) -> None:
         """Holds the weights that are pruned now, and lets go of those that no longer are."""
+        self._passes.check()
         self._held.remove()
         self._held = hold_pruned_weights(self.model, self.optimizer)
 
