@@ -56,7 +56,7 @@ def test_rungs_are_compared_by_hand():
 def test_rung_fidelity_goes_on_where_it_was_interrupted(image_folder, tmp_path, monkeypatch):
     make_start(tmp_path)
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
-             "--precision", "fp32", "--num_allocations", "6", "--num_images", "60", "--rungs", "0.5", "1", "2"]
+             "--precision", "fp32", "--num_allocations", "7", "--num_images", "60", "--rungs", "0.5", "1", "2"]
     real, calls = rung_fidelity.Study.rewards, []
 
     def interrupted(study, allocation):
@@ -70,17 +70,17 @@ def test_rung_fidelity_goes_on_where_it_was_interrupted(image_folder, tmp_path, 
     with pytest.raises(UserError, match="--resume"):
         rung_fidelity.main(words)
     rung_fidelity.main([*words, "--resume"])
-    assert len(calls) == 7 and len(set(calls)) == 6
+    assert len(calls) == 8 and len(set(calls)) == 7
     with open(tmp_path / "rung_fidelity/resnet20/rungs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["source"] for row in rows] == ["proportional", "uniform", "greedy", "erk", "near", "random"]
+    assert [row["source"] for row in rows] == ["proportional", "uniform", "greedy", "erk", "magnitude", "near", "random"]
     assert all(float(row["after_1"]) <= float(row["after_2"]) for row in rows)
     with open(tmp_path / "rung_fidelity/resnet20/spearman.csv", newline="") as file:
         assert [row["rung"] for row in csv.DictReader(file)] == ["bn", "after_0.5", "after_1"]
 
 
 def test_rung_fidelity_refuses_what_cannot_be_compared(tmp_path):
-    for words, said in ((["--rungs", "3", "1"], "increasing"), (["--num_allocations", "5"], "6 or more")):
+    for words, said in ((["--rungs", "3", "1"], "increasing"), (["--num_allocations", "6"], "7 or more")):
         with pytest.raises(UserError, match=said):
             rung_fidelity.parse_args(["--m_name", "resnet20", "--root", str(tmp_path), *words])
 
@@ -88,7 +88,7 @@ def test_rung_fidelity_refuses_what_cannot_be_compared(tmp_path):
 def test_what_the_search_found_is_trained_again_beside_the_best_rules(image_folder, tmp_path, monkeypatch, capsys):
     make_start(tmp_path)
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
-             "--precision", "fp32", "--num_images", "60", "--search_budget", "18", "--repeats", "2", "--rules", "2"]
+             "--precision", "fp32", "--num_images", "60", "--search_budget", "22", "--repeats", "2", "--rules", "2"]
     seen, stopped, real = [], [], search_or_rule.stage2.Step.reward
 
     def reward(step, allocation, seed, epochs):
