@@ -3,29 +3,38 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from utils import step_graph
-from utils.analysis_utils import add_masks, count_pruned_params, get_masks
+from utils.analysis_utils import add_masks, count_pruned_params, get_masks, refresh_weight
 from utils.data_loader import loaders_from
 from utils.mask_schedule import MaskMover, MaskPlan
 from utils.model_loader import model_loader
-from utils.step_graph import WARM_UP, StepGraph
+from utils.step_graph import WARM_UP, Recording, StepGraph
 from utils.training import FINETUNE_ITERATIVE, PRETRAIN, Trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Recorder:
-    """Stands in for CUDA's graphs on a CPU: what is called between capture's begin and end is called at a replay."""
+    """Stands in for CUDA's graphs on a CPU: a replay calls the passes again on the same tensors, into the same tensors.
+    """
 
     def __init__(self, monkeypatch, error: str = ""):
-        self.error, self.recorded, self.passes = error, 0, None
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        self.error, self.recorded = error, 0
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        plain = Recording.replay
+
+        def replay(recording: Recording, inputs: Tensor, targets: Tensor) -> Tensor:
+            """With a graph that does what was done between capture's begin and end."""
+            recording.graph = SimpleNamespace(replay=lambda: self.repeat(recording))
+            return plain(recording, inputs, targets)
+        monkeypatch.setattr(Recording, "replay", replay)
 
     @contextlib.contextmanager
     def capture(self, graph):
@@ -34,14 +43,16 @@ class Recorder:
         if self.error:
             raise RuntimeError(self.error)
 
-    def replay(self):
-        """As a graph does: on the same tensors, into the same tensors."""
-        step = self.step
-        old = [param.grad for param in step.model.parameters()]
-        result = step.passes(step._inputs, step._targets)
-        step._result.copy_(result)
-        for (param, static), before in zip(step._grads, old, strict=True):
+    def repeat(self, recording: Recording) -> None:
+        model, watched = self.step.model, bool(recording.weights)
+        old = [(param, param.grad) for param in model.parameters()]
+        recording.result.copy_(self.step.passes(recording.inputs, recording.targets, watched))
+        for param, static in recording.grads:
             static.copy_(param.grad)
+        for layer, static in recording.weights.items():
+            static.copy_(layer.weight.grad)
+            refresh_weight(layer)
+        for param, before in old:
             param.grad = before
 
 
@@ -51,10 +62,12 @@ def step(monkeypatch):
     model, seen = nn.Sequential(nn.Linear(2, 1, bias=False)), []
     add_masks(model)
 
-    def passes(inputs: Tensor, targets: Tensor) -> Tensor:
+    def passes(inputs: Tensor, targets: Tensor, watched: bool) -> Tensor:
         seen.append(inputs.tolist())
         model.zero_grad(set_to_none=True)
         loss = (model(inputs)[:, 0] * targets).sum()
+        if watched:
+            model[0].weight.retain_grad()
         loss.backward()
         return loss.detach()
 
@@ -80,14 +93,28 @@ def test_a_recorded_step_gives_each_batch_its_own_result_and_gradient(step):
     assert step.recorder.recorded == 1
 
 
-def test_batches_of_another_size_and_watched_ones_go_through_python_and_do_no_harm(step):
+def test_watched_steps_have_the_gradient_of_the_masked_weight_also_where_it_is_pruned(step):
+    layer = step.model[0]
+    layer.weight_mask[0, 0] = 0
+    for number in range(WARM_UP + 1):
+        step(*batch(number), watched=True)
+    assert step.recorder.recorded == 1
+    for number in (4, 5):
+        step(*batch(number), watched=True)
+        assert layer.weight.grad.tolist() == [[3.0 * number] * 2]
+        assert layer.weight_orig.grad.tolist() == [[0.0, 3.0 * number]]
+    step(*batch(6))
+    step(*batch(7), watched=True)
+    assert step.recorder.recorded == 2 and layer.weight.grad.tolist() == [[21.0, 21.0]]
+    assert layer.weight_orig.grad.tolist() == [[0.0, 21.0]]
+
+
+def test_a_batch_of_another_size_goes_through_python_and_does_no_harm(step):
     for number in range(WARM_UP + 1):
         step(*batch(number))
     grad, calls = step.model[0].weight_orig.grad, len(step.seen)
     step(*batch(7, size=1))
-    assert step.seen[-1] == [[7.0, 7.0]] and step.model[0].weight_orig.grad.tolist() == [[7.0, 7.0]]
-    step(*batch(9), watched=True)
-    assert step.seen[-1] == [[9.0, 9.0]] * 2 and len(step.seen) == calls + 2
+    assert step.seen[calls:] == [[[7.0, 7.0]]] and step.model[0].weight_orig.grad.tolist() == [[7.0, 7.0]]
     step(*batch(5))
     assert step.model[0].weight_orig.grad is grad and grad.tolist() == [[15.0, 15.0]]  # the recorded one again
     assert step.recorder.recorded == 1
@@ -102,12 +129,12 @@ def test_a_mask_changed_in_place_is_kept_and_one_replaced_is_recorded_anew(step)
     assert step.model[0].weight_orig.grad.tolist() == [[0.0, 6.0]] and step.recorder.recorded == 1
     step.model[0].weight_mask = torch.tensor([[1.0, 0.0]])
     step.check()
-    for number in range(WARM_UP + 1):
+    for _ in range(WARM_UP + 1):
         step(*batch(2))
     assert step.model[0].weight_orig.grad.tolist() == [[6.0, 0.0]] and step.recorder.recorded == 2
 
 
-def test_what_cannot_be_recorded_runs_step_by_step_and_says_so_once(step, monkeypatch, capsys):
+def test_what_cannot_be_recorded_runs_step_by_step_and_says_so_once(step, capsys):
     step.recorder.error = "operation not permitted when stream is capturing"
     step_graph.note.cache_clear()
     for number in range(WARM_UP + 3):
@@ -119,7 +146,7 @@ def test_what_cannot_be_recorded_runs_step_by_step_and_says_so_once(step, monkey
 def test_on_a_cpu_nothing_is_recorded(monkeypatch):
     recorder = Recorder(monkeypatch)
     model = nn.Linear(2, 1)
-    step = StepGraph(model, lambda inputs, targets: model(inputs).sum().detach())
+    step = StepGraph(model, lambda inputs, targets, watched: model(inputs).sum().detach())
     for number in range(WARM_UP + 2):
         step(*batch(number))
     assert recorder.recorded == 0
@@ -152,7 +179,7 @@ def exact(monkeypatch):
 @pytest.mark.parametrize("hook", [False, True])
 def test_training_does_the_same_with_and_without_recording(tiny_dataset, exact, recipe, hook):
     (plain, before), (fast, after) = (trained(tiny_dataset, recorded, recipe, hook) for recorded in (False, True))
-    assert fast._passes._graph is not None and plain._passes._graph is None
+    assert len(fast._passes.recordings) == 1 + hook and not plain._passes.recordings
     for one, other in zip(plain.history, fast.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
     pairs = zip(plain.model.state_dict().values(), fast.model.state_dict().values(), strict=True)

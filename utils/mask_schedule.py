@@ -331,7 +331,6 @@ class MaskMover(TrainingHook):
         self.ever_regrown = {name: ~torch.ones_like(mask) for name, mask in get_masks(model).items()}
         self.history: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
 
     @property
     def _power(self) -> int:
@@ -341,20 +340,10 @@ class MaskMover(TrainingHook):
         return 2 if "saliency" in needs else int("gradient" in needs)
 
     def begin(self, trainer: Trainer) -> None:
-        """Watches the layers; a training that starts from a denser model than the schedule wants is pruned first."""
-        self._handles = [layer.register_forward_pre_hook(self._watch) for layer in prunable_layers(self.model).values()]
+        """A training that starts from a denser model than the schedule wants is pruned first."""
         if trainer.step == 0:
             self._update(trainer, self.plan.move(0, trainer.total_steps)._replace(exchange=0.0))
         trainer.hold_pruned()
-
-    def end(self, trainer: Trainer) -> None:
-        """Stops watching."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _watch(self, layer: nn.Module, _: object) -> None:
-        if self.watching and layer.weight.requires_grad:
-            layer.weight.retain_grad()
 
     def before_step(self, trainer: Trainer) -> None:
         """Has the gradients of the effective weights kept in the last `evidence_steps` steps before an update."""

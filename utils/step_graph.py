@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from utils.analysis_utils import prunable_layers, refresh_weight
 from utils.common import note
 
-WARM_UP = 3  # steps before the recording, in which cuDNN and cuBLAS choose algorithms and take their memory
-Passes = Callable[[Tensor, Tensor], Tensor]
+WARM_UP = 3  # steps before a recording, in which cuDNN and cuBLAS choose algorithms and take their memory
+Passes = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class StepGraph:
     """Calls `passes` for a batch, or repeats on a GPU what they did, on the batch's own images.
 
-    passes: (inputs, targets) -> result, computes the gradients of a model and leaves them in `.grad`. What they read
-    and write must stay in its place: weights, masks and statistics may change between two batches, but not be replaced.
-    Nothing that Python does in them, hooks of modules included, is repeated; draws from CUDA's generator are made anew.
+    passes: (inputs, targets, watched) -> result, computes the gradients of a model and leaves them in `.grad`: if
+    watched also those of the masked `weight` of its prunable layers. What they read and write must stay in its place:
+    weights, masks and statistics may change between two batches, but not be replaced. Nothing that Python does in them,
+    hooks of modules included, is repeated; draws from CUDA's generator are made anew.
     """
 
     def __init__(self, model: nn.Module, passes: Passes):
@@ -32,44 +33,65 @@ class StepGraph:
         self._forget()
 
     def _forget(self) -> None:
-        self._graph, self._shape, self._warm, self._places = None, None, 0, []
+        self.recordings: dict[bool, Recording] = {}  # by whether they are watched
+        self._shape, self._warm, self._places = None, 0, []
 
     def __call__(self, inputs: Tensor, targets: Tensor, watched: bool = False) -> Tensor:
-        """The result for a batch; it holds until the next call. watched: Python is to run, for hooks of modules."""
-        if not self.possible or watched or self._shape not in (None, inputs.shape):
-            return self.passes(inputs, targets)
-        if self._graph is None:
-            self._shape, self._warm = inputs.shape, self._warm + 1
-            if self._warm <= WARM_UP or not self._record(inputs, targets):
-                return self.passes(inputs, targets)
-        self._inputs.copy_(inputs)
-        self._targets.copy_(targets)
-        self._graph.replay()
-        for param, grad in self._grads:  # after a batch of another size these are others
-            param.grad = grad
-        return self._result
+        """The result for a batch; it holds until the next call."""
+        if not self.possible or self._shape not in (None, inputs.shape):
+            return self.passes(inputs, targets, watched)
+        self._shape, self._warm = inputs.shape, self._warm + 1
+        if self._warm <= WARM_UP or not self._recorded(inputs, targets, watched):
+            return self.passes(inputs, targets, watched)
+        return self.recordings[watched].replay(inputs, targets)
 
     def check(self) -> None:
         """After a change of masks: records anew if a tensor of the model has been replaced."""
-        if self._graph is not None and self._places != self._tensors():
+        if self.recordings and self._places != self._tensors():
             self._forget()
 
     def _tensors(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
 
-    def _record(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Whether the passes could be recorded; they do not run meanwhile."""
-        for layer in prunable_layers(self.model).values():
+    def _recorded(self, inputs: Tensor, targets: Tensor, watched: bool) -> bool:
+        """Whether there is a recording; it is made if it can be."""
+        if watched not in self.recordings:
+            try:
+                self.recordings[watched] = Recording(self.model, self.passes, inputs, targets, watched)
+            except RuntimeError as error:
+                note(f"training steps are not recorded as a CUDA graph, and are slower without: {error}")
+                self.possible = False
+            self._places = self._tensors()
+        return self.possible
+
+
+class Recording:
+    """The passes of one batch as a CUDA graph, and the tensors that it reads and writes."""
+
+    def __init__(self, model: nn.Module, passes: Passes, inputs: Tensor, targets: Tensor, watched: bool):
+        """As of `StepGraph`; nothing is computed yet. RuntimeError where passes do what no graph can."""
+        self.inputs, self.targets, self.graph = inputs.clone(), targets.clone(), torch.cuda.CUDAGraph()
+        self._forget_history(model)
+        with torch.cuda.graph(self.graph):
+            self.result = passes(self.inputs, self.targets, watched)
+        self.grads = [(param, param.grad) for param in model.parameters() if param.grad is not None]
+        self.weights = {layer: layer.weight.grad for layer in prunable_layers(model).values()
+                        if not layer.weight.is_leaf and layer.weight.retains_grad} if watched else {}
+        self._forget_history(model)
+
+    def _forget_history(self, model: nn.Module) -> None:
+        """Masked weights hold on to the stream in which they were computed."""
+        for layer in prunable_layers(model).values():
             if hasattr(layer, "weight_mask"):
-                refresh_weight(layer)  # its history holds on to the stream of earlier steps
-        self._inputs, self._targets, graph = inputs.clone(), targets.clone(), torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._result = self.passes(self._inputs, self._targets)
-        except RuntimeError as error:
-            note(f"training steps are not recorded as a CUDA graph, and are slower without: {error}")
-            self.possible = False
-            return False
-        self._grads = [(param, param.grad) for param in self.model.parameters() if param.grad is not None]
-        self._graph, self._places = graph, self._tensors()
-        return True
+                refresh_weight(layer)
+
+    def replay(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The result for this batch; its gradients are in their places."""
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        self.graph.replay()
+        for param, grad in self.grads:  # after a batch of another size these are others
+            param.grad = grad
+        for layer, grad in self.weights.items():
+            layer.weight.grad = grad
+        return self.result

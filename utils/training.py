@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.analysis_utils import clone_model, hold_pruned_weights
+from utils.analysis_utils import clone_model, hold_pruned_weights, prunable_layers
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import PADDING, BatchLoader
 from utils.step_graph import StepGraph
@@ -266,7 +265,8 @@ class TrainingHook:
 
     `on_step` may change weights and masks in place; after a change of masks it calls `trainer.hold_pruned()`. What it
     must know to go on after an interruption is its `state_dict` (tensors and plain containers). It sets `watching`
-    where hooks that it put on modules or tensors are to run in the coming step: else, on a GPU, a `StepGraph` may.
+    for a step after which `layer.weight.grad` is to have the gradient of the masked weight, where it is pruned too.
+    Hooks of modules do not run in every step: on a GPU a step is repeated without Python (`utils.step_graph`).
     """
 
     watching = False
@@ -283,9 +283,6 @@ class TrainingHook:
     def counts(self, trainer: Trainer) -> bool:
         """Whether the epoch that has just ended may be kept as the best one; others do not use up the patience."""
         return True
-
-    def end(self, trainer: Trainer) -> None:
-        """When training ends, also by an error: takes what was put on the model off again."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on exactly."""
@@ -333,8 +330,9 @@ class Trainer:
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
             self.best_accuracy = evaluate(self.model, self.val, self.precision).accuracy
-        with self._hooked(), Progress(label, self.total_steps, done=self.epoch * steps, show=show,
-                                      text=f"epoch {self.epoch}/{self.recipe.epochs}") as progress:
+        self.hook.begin(self)
+        with Progress(label, self.total_steps, done=self.epoch * steps, show=show,
+                      text=f"epoch {self.epoch}/{self.recipe.epochs}") as progress:
             while not self.finished:
                 row = self._run_epoch(progress)
                 self._keep_best(row["val_acc"])
@@ -347,14 +345,6 @@ class Trainer:
         if self.best_state:
             self.model.load_state_dict(self.best_state)
         return TrainResult(self.best_accuracy, self.best_epoch, self.epoch)
-
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        self.hook.begin(self)
-        try:
-            yield
-        finally:
-            self.hook.end(self)
 
     @property
     def finished(self) -> bool:
@@ -404,11 +394,14 @@ class Trainer:
         loss_sum, correct, seen = totals.tolist()
         return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _gradients(self, inputs: Tensor, targets: Tensor, watched: bool) -> Tensor:
         """`_batch_totals` of a batch, whose gradients it leaves in the parameters."""
         with autocast(self.device, self.precision):
             logits = self.model(inputs)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        for layer in prunable_layers(self.model).values() if watched else ():
+            if layer.weight.requires_grad:  # else it never runs
+                layer.weight.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return _batch_totals(loss.detach(), logits.detach(), targets)
