@@ -86,10 +86,10 @@ def test_lamp_by_hand(keep, expected):
 
 
 def test_lamp_scores_by_hand():
-    scores = pruners._lamp_scores(torch.tensor([3.0, 2.0, 1.0, 0.0]).numpy())
+    scores = pruners._lamp_scores(torch.tensor([3.0, 2.0, 1.0, 0.0]))
     assert scores.tolist() == pytest.approx([1, 4 / 13, 1 / 14, 0])
-    assert pruners._lamp_scores(torch.tensor([2.0, 2.0, 1.0]).numpy()).tolist() == pytest.approx([0.5, 0.5, 1 / 9])
-    assert pruners._lamp_scores(torch.zeros(3).numpy()).tolist() == [0, 0, 0]
+    assert pruners._lamp_scores(torch.tensor([2.0, 2.0, 1.0])).tolist() == pytest.approx([0.5, 0.5, 1 / 9])
+    assert pruners._lamp_scores(torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_lamp_counts_only_surviving_weights():

@@ -33,7 +33,7 @@ from utils.common import UserError, derive_seed, fraction, generator, numbers, p
 from utils.data_loader import BatchLoader
 from utils.pruning import PRUNERS, lacking_weights, needed, prune_to
 from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth, layer_capacities
-from utils.selection import exact_k_mask, exact_k_masks
+from utils.selection import Positions, Ranking, exact_k_masks, top_indices
 from utils.training import Trainer, TrainingHook
 
 # ---- schedules -----------------------------------------------------------------------------------------------------
@@ -257,12 +257,20 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
     """Prunes round(exchange * survivors) of every layer, least |w| first; returns how many in each."""
-    masks, alive = get_masks(model), surviving_by_layer(model)
+    layers, alive = prunable_layers(model), surviving_by_layer(model)
     counts = {name: round(exchange * number) for name, number in alive.items()}
-    for name, layer in prunable_layers(model).items():
-        masks[name] = exact_k_mask(layer.weight_orig.detach().abs(), alive[name] - counts[name], masks[name])
+    largest = top_indices([partial(_by_size, layer) for layer in layers.values()],
+                          [alive[name] - count for name, count in counts.items()], next(model.parameters()).device)
+    masks = {name: torch.zeros_like(layer.weight_mask, dtype=torch.bool) for name, layer in layers.items()}
+    for mask, indices in zip(masks.values(), largest, strict=True):
+        Positions(indices).write(mask, True)
     set_masks(model, masks)
     return {name: count for name, count in counts.items() if count}
+
+
+def _by_size(layer: nn.Module) -> Ranking:
+    """The survivors by |w|."""
+    return Ranking(layer.weight_orig.abs(), layer.weight_mask == 0)
 
 
 def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence, seed: int,
@@ -405,11 +413,15 @@ class MaskMover(TrainingHook):
         """Weights that return have no momentum. Adam's second moment becomes the layer's mean: with one of zero, whose
         bias nothing would correct so late, their steps would be the larger the later they return."""
         for name, layer in prunable_layers(self.model).items():
-            stayed = layer.weight_mask.bool() & ~returned[name]
             for key, value in optimizer.state.get(layer.weight_orig, {}).items():
                 if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
-                    mean = (value * stayed).sum() / stayed.sum().clamp(min=1) if key == "exp_avg_sq" else 0.0
-                    value.copy_(torch.where(returned[name], mean, value))
+                    value.masked_fill_(returned[name], self._mean_of_stayed(value, layer.weight_mask, returned[name])
+                                       if key == "exp_avg_sq" else 0.0)
+
+    @staticmethod
+    def _mean_of_stayed(value: Tensor, mask: Tensor, returned: Tensor) -> Tensor:
+        stayed = mask.bool() & ~returned
+        return (value * stayed).sum() / stayed.sum().clamp(min=1)
 
     def _stayed(self) -> dict[str, Tensor]:
         """Layer -> bool, True where a weight is active that has come back."""

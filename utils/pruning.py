@@ -185,23 +185,25 @@ def lamp(layers: Layers, keep: int, seed: int) -> list[Tensor]:
     return _mask_layers(layers, layers.magnitudes, numbers(won.count_nonzero() for won in winners))
 
 
-def _largest(magnitudes: Tensor, k: int, alive: Tensor) -> np.ndarray:
-    """The k largest surviving magnitudes and all that equal the smallest of these, in decreasing order."""
+def _largest(magnitudes: Tensor, k: int, alive: Tensor) -> Tensor:
+    """The k largest surviving magnitudes and all that equal the smallest of these, (n,), in decreasing order."""
     top = magnitudes[exact_k_mask(magnitudes, k, alive)]
-    values = np.sort(top.to(torch.promote_types(top.dtype, torch.float32)).cpu().numpy())[::-1]
-    if not len(values):
-        return values
-    ties = int((alive & (magnitudes == float(values[-1]))).count_nonzero())
-    return np.append(values, np.repeat(values[-1], ties - np.count_nonzero(values == values[-1])))
+    if not k:
+        return top
+    if top.device.type == "cpu":  # NumPy sorts several times as fast as PyTorch there
+        top = torch.from_numpy(-np.sort(-top.to(torch.promote_types(top.dtype, torch.float32)).numpy()))
+    else:
+        top = top.sort(descending=True).values
+    ties = (alive & (magnitudes == top[-1])).count_nonzero() - (top == top[-1]).count_nonzero()
+    return torch.cat([top, top[-1:].expand(int(ties))])
 
 
-def _lamp_scores(decreasing: np.ndarray) -> Tensor:
+def _lamp_scores(decreasing: Tensor) -> Tensor:
     """LAMP scores (float64) of a layer's magnitudes, given in decreasing order; a zero weight scores 0."""
-    squares = decreasing.astype(np.float64) ** 2
-    ends = np.flatnonzero(np.append(decreasing[1:] != decreasing[:-1], len(decreasing) > 0))
-    run_lengths = np.diff(ends, prepend=-1)
-    denominators = np.repeat(squares.cumsum()[ends], run_lengths)  # equal magnitudes share one
-    return torch.from_numpy(np.divide(squares, denominators, out=np.zeros_like(squares), where=squares > 0))
+    squares = decreasing.double() ** 2
+    _, lengths = decreasing.unique_consecutive(return_counts=True)
+    sums = squares.cumsum(0)[lengths.cumsum(0) - 1].repeat_interleave(lengths)  # equal magnitudes share one denominator
+    return torch.where(squares > 0, squares / sums, 0.0)
 
 
 def unif(layers: Layers, keep: int, seed: int) -> list[Tensor]:
