@@ -162,9 +162,10 @@ def report(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
         own = [row for row in results if row["target"] == target]
         plots.plot_differences(own, folder / f"verdicts_{target}.png", f"{title}, sparsity {target}")
         for row in own:
-            print(f"{target} {row['arm']:<24} {row['mean']:+6.2f} points [{row['t_low']:+.2f}, {row['t_high']:+.2f}] "
-                  f"against one-shot: {row['verdict']} at {row['pairs']} seeds (p {row['p']:.3f}, Holm "
-                  f"{row['p_holm']:.3f}; smallest effect that would have shown: {row['detectable']:.2f})")
+            print(f"{target} {row['arm']:<24} {row['mean']:+6.2f} points against one-shot: {row['verdict']}" + (
+                f" at {row['pairs']} seeds [{row['t_low']:+.2f}, {row['t_high']:+.2f}] (p {row['p']:.3f}, Holm "
+                f"{row['p_holm']:.3f}; smallest effect that would have shown: {row['detectable']:.2f})"
+                if row["pairs"] > 1 else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ def test_direction_and_extremes():
     assert paired_difference([1, 2, 3.01], [0.9, 1.9, 2.9])["verdict"] == "better"
     assert paired_difference([1, 2, 2.99], [1.1, 2.1, 3.1])["verdict"] == "worse"
     single = paired_difference([5.0], [1.0])
-    assert single["verdict"] == "indistinguishable" and single["detectable"] == np.inf
+    assert single["verdict"] == "one pair, no verdict" and single["detectable"] == np.inf
     for arm in ([1, 2, 3], [1.1, 2.1, 3.1]):  # differences without spread, but for rounding
         found = paired_difference(arm, [1, 2, 3])
         assert (found["verdict"], found["p"], found["t_high"]) == ("indistinguishable", 1.0, np.inf)

@@ -328,11 +328,11 @@ def plot_differences(results: Rows, path: Path, title: str) -> None:
              "95 % bootstrap interval": {"linewidth": 5, "alpha": 0.5, "solid_capstyle": "butt"}}
     for label, style in lines.items():
         axes.plot([], [], color="k", label=label, **style)
-    colors = {"better": "C2", "worse": "C3", "indistinguishable": "0.4"}
+    colors = {"better": "C2", "worse": "C3"}
     for position, row in enumerate(results):
         ends = row["mean"], (row["t_low"], row["t_high"]), (row["bootstrap_low"], row["bootstrap_high"])
         for values, style in zip(ends, lines.values()):
-            axes.plot(values, np.full_like(values, position), color=colors[row["verdict"]], **style)
+            axes.plot(values, np.full_like(values, position), color=colors.get(row["verdict"], "0.4"), **style)
     _name_layers(axes, [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, seeds: {row['pairs']})"
                         for row in results])
     axes.margins(x=0.1)

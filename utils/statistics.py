@@ -55,8 +55,8 @@ def paired_difference(arm: Sequence[float], control: Sequence[float], seed: int 
     Returns mean, standard deviation, the 95 % intervals of the paired t test and of the percentile bootstrap (Efron,
     1979; 10,000 seeded resamples, too narrow for a handful of pairs), the two-sided p of the t test, the verdict
     ('better', 'worse' or 'indistinguishable', by the t interval), and the smallest true effect that this many pairs of
-    this spread would have shown with a power of 80 %. With a single pair, or differences without any spread, nothing
-    can be said: the intervals are infinite. Raises ValueError for unequal lengths or none.
+    this spread would have shown with a power of 80 %. With a single pair ('one pair, no verdict'), or differences
+    without any spread, nothing can be said: the intervals are infinite. Raises ValueError for unequal lengths or none.
     """
     if len(arm) != len(control) or not len(arm):
         raise ValueError(f"need pairs, got {len(arm)} and {len(control)} values")
@@ -72,10 +72,11 @@ def paired_difference(arm: Sequence[float], control: Sequence[float], seed: int 
         bootstrap = stats.bootstrap((differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
                                     method="percentile", random_state=np.random.RandomState(seed)).confidence_interval
         detectable = _detectable_shift(n - 1) * std / np.sqrt(n)
+    decided = "better" if low > 0 else "worse" if high < 0 else "indistinguishable"
     numbers = {"t_low": low, "t_high": high, "bootstrap_low": bootstrap[0], "bootstrap_high": bootstrap[1], "p": p,
                "detectable": detectable}
     return {"pairs": n, "mean": mean, "std": std, **{name: float(value) for name, value in numbers.items()},
-            "verdict": "better" if low > 0 else "worse" if high < 0 else "indistinguishable"}
+            "verdict": decided if n > 1 else "one pair, no verdict"}
 
 
 def _detectable_shift(freedom: int) -> float:
