@@ -30,9 +30,10 @@ class StepGraph:
         """passes: called as they are on a CPU, in the first steps, and for batches of another size."""
         self.model, self.passes = model, passes
         self.possible = next(model.parameters()).is_cuda
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops what is recorded, and with it the memory that recordings keep to themselves."""
         self.recordings: dict[bool, Recording] = {}  # by whether they are watched
         self._shape, self._warm, self._places = None, 0, []
 
@@ -48,7 +49,7 @@ class StepGraph:
     def check(self) -> None:
         """After a change of masks: records anew if a tensor of the model has been replaced."""
         if self.recordings and self._places != self._tensors():
-            self._forget()
+            self.forget()
 
     def _tensors(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.model.state_dict().values()]

@@ -342,6 +342,8 @@ class Trainer:
                              f"loss {row['train_loss']:.3f}")
                 if on_epoch is not None:
                     on_epoch(self)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._passes.forget()
         if self.best_state:
             self.model.load_state_dict(self.best_state)
         return TrainResult(self.best_accuracy, self.best_epoch, self.epoch)
