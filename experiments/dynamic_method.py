@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from utils.analysis_utils import count_pruned_params, prunable_layers  # noqa: E402
 from utils.common import UserError, fraction, generator, positive_int  # noqa: E402
-from utils.pruning import prune_to  # noqa: E402
+from utils.pruning import prune_to, weights_left  # noqa: E402
 from utils.run import open_run, run_parser, script  # noqa: E402
 from utils.selection import exact_k_mask  # noqa: E402
 from utils.training import SHORT_PRETRAIN, Trainer, TrainingHook  # noqa: E402
@@ -39,7 +39,7 @@ class Swap(TrainingHook):
             return
         for name, layer in prunable_layers(trainer.model).items():
             weight, active = layer.weight_orig.data, layer.weight_mask.bool()
-            moved = round(self.share * int(active.sum()))
+            moved = min(round(self.share * int(active.sum())), int((~active).sum()))
             kept = exact_k_mask(weight.abs(), int(active.sum()) - moved, active)
             draws = torch.rand(weight.shape, generator=generator(self.seed, name, trainer.step)).to(weight.device)
             new = exact_k_mask(draws, moved, ~active)
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{path} exists; move it away, or use another --root")
     run = open_run(args)
     model = run.new_model()
-    prune_to(model, round((1.0 - args.sparsity) * count_pruned_params(model).total), "erk")
+    total = count_pruned_params(model).total
+    prune_to(model, weights_left(total, total, args.sparsity, f"--sparsity {args.sparsity}"), "erk")
     recipe = replace(SHORT_PRETRAIN, epochs=args.epochs)
     hook = Swap(args.update_every, args.exchange, run.seed)
     result = Trainer(model, run.train, run.val, recipe, seed=run.seed, precision=run.precision, hook=hook).run("SET")

@@ -70,6 +70,9 @@ def test_by_magnitude_layers_get_what_they_lack():
             reference[name].weight.copy_(torch.tensor([values]))
     set_masks(model, {"a": torch.tensor([[1, 1, 0, 0]]), "b": torch.zeros(1, 4), "c": torch.tensor([[1, 0, 0, 0]])})
     assert lacking_weights(model, reference, 5) == {"a": 1, "b": 2, "c": 0}
+    set_masks(reference, {"a": torch.tensor([[1, 0, 1, 0]]), "b": torch.ones(1, 4), "c": torch.zeros(1, 4)})
+    assert lacking_weights(model, reference, 3) == {"a": 0, "b": 1, "c": 0}  # its own pruned ones do not count
+    assert lacking_weights(model, reference, 99) == {"a": 0, "b": 4, "c": 0}
     assert allocate("magnitude", problem_of((2, 4, 3), 3, lacking=(1, 2, 0))) == (1, 2, 0)
     assert allocate("magnitude", problem_of((2, 4, 3), 6, lacking=(1, 2, 0))) == (2, 4, 0)  # b is filled, then a
     assert allocate("magnitude", problem_of((2, 4, 3), 8, lacking=(1, 2, 0))) == (2, 4, 2)

@@ -32,6 +32,10 @@ def test_the_smallest_go_and_as_many_others_come_at_zero():
     mask = get_masks(model)["0"]
     assert mask[:, :3].tolist() == [[False, True, True], [True, False, True]] and int(mask.sum()) == 6 and held
     assert model[0].weight_orig[:, 3:][mask[:, 3:]].tolist() == [0.0, 0.0]
+    set_masks(model, {"0": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])})
+    hook.on_step(trainer)  # a third of 11 would move, and one place is free
+    mask = get_masks(model)["0"]
+    assert int(mask.sum()) == 11 and bool(mask[0, 5])
     for step in (3, 8):  # not due; the last quarter
         trainer.step = step
         hook.on_step(trainer)
@@ -46,6 +50,8 @@ def test_it_trains_to_the_sparsity_and_overwrites_nothing(image_folder, tmp_path
     assert "at sparsity 0.9000" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists"):
         dynamic_method.main(options(image_folder, tmp_path))
+    with pytest.raises(UserError, match="--sparsity 0.9999999 would leave 0"):
+        dynamic_method.main([*options(image_folder, tmp_path / "other"), "--sparsity", "0.9999999"])
 
 
 def test_the_readme_shows_this_code():

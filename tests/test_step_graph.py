@@ -44,12 +44,12 @@ class Recorder:
             raise RuntimeError(self.error)
 
     def repeat(self, recording: Recording) -> None:
-        model, watched = self.step.model, bool(recording.weights)
+        model, watched = self.step.model, bool(recording.watched)
         old = [(param, param.grad) for param in model.parameters()]
         recording.result.copy_(self.step.passes(recording.inputs, recording.targets, watched))
         for param, static in recording.grads:
             static.copy_(param.grad)
-        for layer, static in recording.weights.items():
+        for layer, static in recording.watched.items():
             static.copy_(layer.weight.grad)
             refresh_weight(layer)
         for param, before in old:

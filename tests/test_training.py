@@ -226,6 +226,8 @@ def test_epochs_that_may_not_be_kept_are_never_called_the_best(small_cnn, tiny_l
     trainer.run()
     first, second = pipe.getvalue().splitlines()[:2]
     assert "best none yet  " in first and f"best {trainer.history[1]['val_acc']:.2f} %  " in second
+    with pytest.raises(ValueError, match="constrain"):
+        make_trainer(small_cnn, tiny_loaders, hook=FromTheSecondOn(), constrain=lambda optimizer: None)
 
 
 def test_progress_on_a_terminal_is_one_line_in_its_width(small_cnn, tiny_loaders, monkeypatch):

@@ -158,7 +158,7 @@ def magnitude(problem: AllocationProblem, _generator: torch.Generator) -> tuple[
     return tuple(apportion(problem.lacking or problem.capacities, problem.budget, problem.capacities))
 
 
-magnitude.by_reference = True  # others are spared the counting
+magnitude.by_reference = True  # a mask schedule counts only for rules that say so
 
 
 def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int, ...]:

@@ -257,6 +257,8 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
     """Prunes round(exchange * survivors) of every layer, least |w| first; returns how many in each."""
+    if not exchange:
+        return {}
     layers, alive = prunable_layers(model), surviving_by_layer(model)
     counts = {name: round(exchange * number) for name, number in alive.items()}
     largest = top_indices([partial(_by_size, layer) for layer in layers.values()],
@@ -415,13 +417,11 @@ class MaskMover(TrainingHook):
         for name, layer in prunable_layers(self.model).items():
             for key, value in optimizer.state.get(layer.weight_orig, {}).items():
                 if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
-                    value.masked_fill_(returned[name], self._mean_of_stayed(value, layer.weight_mask, returned[name])
-                                       if key == "exp_avg_sq" else 0.0)
-
-    @staticmethod
-    def _mean_of_stayed(value: Tensor, mask: Tensor, returned: Tensor) -> Tensor:
-        stayed = mask.bool() & ~returned
-        return (value * stayed).sum() / stayed.sum().clamp(min=1)
+                    fill = torch.zeros((), device=value.device)
+                    if key == "exp_avg_sq":
+                        stayed = layer.weight_mask.bool() & ~returned[name]
+                        fill = (value * stayed).sum() / stayed.sum().clamp(min=1)
+                    value.masked_fill_(returned[name], fill)
 
     def _stayed(self) -> dict[str, Tensor]:
         """Layer -> bool, True where a weight is active that has come back."""

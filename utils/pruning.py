@@ -143,9 +143,10 @@ def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int
 
 def lacking_weights(model: nn.Module, reference: nn.Module, keep: int) -> dict[str, int]:
     """Layer -> how many weights a pruned model lacks to the `keep` that global magnitude pruning of a reference, of the
-    same architecture, would leave at once; 0 where it has as many or more."""
-    layers = prunable_layers(reference)
-    masks = exact_k_masks([stored_weight(layer).abs() for layer in layers.values()], keep)
+    same architecture, would leave at once (all that it has, if these are fewer); 0 where it has as many or more."""
+    layers, known = prunable_layers(reference), get_masks(reference)
+    magnitudes = [stored_weight(layer).abs() for layer in layers.values()]
+    masks = exact_k_masks(magnitudes, min(keep, count_pruned_params(reference).surviving), list(known.values()))
     alive = surviving_by_layer(model)
     return {name: max(0, count - alive[name])
             for name, count in zip(layers, numbers(mask.count_nonzero() for mask in masks), strict=True)}

@@ -29,13 +29,13 @@ class StepGraph:
     def __init__(self, model: nn.Module, passes: Passes):
         """passes: called as they are on a CPU, in the first steps, and for batches of another size."""
         self.model, self.passes = model, passes
-        self.possible = next(model.parameters()).is_cuda
+        self.possible, self._shape = next(model.parameters()).is_cuda, None
         self.forget()
 
     def forget(self) -> None:
         """Drops what is recorded, and with it the memory that recordings keep to themselves."""
         self.recordings: dict[bool, Recording] = {}  # by whether they are watched
-        self._shape, self._warm, self._places = None, 0, []
+        self._warm, self._places = 0, []
 
     def __call__(self, inputs: Tensor, targets: Tensor, watched: bool = False) -> Tensor:
         """The result for a batch; it holds until the next call."""
@@ -76,7 +76,7 @@ class Recording:
         with torch.cuda.graph(self.graph):
             self.result = passes(self.inputs, self.targets, watched)
         self.grads = [(param, param.grad) for param in model.parameters() if param.grad is not None]
-        self.weights = {layer: layer.weight.grad for layer in prunable_layers(model).values()
+        self.watched = {layer: layer.weight.grad for layer in prunable_layers(model).values()
                         if not layer.weight.is_leaf and layer.weight.retains_grad} if watched else {}
         self._forget_history(model)
 
@@ -93,6 +93,6 @@ class Recording:
         self.graph.replay()
         for param, grad in self.grads:  # after a batch of another size these are others
             param.grad = grad
-        for layer, grad in self.weights.items():
+        for layer, grad in self.watched.items():
             layer.weight.grad = grad
         return self.result

@@ -266,7 +266,8 @@ class TrainingHook:
     `on_step` may change weights and masks in place; after a change of masks it calls `trainer.hold_pruned()`. What it
     must know to go on after an interruption is its `state_dict` (tensors and plain containers). It sets `watching`
     for a step after which `layer.weight.grad` is to have the gradient of the masked weight, where it is pruned too.
-    Hooks of modules do not run in every step: on a GPU a step is repeated without Python (`utils.step_graph`).
+    On a GPU a step is repeated without Python (`utils.step_graph`): hooks of modules do not run then, and the masked
+    `layer.weight` is that of an earlier step.
     """
 
     watching = False
@@ -304,7 +305,10 @@ class Trainer:
                  constrain: Callable[[torch.optim.Optimizer], Any] | None = None, hook: TrainingHook | None = None):
         """params: optimizer parameter groups (default: all parameters); passes_before: the order of the images is that
         after so many epochs with this seed; constrain: called with the optimizer to register step hooks (default: hold
-        pruned weights); hook: a method that acts while the model trains."""
+        pruned weights); hook: a method that acts while the model trains. ValueError for a hook beside `constrain`,
+        since what is held changes with the masks."""
+        if hook and constrain:
+            raise ValueError("a hook that moves masks goes with the default `constrain` only")
         self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
         self.train_loader = train.with_batch_size(recipe.batch_size).with_padding(recipe.padding)
         self.train_loader.reseed(derive_seed(seed, "train"))
