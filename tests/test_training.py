@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import REPOSITORY
-from utils.analysis_utils import clone_model, get_masks, set_masks
+from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import PRECISIONS, RunFailed, autocast, has_native_bf16, resolve_precision
 from utils.data_loader import BatchLoader
 from utils.model_loader import load_model_state, model_loader
+from utils.pruning import prune_to
 from utils.training import (
     OPTIMIZERS,
     PRETRAIN,
@@ -228,6 +230,24 @@ def test_epochs_that_may_not_be_kept_are_never_called_the_best(small_cnn, tiny_l
     assert "best none yet  " in first and f"best {trainer.history[1]['val_acc']:.2f} %  " in second
     with pytest.raises(ValueError, match="constrain"):
         make_trainer(small_cnn, tiny_loaders, hook=FromTheSecondOn(), constrain=lambda optimizer: None)
+
+
+def test_a_hook_that_watches_finds_the_gradient_of_the_masked_weight_where_it_is_pruned(small_cnn, tiny_loaders):
+    class Watching(TrainingHook):
+        seen: ClassVar[list[tuple[bool, bool]]] = []
+
+        def before_step(self, trainer: Trainer) -> None:
+            self.watching = trainer.step % 2 == 1
+
+        def on_step(self, trainer: Trainer) -> None:
+            layer = next(iter(prunable_layers(trainer.model).values()))
+            grad = layer.weight.grad if layer.weight.retains_grad else None
+            self.seen.append((self.watching, grad is not None and bool((grad[layer.weight_mask == 0] != 0).any())))
+
+    prune_to(small_cnn, 200, "magnitude")
+    make_trainer(small_cnn, tiny_loaders, hook=Watching()).run(show=False)
+    assert {watching for watching, _ in Watching.seen} == {True, False}
+    assert all(watching == found for watching, found in Watching.seen)
 
 
 def test_progress_on_a_terminal_is_one_line_in_its_width(small_cnn, tiny_loaders, monkeypatch):

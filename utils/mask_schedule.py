@@ -261,18 +261,15 @@ def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
         return {}
     layers, alive = prunable_layers(model), surviving_by_layer(model)
     counts = {name: round(exchange * number) for name, number in alive.items()}
-    largest = top_indices([partial(_by_size, layer) for layer in layers.values()],
-                          [alive[name] - count for name, count in counts.items()], next(model.parameters()).device)
+    by_size = [lambda layer=layer: Ranking(layer.weight_orig.abs(), layer.weight_mask == 0)
+               for layer in layers.values()]
+    largest = top_indices(by_size, [alive[name] - count for name, count in counts.items()],
+                          next(model.parameters()).device)
     masks = {name: torch.zeros_like(layer.weight_mask, dtype=torch.bool) for name, layer in layers.items()}
     for mask, indices in zip(masks.values(), largest, strict=True):
         Positions(indices).write(mask, True)
     set_masks(model, masks)
     return {name: count for name, count in counts.items() if count}
-
-
-def _by_size(layer: nn.Module) -> Ranking:
-    """The survivors by |w|."""
-    return Ranking(layer.weight_orig.abs(), layer.weight_mask == 0)
 
 
 def _allocate(model: nn.Module, budget: int, plan: MaskPlan, evidence: Evidence, seed: int,
