@@ -18,6 +18,7 @@ from typing import Any
 from utils import benchmark, checkpoint, plots
 from utils.common import UserError, peak_memory_mb
 from utils.run import ArgumentParser, environment, script
+from utils.stage import hold_folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark.stage2_arguments(args)  # raises on sparsities that do not go together
     earlier = load_timings(args.compare) if args.compare else None
     folder = args.save_dir or args.root / "benchmark" / args.m_name
-    checkpoint.ensure_writable(folder, "--save_dir")
+    lock = hold_folder(folder, "--save_dir")
     partial = folder / "episodes.partial.csv"
     with tempfile.TemporaryDirectory() as temporary:
         run = benchmark.open_benchmark(args, Path(temporary))
+        run.held.add(lock)
         seconds, episodes = benchmark.time_episodes(run, args, warmups=1, log=partial)
         repeats = min(args.num_runs, 5)
         comparisons = [benchmark.update_row(name, episode, run.device, repeats) for name, episode in episodes.items()]

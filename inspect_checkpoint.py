@@ -27,19 +27,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the description as one JSON object")
     parser.add_argument("--finetune", action="store_true", help="train from the artifact; the options below say how")
     export.add_options(parser)
-    only_finetuning = finetuning.add_options(parser)
+    defaults = finetuning.add_options(parser)
     args = parser.parse_args(argv)
     export.check_options(args)
-    finetuning.check_options(args, only_finetuning)
+    finetuning.check_options(args, defaults)
     return args
 
 
 def report(card: Mapping[str, Any], folder: Path) -> None:
     """Accuracies before and after, by the run card of what was finetuned, and where its files are."""
     if card:
+        before, how = "", "no run card says how it was made"
+        if "val_acc_before" in card:
+            before = f"{card['val_acc_before']:.2f} % -> "
+            how = f"best of {card['epochs']} epochs: {card['best_epoch']}"
         test = f", test {card['test_acc']:.2f} %" if "test_acc" in card else ""
-        print(f"after finetuning: sparsity {card['sparsity']:.5g}, validation {card['val_acc_before']:.2f} % -> "
-              f"{card['val_acc']:.2f} %{test} (best of {card['epochs']} epochs: {card['best_epoch']})")
+        print(f"after finetuning: sparsity {card['sparsity']:.5g}, validation {before}{card['val_acc']:.2f} %{test} "
+              f"({how})")
     print(f"model, card and training log: {folder}")
 
 

@@ -37,15 +37,16 @@ class Swap(TrainingHook):
         """Exchanges weights in every layer, if it is time."""
         if trainer.step % self.every or trainer.step > 0.75 * trainer.total_steps:
             return
+        returned = {}
         for name, layer in prunable_layers(trainer.model).items():
             weight, active = layer.weight_orig.data, layer.weight_mask.bool()
             moved = min(round(self.share * int(active.sum())), int((~active).sum()))
             kept = exact_k_mask(weight.abs(), int(active.sum()) - moved, active)
             draws = torch.rand(weight.shape, generator=generator(self.seed, name, trainer.step)).to(weight.device)
-            new = exact_k_mask(draws, moved, ~active)
+            new = returned[name] = exact_k_mask(draws, moved, ~active)
             weight[new] = 0.0
             layer.weight_mask.copy_(kept | new)
-        trainer.hold_pruned()  # what is pruned now stays where it is
+        trainer.hold_pruned(returned)  # what is pruned now stays where it is; what returned has no momentum
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

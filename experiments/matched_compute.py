@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from experiments.rows import make_rows  # noqa: E402
+from experiments.rows import make_rows, trained  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError, epoch_count  # noqa: E402
@@ -72,6 +72,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         f"layer, global, {', '.join(ALLOCATORS)}. Or allocation+selection[+values]: rl or a rule of "
                         f"these; {', '.join(INITIALISERS)}, where values left out are zero for saliency, else "
                         "reference, the dense weights. The control always runs")
+    parser.add_argument("--against", type=arm_name, default=CONTROL, metavar="ARM",
+                        help="arm that verdicts compare the others with; it runs, too")
     parser.add_argument("--sparsity", "--target_sparsity", type=fraction, nargs="+", default=[0.97],
                         help="sparsities that every arm ends at")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99,
@@ -90,7 +92,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="epochs of an episode of a search, as of the stage-2 scripts")
     parser.add_argument("--save_dir", type=Path, help="default: matched_compute/{m_name} under --root")
     args = parser.parse_args(argv)
-    args.arms, args.sparsity = [CONTROL, *(arm for arm in ARMS[1:] if arm in args.arms)], sorted(set(args.sparsity))
+    args.arms = [CONTROL, *(arm for arm in ARMS[1:] if arm in {*args.arms, args.against})]
+    args.sparsity = sorted(set(args.sparsity))
     once = [arm for arm in args.arms if arm in REGROWN]
     if once and min(args.sparsity) >= args.start_sparsity:
         raise UserError(f"{once[0]} makes a model denser, and --sparsity {min(args.sparsity)} is not below "
@@ -121,48 +124,47 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs))
 
 
-def regrown_model(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int
-                  ) -> tuple[Outcome, dict[str, Any]]:
-    """The model that an arm which regrows once ends with, and the run card of the one that it starts from."""
+def regrown_models(run: Run, args: argparse.Namespace, arm: str, sparsity: float, before: int) -> list[Outcome]:
+    """The model that an arm which regrows once starts from, and the one that it ends with."""
     allocation, selection, values = REGROWN[arm]
     published = (selection, values) == ("reference", "reference")
     start = pruned_model(run, args, args.start_sparsity, before)
     options = regrowth_arguments(
-        "reference" if published else "saliency", m_name=args.m_name, allocation=allocation,
+        "reference" if published else "saliency", m_name=args.m_name, recipe=args.recipe, allocation=allocation,
         start_sparsity=args.start_sparsity, starting_checkpoint=str(start.artifact), target_sparsity=sparsity,
         search_budget=args.search_budget, mini_finetune_epochs=args.mini_finetune_epochs, root=run.root,
         save_dir=run.root / f"{arm}_{checkpoint.format_sparsity(sparsity)}",
         selection=selection, init_strategy=values)
     recipe = finetuning(args, args.finetune_epochs - before)
     options.finetuning = replace(recipe, patience=recipe.epochs + 1)
-    return stage2.regrow(run, options, passes=before)[-1], start.card
+    return stage2.regrow(run, options, passes=before)
 
 
 def measure(run: Run, args: argparse.Namespace, arm: str, sparsity: float) -> dict[str, Any]:
     """A row of the table: one arm with the run's seed; seconds are those of training after pretraining."""
-    before = {"epochs": 0, "seconds": 0.0}
     if arm in REGROWN:
-        outcome, before = regrown_model(run, args, arm, sparsity, round(args.before_share * args.finetune_epochs))
+        models = regrown_models(run, args, arm, sparsity, round(args.before_share * args.finetune_epochs))
     else:
-        outcome = pruned_model(run, args, sparsity, args.finetune_epochs, arm)
-    stage1.read_test(run, [outcome])
-    card = outcome.card
+        models = [pruned_model(run, args, sparsity, args.finetune_epochs, arm)]
+    training, card = trained(models), models[-1].card
+    stage1.read_test(run, models[-1:])
     return {"arm": arm, "target": sparsity, "seed": run.seed, "sparsity": card["sparsity"],
             "surviving": card["surviving"], "val_acc": card["val_acc"], "test_acc": card["test_acc"],
-            "epochs": before["epochs"] + card["epochs"], "search_epochs": card.get("search_epochs", 0),
-            "seconds": before["seconds"] + card["seconds"], "dataset": run.data_label}
+            "epochs": training["epochs"], "search_epochs": card.get("search_epochs", 0),
+            "seconds": training["seconds"], "dataset": run.data_label}
 
 
-def report(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
+def report(rows: Sequence[dict[str, Any]], against: str, folder: Path, title: str) -> None:
     """Verdicts as a table, a figure for each sparsity, and a line for each arm."""
-    results = compare_arms(rows, CONTROL, ARMS)
+    results = compare_arms(rows, against, ARMS)
+    stem, named = ("verdicts", "one-shot pruning") if against == CONTROL else (f"verdicts_against_{against}", against)
     if results:
-        checkpoint.save_csv(results, folder / "verdicts.csv")
+        checkpoint.save_csv(results, folder / f"{stem}.csv")
     for target in sorted({row["target"] for row in results}):
         own = [row for row in results if row["target"] == target]
-        plots.plot_differences(own, folder / f"verdicts_{target}.png", f"{title}, sparsity {target}")
+        plots.plot_differences(own, folder / f"{stem}_{target}.png", f"{title}, sparsity {target}", named)
         for row in own:
-            print(f"{target} {row['arm']:<24} {row['mean']:+6.2f} points against one-shot: {row['verdict']}" + (
+            print(f"{target} {row['arm']:<24} {row['mean']:+6.2f} points against {against}: {row['verdict']}" + (
                 f" at {row['pairs']} seeds [{row['t_low']:+.2f}, {row['t_high']:+.2f}] (p {row['p']:.3f}, Holm "
                 f"{row['p_holm']:.3f}; smallest effect that would have shown: {row['detectable']:.2f})"
                 if row["pairs"] > 1 else ""))
@@ -173,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     folder = args.save_dir or args.root / "matched_compute" / args.m_name
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-              if key not in ("arms", "sparsity", "num_seeds", "save_dir", "root", "resume", "overwrite", "data_dir",
-                             "device")}  # the rest decides what a row holds
+              if key not in ("arms", "against", "sparsity", "seed", "num_seeds", "save_dir", "root", "resume",
+                             "overwrite", "data_dir", "device")}  # the rest decides what a row holds
     config["schedules"] = {name: plan_fields(name) for name in MASK_SCHEDULES}  # so do their defaults
     keys = [(arm, sparsity, seed) for seed in range(args.seed, args.seed + args.num_seeds) for sparsity in args.sparsity
             for arm in args.arms if arm not in REGROWN or sparsity < args.start_sparsity]
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                      else dense_model(run, args), lambda run, *key: measure(run, args, *key))
     if not rows:  # the leader has them
         return
-    report(rows, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")
+    report(rows, args.against, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")
     print(f"runs, verdicts and figures: {folder}")
 
 

@@ -8,6 +8,7 @@ is read. Interrupted, it goes on after the last row with --resume.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,16 +18,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
+from utils import checkpoint, stage1  # noqa: E402, I001  first: it says which packages are missing
+
 import torch  # noqa: E402
 
-from utils import checkpoint, stage1  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
-from utils.common import UserError, count, fraction, not_negative, positive_float, positive_int  # noqa: E402
+from utils.common import (  # noqa: E402
+    UserError,
+    count,
+    fraction,
+    not_negative,
+    positive_float,
+    positive_int,
+    resolve_precision,
+)
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
 from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
-from utils.run import Run, open_run, run_parser, script  # noqa: E402
+from utils.run import Run, open_run, resolve_device, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
-from utils.stage1 import PruneStep  # noqa: E402
+from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.training import (  # noqa: E402
     OPTIMIZERS,
     RECIPES,
@@ -119,16 +129,29 @@ class WeightAverage:
         return accuracy_with_new_statistics(self.model, trainer.train_loader, trainer.val, trainer.precision)
 
 
-def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
+def start_of(run: Run, table: ResumableTable, known: dict[str, str]) -> Outcome:
+    """The dense model that the finetunings of the run's seed start from. UserError where earlier rows had another.
+
+    known: seed -> digest, of the table's card; this model's goes into it.
+    """
+    dense = stage1.load_outcome(run, checkpoint.dense_path(run.root, run.m_name))
+    if known.setdefault(str(run.seed), dense.digest) != dense.digest:
+        raise UserError(f"{table.path} has rows of seed {run.seed} that start from another dense model than "
+                        f"{dense.artifact}. Use --save_dir for another place, or --overwrite to redo it")
+    return dense
+
+
+def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, Any]:
     """Trains one model and returns what came out: best and last validation accuracy (%), surviving weights and how many
-    of them had been pruned on the way ('' where the mask does not move), seconds."""
+    of them had been pruned on the way ('' where the mask does not move), seconds. dense: what a finetuning starts from.
+    """
     sparsity, pruner, mask_schedule = asked["sparsity"], asked["pruner"], asked["mask_schedule"]
     recipe = Recipe(**{name: asked[name] for name in RECIPE})
     seed, hook = run.derive_seed("pretrain"), None
     if not sparsity:
         model = run.new_model()
     else:
-        model = clone_model(stage1.load_outcome(run, checkpoint.dense_path(run.root, run.m_name)).model)
+        model = clone_model(dense.model)
         seed, step = stage1.finetuning_seed(run), PruneStep(pruner, "one-shot", 1, sparsity)
         if mask_schedule == "fixed":
             prune_to(model, round((1.0 - sparsity) * count_pruned_params(model).total), pruner)
@@ -141,23 +164,26 @@ def train(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     result = trainer.run(f"{recipe.optimizer} {recipe.lr:g}, {mask_schedule} {sparsity:g}")
     return {"val_acc": average.accuracy() if average else result.accuracy,
             "last_val_acc": trainer.history[-1]["val_acc"], "surviving": count_pruned_params(model).surviving,
-            "came_back": hook.history[-1]["came_back"] if hook else "",
-            "seconds": trainer.seconds, "dataset": run.data_label}
+            "came_back": hook.came_back if hook else "", "seconds": trainer.seconds, "dataset": run.data_label}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, combination by combination, and prints the best of each sparsity and length."""
     args = parse_args(argv)
     folder, first, root = args.save_dir or args.root / "recipe_sweep" / args.m_name, args.seed, args.root
-    config = {name: getattr(args, name) for name in ("m_name", "dataset", "image_size", "val_split", "precision")}
+    config = {name: getattr(args, name) for name in ("m_name", "dataset", "image_size", "val_split")}
+    config["precision"] = resolve_precision(args.precision, resolve_device(args.device))
     table = ResumableTable(folder / "sweep.csv", (*KEYS, "seed"), config, resume=args.resume, overwrite=args.overwrite)
+    card = table.path.with_suffix(".json")
+    known = json.loads(card.read_bytes()).get("dense", {}) if table.rows else {}
     for seed in range(first, first + args.num_seeds):
         args.seed, args.root = seed, root if seed == first == 0 else root / f"seed_{seed}"
         run = open_run(args)
         table.check_data(run.data_label)
-        for asked in combinations(args):
-            if not table.has(*asked.values(), seed):
-                table.add({**asked, "seed": seed, **train(run, asked)}, run.card())
+        missing = [asked for asked in combinations(args) if not table.has(*asked.values(), seed)]
+        dense = start_of(run, table, known) if any(asked["sparsity"] for asked in missing) else None
+        for asked in missing:
+            table.add({**asked, "seed": seed, **train(run, asked, dense)}, run.card(dense=known))
     for row in sorted(table.rows, key=lambda row: (row["sparsity"], row["epochs"], -row["val_acc"])):
         told = ", ".join(f"{name} {row[name]}" for name in KEYS[1:] if row[name] != "" and name != "epochs")
         print(f"{row['sparsity']:<6} {row['epochs']:>3} epochs {row['val_acc']:6.2f} % validation  seed {row['seed']}, "

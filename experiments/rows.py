@@ -7,11 +7,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoint import card_path
+from utils.common import UserError, resolve_precision
 from utils.distributed import world
-from utils.run import Run, open_run
+from utils.run import Run, open_run, resolve_device
 from utils.stage import ResumableTable
+from utils.stage1 import Outcome
 
 Row = dict[str, Any]
+
+
+def trained(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Epochs and seconds of the trainings since the dense model, of the models that these made one after the other.
+
+    UserError where a run card that says so is lost.
+    """
+    for outcome in outcomes:
+        if outcome.card.get("epochs", "") == "":
+            raise UserError(f"{outcome.artifact} has no run card that says how long it was trained. Restore "
+                            f"{card_path(outcome.artifact).name} beside it, or remove the model to have it made again")
+    return {name: sum(outcome.card[name] for outcome in outcomes) for name in ("epochs", "seconds")}
 
 
 def make_rows(args: argparse.Namespace, folder: Path, config: Mapping[str, Any], keys: Sequence[str],
@@ -24,7 +39,7 @@ def make_rows(args: argparse.Namespace, folder: Path, config: Mapping[str, Any],
 
     Args:
         args: `resume`, `overwrite` and the options of `open_run`.
-        config: what rows depend on, for `ResumableTable`.
+        config: what rows depend on, for `ResumableTable`; the precision is added as it comes out on this machine.
         keys: names of the columns that tell rows apart, 'seed' last.
         groups: keys of rows; one process makes those of a group, in their order.
         prepare: called with the run of a seed, makes what its rows begin with.
@@ -56,6 +71,7 @@ def make_rows(args: argparse.Namespace, folder: Path, config: Mapping[str, Any],
         processes.serve(common)
         processes.serve(group_rows)
         return []
+    config = {**config, "precision": resolve_precision(args.precision, resolve_device(args.device))}
     table = ResumableTable(folder / "runs.csv", keys, config, resume=args.resume, overwrite=args.overwrite)
     missing = [left for group in groups if (left := [key for key in group if not table.has(*key)])]
     seeds, made = sorted({group[0][-1] for group in missing}), {}

@@ -18,14 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
 from utils import stage2  # noqa: E402
-from utils.allocation import ALLOCATORS  # noqa: E402
+from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
 from utils.common import UserError, count, fraction, generator, positive_float, positive_int  # noqa: E402
 from utils.controller import WARM_START, RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.run import DATA_OPTIONS, Run, open_run, run_parser, script  # noqa: E402
-from utils.stage import ResumableTable  # noqa: E402
+from utils.stage import ResumableTable, check_same_files  # noqa: E402
 from utils.statistics import paired_difference  # noqa: E402
 from utils.training import FINETUNE_FINAL  # noqa: E402
 
@@ -122,15 +122,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_run(args)
     run = replace(run, train=run.train.part(args.num_images))  # validation, which models have had already, stays whole
     step = first_step(run, args)
+    config = {**run.identity(), "num_images": args.num_images, "start": step.start.digest, "budget": step.budget,
+              "recipe": step.args.finetuning.as_dict(), "search": asdict(step.args.search)}
+    check_same_files(world(), config)
     if not world().leads:
+        step.problem = AllocationProblem(**world().share())  # its layers in the leader's order
         world().serve(step.reward)  # the rounds of the search
         world().serve(step.reward)  # and what is trained again
         return
     folder = args.save_dir or run.root / "search_or_rule" / args.m_name
-    config = {**run.identity(), "num_images": args.num_images, "start": step.start.digest, "budget": step.budget,
-              "recipe": step.args.finetuning.as_dict(), "search": asdict(step.args.search)}
     table = ResumableTable(folder / "runs.csv", ("allocation", "repeat"), config, resume=args.resume,
                            overwrite=args.overwrite)
+    world().share(asdict(step.problem))
     search = run_search(step, folder, config)
     world().share()
     train_again(step, table, contenders(search, args.rules), args.repeats)

@@ -15,15 +15,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from utils import plots, stage2  # noqa: E402
+from utils import plots, stage2  # noqa: E402, I001  first: it says which packages are missing
+
+import numpy as np  # noqa: E402
+
 from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
 from utils.common import RunFailed, UserError, epoch_count, fraction, generator, positive_int  # noqa: E402
@@ -31,6 +33,7 @@ from utils.controller import RegrowthPolicyGradient, SearchConfig  # noqa: E402
 from utils.distributed import World, world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.run import DATA_OPTIONS, open_run, run_parser, script  # noqa: E402
+from utils.stage import check_same_files  # noqa: E402
 
 IDLE = 0.2  # the largest share that is acceptable
 RUNGS = (1, 3, 9)
@@ -63,9 +66,12 @@ def measure_round(args: argparse.Namespace) -> None:
     step = stage2.first_step(run, regrowth_arguments(
         "reference", m_name=args.m_name, **{name: getattr(args, name) for name in DATA_OPTIONS},
         root=args.root, target_sparsity=args.target_sparsity, ssim_batches=1))
+    check_same_files(processes, {**run.identity(), "start": step.start.digest, "budget": step.budget})
     if not processes.leads:
+        step.problem = AllocationProblem(**processes.share())  # its layers in the leader's order
         processes.serve(step.reward)
         return
+    processes.share(asdict(step.problem))
     draws, trials = generator(run.seed, "scaling"), []
     jobs = [(ALLOCATORS["random"](step.problem, draws), run.seed, epochs)
             for epochs in sorted(args.mini_finetune_epochs, reverse=True) for _ in range(args.trials)]

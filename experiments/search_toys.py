@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from utils.agent import ActionSpace, Rollout  # noqa: E402
+from utils.agent import ActionSpace, Rollout  # noqa: E402, I001  first: it says which packages are missing
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
 from utils.checkpoint import save_csv, save_json  # noqa: E402
 from utils.common import count, positive_int  # noqa: E402

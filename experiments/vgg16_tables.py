@@ -3,7 +3,8 @@
 regrowth from 0.99 to 0.98 .. 0.95. Prints ours beside the published figure with the difference.
 
 Ours chooses on validation, never augments it, and hits sparsities exactly; the published figures were chosen on the
-test set. The published rows are VGG16's; for another --m_name their columns stay empty. Rows are kept as they finish.
+test set. The published rows are VGG16's; for another --m_name their columns stay empty. Models are kept as they finish,
+and so are rows; those of setting A are entered together, seed by seed.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
-from experiments.rows import make_rows  # noqa: E402
+from experiments.rows import make_rows, trained  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
 from utils.common import UserError  # noqa: E402
@@ -69,36 +70,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search_budget", type=count, default=60, help="epochs of a search; 0: no limit")
     parser.add_argument("--save_dir", type=Path, help="default: vgg16_tables/{m_name} under --root")
     args = parser.parse_args(argv)
+    if args.allocation != "rl" and args.search_budget != parser.get_default("search_budget"):
+        raise UserError(f"--search_budget is for the search, which --allocation {args.allocation} does without; leave "
+                        "it out, or take --allocation rl")
     args.entries, args.seeds = chosen_entries(args.rows), sorted(set(args.seeds))
     return args
 
 
-# --- one row -------------------------------------------------------------------------------------------------------
+# --- one row: the models on the way to its own, which is the last ---------------------------------------------------
 
 
-def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
+def one_shot(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> list[Outcome]:
     """Setting B: the dense model pruned at once and finetuned."""
     recipe = replace(FINETUNE_ONE_SHOT, epochs=args.finetune_epochs, lr=args.finetune_lr)
     step = PruneStep("magnitude", "one-shot", 1, sparsity)
-    return stage1.prune_and_finetune(run, dense, step, recipe)
+    return [stage1.prune_and_finetune(run, dense, step, recipe)]
 
 
-def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
+def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> list[Outcome]:
     """Setting A: the iteration that ends at this sparsity, and those before it."""
     steps = stage1.iterative_steps("magnitude", AMOUNT, 1, len(PUBLISHED["A"]))
     last = min(steps, key=lambda step: abs(step.sparsity - sparsity))
     recipe = replace(FINETUNE_ITERATIVE, epochs=args.iterative_epochs, lr=args.finetune_lr)
-    return stage1.prune_steps(run, dense, steps[:last.iteration], recipe)[-1]
+    return stage1.prune_steps(run, dense, steps[:last.iteration], recipe)
 
 
-def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> Outcome:
+def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> list[Outcome]:
     """Regrowth from the one-shot 0.99 model."""
     options = regrowth_arguments(
         args.method, m_name=args.m_name, allocation=args.allocation,
         start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
         finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
         save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}")
-    return stage2.regrow(run, options)[-1]
+    return stage2.regrow(run, options)
 
 
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
@@ -114,14 +118,15 @@ def prepare(run: Run, args: argparse.Namespace) -> Outcome:
 
 
 def measure(run: Run, args: argparse.Namespace, entry: str) -> dict[str, Any]:
-    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy."""
+    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy; epochs and seconds are since
+    the dense model."""
     setting, sparsity = ENTRIES[entry]
-    outcome = SETTINGS[setting](run, args, prepare(run, args), sparsity)
-    stage1.read_test(run, [outcome])
-    card = outcome.card
+    models = SETTINGS[setting](run, args, prepare(run, args), sparsity)
+    training, card = trained(models), models[-1].card
+    stage1.read_test(run, models[-1:])
     return {"row": entry, "seed": run.seed, "sparsity": card["sparsity"], "surviving": card["surviving"],
-            "val_acc": card["val_acc"], "test_acc": card["test_acc"], "epochs": card["epochs"],
-            "search_epochs": card.get("search_epochs", 0), "seconds": card["seconds"], "dataset": run.data_label}
+            "val_acc": card["val_acc"], "test_acc": card["test_acc"], "epochs": training["epochs"],
+            "search_epochs": card.get("search_epochs", 0), "seconds": training["seconds"], "dataset": run.data_label}
 
 
 # --- beside the published figures ---------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.save_dir or args.root / "vgg16_tables" / args.m_name
     config = {key: getattr(args, key) for key in ("m_name", "max_epochs", "lr", "iterative_epochs", "finetune_epochs",
                                                   "finetune_lr", "method", "allocation", "search_budget", "dataset",
-                                                  "val_split", "precision")}
+                                                  "val_split")}
     chained = [entry for entry in args.entries if ENTRIES[entry][0] == "A"]  # each from the iteration before
     alone = [[entry] for entry in args.entries if entry not in chained]
     groups = [[(entry, seed) for entry in group] for seed in args.seeds for group in (chained, *alone) if group]

@@ -68,7 +68,7 @@ def dense_settings(run: Run, args: argparse.Namespace, recipe: Recipe) -> tuple[
         return recipe, False
     given, card = recipe_changes(args), checkpoint.read_card(artifact)
     made = (card or {}).get("config", {}).get("recipe", {})
-    return Recipe(**{**recipe.as_dict(), **made, **given}), not (card or given)
+    return Recipe(**{**(made or recipe.as_dict()), **given}), not (card or given)  # a card leaves out what is usual
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,9 @@
 """The straightforward versions give the same answers as ours: only then is their speed a fair comparison."""
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -100,3 +103,13 @@ def test_results_of_several_roots_are_gathered(tmp_path, run_script):
     assert (tmp_path / "out/bidirectional.png").stat().st_size > 1000
     missing = run_here("experiments/collect_results.py", "--m_name", "vgg16", "--roots", tmp_path)
     assert missing.returncode == 2 and "run main.py first" in missing.stderr
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_the_unit_of_the_system_and_0_where_that_does_not_say(platform, unit, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    assert peak_memory_mb(CPU) == 300
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_memory_mb(CPU) == 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import REPOSITORY
 from utils import checkpoint
 from utils.common import RunFailed, UserError
 from utils.run import ArgumentParser
@@ -76,6 +77,19 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_runs(tmp_path):
             checkpoint.load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value)
     assert not witness.exists()
+
+
+def test_no_pytorch_is_installed_that_runs_what_is_in_a_crafted_file():
+    """`weights_only` does so before 2.6 (CVE-2025-32434)."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    floors = dict(line.split(">=") for line in lines)
+    assert [int(floors[name].split(".")[1]) for name in ("torch", "torchvision")] == [6, 21]
+    assert floors["torch"].startswith("2.") and floors["torchvision"].startswith("0.")
+
+
+def test_bytes_load(tmp_path):
+    torch.save({"b": b"\xff\x00"}, tmp_path / "a.pth")
+    assert checkpoint.load_checkpoint(tmp_path / "a.pth") == {"b": b"\xff\x00"}
 
 
 def test_missing_truncated_and_foreign_files_are_one_line_errors(tmp_path):
@@ -166,8 +180,9 @@ def test_a_card_counts_only_for_the_very_bytes_it_describes(tmp_path):
     assert checkpoint.read_card(artifact)["x"] == 1
     checkpoint.save_checkpoint({"a": 2}, artifact)
     assert checkpoint.read_card(artifact) is None
-    checkpoint.card_path(artifact).write_text("{not json")
-    assert checkpoint.read_card(artifact) is None
+    for damaged in ("{not json", '{"config": ' + "[" * 100_000):
+        checkpoint.card_path(artifact).write_text(damaged)
+        assert checkpoint.read_card(artifact) is None
 
 
 def test_csv_and_json(tmp_path):

@@ -143,6 +143,57 @@ def test_a_dead_branch_becomes_a_vector():
     assert largest_difference(model, result.network, images()) < BAR
 
 
+class Gated(nn.Module):
+    """Maps that no weight joins to the image, times a gate of one pixel that depends on it, under a padded filter."""
+
+    def __init__(self, groups: int, gate_first: bool):
+        super().__init__()
+        self.stem, self.branch, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.gate, self.after = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        self.gate_first = gate_first
+
+    def forward(self, x):
+        x = self.stem(x)
+        x, gate = F.silu(self.norm(self.branch(x))), self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        return self.after(gate * x if self.gate_first else x * gate).mean((2, 3))
+
+
+@pytest.mark.parametrize("traced", [32, 1])  # in an image of one pixel, maps look like gates
+@pytest.mark.parametrize("gate", ["varies", "constant"])
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize("groups", [8, 4, 1])
+def test_a_constant_under_a_gate_keeps_the_size_of_its_map(groups, gate_first, gate, traced):
+    torch.manual_seed(0)
+    model = Gated(groups, gate_first)
+    with torch.no_grad():
+        model.stem.weight *= 9
+    set_masks(model, {name: torch.zeros(8, 8, 3, 3) if name == "branch" else
+                      torch.full_like(layer.weight, name != "gate" or gate == "varies")
+                      for name, layer in prunable_layers(model).items()})
+    unsettle(model.double())
+    result = compact(model, traced)
+    for side in (1, 8, 32):
+        assert largest_difference(model, result.network, images(4, side, torch.float64)) < 1e-12
+    assert (dependence(model, images(4, 8, torch.float64)) > 1e-3) == (gate == "varies")
+
+
+def test_a_constant_beside_a_map_is_still_a_vector():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.gate = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid() * x).mean((2, 3))
+
+    model = Scaled()
+    set_masks(model, {"stem": torch.ones(4, 3, 1, 1), "gate": torch.zeros(4, 4, 1, 1)})
+    result = compact(model)
+    assert [step["kind"] for step in result.steps] == ["input", "conv", "constant", "mul", "mean", "output"]
+    assert largest_difference(model, result.network, images()) < BAR
+
+
 def random_blocks(seed: int) -> nn.Module:
     """A network with everything in it: residual, concatenation, slices, shuffle, depthwise, gates, grouped, pools."""
     class Blocks(nn.Module):

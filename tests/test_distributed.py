@@ -192,8 +192,11 @@ def test_a_restart_goes_on_but_not_after_an_error_of_the_users(tmp_path, monkeyp
     assert not distributed.restarted() and parser.parse_args(["--overwrite"]).overwrite
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert distributed.restarted()
-    again = parser.parse_args(["--overwrite"])
-    assert again.resume and not again.overwrite and plain.parse_args([]) is not None
+    os.utime(tmp_path / "attempt_0", (1000.5, 1000.5))
+    for words in (["--overwrite"], ["--overwrite=1970-01-01T00:16:40+00:00"]):  # as from the first attempt on
+        again = parser.parse_args(words)
+        assert again.resume and again.overwrite == 1000 and plain.parse_args([]) is not None
+    assert parser.parse_args([]).overwrite is False and parser.parse_args([]).resume
     distributed.keep_error("the file exists")  # of the attempt before
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1/0/error.json"))
     assert not distributed.restarted()
@@ -218,8 +221,9 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     for count in ("1", "4"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
         distributed.use_own_part(torch.device("cuda"))
-        distributed.use_own_part(torch.device("cuda:2"))  # as the user says
-    assert chosen == [3]
+        distributed.use_own_part(torch.device("cuda:2"))  # as the user says, alone too
+    distributed.use_own_part(torch.device("cpu", 0))
+    assert chosen == [torch.device("cuda:2"), 3, torch.device("cuda:2")]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match="8 processes on a machine with 4 GPUs"):
         distributed.use_own_part(torch.device("cuda"))

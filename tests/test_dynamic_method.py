@@ -1,6 +1,7 @@
 """The example of a dynamic method: what it swaps, and that the README shows the code that runs."""
 from __future__ import annotations
 
+import copy
 import inspect
 from types import SimpleNamespace
 
@@ -10,9 +11,13 @@ from torch import nn
 
 from experiments import dynamic_method
 from tests.conftest import REPOSITORY
-from utils.analysis_utils import get_masks, set_masks
+from utils.analysis_utils import clone_model, get_masks, set_masks
 from utils.common import UserError
 from utils.model_loader import model_loader
+from utils.pruning import prune_to
+from utils.training import Recipe, Trainer
+
+RECIPE = Recipe("nesterov", lr=0.05, epochs=4, batch_size=32, weight_decay=5e-4)
 
 
 def options(image_folder, tmp_path) -> list[str]:
@@ -25,12 +30,13 @@ def test_the_smallest_go_and_as_many_others_come_at_zero():
     set_masks(model, {"0": torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]])})
     with torch.no_grad():
         model[0].weight_orig.copy_(torch.tensor([[0.1, 5, 6, 7, 7, 7], [4, -0.2, 3, 7, 7, 7]]))
-    held = []
-    trainer = SimpleNamespace(step=2, total_steps=10, model=model, hold_pruned=lambda: held.append(True))
+    held, before = [], get_masks(model)["0"]
+    trainer = SimpleNamespace(step=2, total_steps=10, model=model, hold_pruned=held.append)
     hook = dynamic_method.Swap(every=2, share=1 / 3, seed=0)
     hook.on_step(trainer)
     mask = get_masks(model)["0"]
-    assert mask[:, :3].tolist() == [[False, True, True], [True, False, True]] and int(mask.sum()) == 6 and held
+    assert mask[:, :3].tolist() == [[False, True, True], [True, False, True]] and int(mask.sum()) == 6
+    assert torch.equal(held[0]["0"], mask & ~before)
     assert model[0].weight_orig[:, 3:][mask[:, 3:]].tolist() == [0.0, 0.0]
     set_masks(model, {"0": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])})
     hook.on_step(trainer)  # a third of 11 would move, and one place is free
@@ -40,6 +46,24 @@ def test_the_smallest_go_and_as_many_others_come_at_zero():
         trainer.step = step
         hook.on_step(trainer)
         assert torch.equal(get_masks(model)["0"], mask)
+
+
+def test_a_resumed_training_ends_in_the_same_weights(small_cnn, tiny_loaders):
+    """Also in the last quarter, where no swap comes to hold what is pruned by then."""
+    prune_to(small_cnn, 200, "magnitude")
+    start, ends = clone_model(small_cnn), []
+    for interrupted in (False, True):
+        model, hook = clone_model(start), dynamic_method.Swap(every=2, share=0.3, seed=0)
+        trainer = Trainer(model, *tiny_loaders[:2], RECIPE, seed=0, hook=hook)
+        if interrupted:
+            states = []
+            trainer.run(show=False, on_epoch=lambda one: states.append(copy.deepcopy(one.state_dict())))
+            model = clone_model(start)
+            trainer = Trainer(model, *tiny_loaders[:2], RECIPE, seed=0, hook=hook)
+            trainer.load_state_dict(states[2])
+        trainer.run(show=False)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_it_trains_to_the_sparsity_and_overwrites_nothing(image_folder, tmp_path, capsys):

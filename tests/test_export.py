@@ -269,6 +269,55 @@ def test_float16_halves_the_weights_and_says_so_in_the_card(start, tmp_path):
         assert torch.equal(one.half().float() if key.endswith("_orig") else one, other), key
 
 
+def test_a_rounded_model_has_no_accuracy_of_the_other_until_it_is_measured(start, tmp_path, monkeypatch):
+    card = json.loads(checkpoint.card_path(start).read_text())
+    checkpoint.save_json({**card, "test_acc": 51.0, "best_epoch": 3}, checkpoint.card_path(start))
+    whole, half = (export_file(start, "sparse", tmp_path / f"{kind}.sparse", "--dtype", kind)
+                   for kind in sparse_file.FLOATS)
+    assert {"val_acc": 50.0, "test_acc": 51.0}.items() <= checkpoint.read_card(whole).items()
+    assert not {"val_acc", "test_acc"} & set(checkpoint.read_card(half)) and checkpoint.read_card(half)["best_epoch"]
+    assert describe(load_artifact(half))["input"]["image_size"] == 32
+    monkeypatch.setattr(stage1, "check_data", lambda *_: None)
+    monkeypatch.setattr(stage1, "evaluate", lambda *_: SimpleNamespace(accuracy=49.0))
+    run = SimpleNamespace(device="cpu", new_model=lambda: model_loader("resnet20", seed=0), precision="fp32", val=None,
+                          test=SimpleNamespace(read_as=lambda _: None))
+    stage1.read_test(run, [stage1.load_outcome(run, path) for path in (whole, half)])
+    assert [checkpoint.read_card(path)["test_acc"] for path in (whole, half)] == [51.0, 49.0]
+
+
+def test_float64_is_rounded_in_a_line_and_never_to_infinity(tmp_path, capsys):
+    state = {key: value.double() if value.is_floating_point() else value
+             for key, value in pruned("resnet20").state_dict().items()}
+    state["conv1.weight_orig"] += 1e-12 * (1 - state["conv1.weight_mask"])  # under the mask, which is not written
+    for number, (change, said) in enumerate([(0.0, ""), (1e-12, "its float64 values are rounded to float32")]):
+        state["linear.bias"] += change
+        torch.save(state, tmp_path / f"{number}.pth")
+        out = export_file(tmp_path / f"{number}.pth", "sparse", tmp_path / f"{number}.sparse")
+        assert capsys.readouterr().err == (f"note: {tmp_path / f'{number}.pth'}: {said}\n" if said else "")
+        assert torch.equal(checkpoint.load_checkpoint(out)["linear.bias"], state["linear.bias"].float())
+    state["linear.bias"][0] = 1e300
+    torch.save(state, tmp_path / "large.pth")
+    with pytest.raises(UserError, match=r"large.pth: linear.bias has values up to 1e\+300, and float32 ends at \S+$"):
+        export_file(tmp_path / "large.pth", "sparse", tmp_path / "large.sparse")
+    assert not (tmp_path / "large.sparse").exists()
+
+
+def test_a_model_too_large_for_a_compact_file_is_refused_in_a_line(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse_file, "LARGEST_MODEL", 270_000)
+    with pytest.raises(UserError, match="pruned.pth: a compact file cannot hold it: .*more than 270,000 elements$"):
+        export_file(start, "sparse", tmp_path / "a.sparse")
+    assert not (tmp_path / "a.sparse").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--compact",)])
+def test_an_input_that_holds_itself_is_ignored(words, tmp_path):
+    known = {}
+    known["mean"] = known
+    torch.save({"net": model_loader("resnet20", seed=0).state_dict(), "input": known}, tmp_path / "a.pth")
+    assert load_artifact(tmp_path / "a.pth").input == {}
+    assert export_file(tmp_path / "a.pth", "dense", tmp_path / "b.pth", *words).is_file()
+
+
 # --- what is refused, and what is kept -----------------------------------------------------------------------------
 
 

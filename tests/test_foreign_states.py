@@ -1,16 +1,18 @@
 """State dicts as others save them: every reader takes them, keeps what is pruned, or says in one line why not."""
 from __future__ import annotations
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
 import inspect_checkpoint
-from utils import checkpoint, finetuning, stage1
+from utils import checkpoint, finetuning, inspection, stage1
 from utils.analysis_utils import (
     add_masks,
     clone_model,
@@ -160,6 +162,7 @@ NAN = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
     (changed(**{"0_weight": torch.empty(2, 2, device="meta")}), "0.weight is a meta tensor"),
     (changed(**{"0_weight": torch.ones(2, 2, dtype=torch.complex64)}), "0.weight is of type complex64"),
     (changed(**{"0_weight": torch.ones(1).expand(2**20, 2**20)}), "0.weight has 1,099,511,627,776 elements"),
+    (changed(**{"2_weight": torch.full((2, 2), 1e300, dtype=torch.float64)}), "not finite .*: 2.weight"),
     (changed(**{"2_weight": NAN, "0_bias": torch.tensor([float("inf"), 0])}), "not finite .*: 0.bias, 2.weight"),
     (changed(**{"2_weight": torch.ones(3, 2)}), "does not fit this model: wrong shape 2.weight"),
     (renamed(two_layers().state_dict(), lambda key: "encoder." * key.startswith("0") + "x." + key),
@@ -253,3 +256,76 @@ def test_guessing_takes_any_form():
     foreign = renamed(old_style(state), lambda key: "_orig_mod.module." + key)
     assert guess_model(model_state(foreign, "x")) == ("resnet20", 10)
     assert guess_model({}) is None
+
+
+@pytest.mark.parametrize("classes", [3, inspection.ANY, 100_000])
+def test_any_number_of_classes_is_guessed_without_a_model_of_so_many(classes, monkeypatch):
+    monkeypatch.setattr(inspection, "MODELS", ["resnet20", "alexnet"])
+    inspection._layout.cache_clear()
+    made = []
+    monkeypatch.setattr(inspection, "model_loader", lambda *args, **options: made.append(options["num_classes"]) or
+                        model_loader(*args, **options))
+    for name in inspection.MODELS:
+        state = model_loader(name, seed=0).state_dict()
+        weight = [key for key, value in state.items() if value.dim() == 2][-1]
+        width = state[weight].shape[1]
+        state |= {weight: torch.zeros(1).expand(classes, width),
+                  weight.replace("weight", "bias"): torch.zeros(1).expand(classes)}
+        assert guess_model(state) == (name, classes)
+        assert guess_model({**state, weight: torch.zeros(1).expand(classes, width + 1)}) is None
+    assert guess_model({"w.weight": torch.zeros(2**62, 0)}) is None
+    assert made == [inspection.ANY] * 2
+
+
+def test_a_small_file_of_absurdly_many_classes_is_described_and_no_layer_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "MODELS", ["resnet20"])
+    assert guess_model(resnet().state_dict()) == ("resnet20", 10)  # its layout is known from here on
+    torch.save({"w.weight": torch.zeros(1).expand(2**25, 1)}, tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").stat().st_size < 3000
+    monkeypatch.setattr(nn.Linear, "__init__", lambda *_, **__: pytest.fail("a layer is made"))
+    description = describe(load_artifact(tmp_path / "x.pth"))
+    assert "model" in description and description["model"] is None and description["weights"] == 2**25
+
+
+# --- entries beside the weights ------------------------------------------------------------------------------------
+
+
+def holding_itself() -> dict:
+    content = {"a": {}}
+    content["a"] |= {"again": content, "and again": [content]}
+    return content
+
+
+def nested(levels: int) -> dict:
+    content = {}
+    for _ in range(levels):
+        content = {"a": content}
+    return content
+
+
+@pytest.mark.parametrize("args, said", [(np.zeros(3), "float64 (3,)"), (torch.zeros(3), "float32 (3,)"),
+                                        (np.float32(2.5), 2.5), ({"lr": np.ones(1)}, {"lr": 1.0}), ([], None)])
+def test_arguments_of_any_type_are_shown(args, said, tmp_path):
+    torch.save({"net": resnet().state_dict(), "args": args}, tmp_path / "x.pth")
+    for card in ({}, {"sha256": checkpoint.file_digest(tmp_path / "x.pth"), "val_acc": 50.0}):
+        checkpoint.save_json(card, tmp_path / "x.json")
+        assert describe(load_artifact(tmp_path / "x.pth")).get("arguments") == said
+
+
+@pytest.mark.parametrize("entry", [holding_itself(), nested(40), nested(400)])
+def test_entries_without_end_are_one_line_and_an_input_without_end_is_none(entry, tmp_path):
+    torch.save({"net": resnet().state_dict(), "input": entry}, tmp_path / "x.pth")
+    description = describe(load_artifact(tmp_path / "x.pth"))
+    assert description["model"] == "resnet20" and "input" not in description
+    torch.save({"net": resnet().state_dict(), "args": entry}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth looks like a dense checkpoint but is damaged: .*too deeply") as error:
+        describe(load_artifact(tmp_path / "x.pth"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("levels", range(25, 36))
+def test_entries_are_shown_down_to_some_level(levels, tmp_path):
+    for name in ("input", "args"):
+        torch.save({"net": resnet().state_dict(), name: nested(levels)}, tmp_path / "x.pth")
+        with contextlib.suppress(UserError):
+            inspection.render(describe(load_artifact(tmp_path / "x.pth")))

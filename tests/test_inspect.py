@@ -486,6 +486,14 @@ def test_sources_that_cannot_serve_are_refused(run, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["--epochs", "3"], "--epochs has no effect without --finetune"),
     (["--resume"], "--resume has no effect"),
+    (["--dataset", "photos"], "--dataset has no effect without --finetune"),
+    (["--data_dir", "x"], "--data_dir has no effect without --finetune"),
+    (["--image_size", "8"], "--image_size has no effect without --finetune"),
+    (["--val_split", "0.3"], "--val_split has no effect without --finetune"),
+    (["--precision", "fp32"], "--precision has no effect without --finetune"),
+    (["--seed", "1"], "--seed has no effect without --finetune"),
+    (["--device", "cuda"], "--device has no effect without --finetune"),
+    (["--root", "x", "--export", "sparse", "--out", "x"], "--root has no effect without --finetune"),
     (["--finetune", "--json"], "--json"),
     (["--finetune", "--lr_regrown", "0.1"], "without --differential_lr"),
     (["--finetune", "--phase1_epochs", "2"], "without --progressive_unfreezing"),
@@ -514,7 +522,7 @@ def test_options_reach_the_phases():
 
 def test_the_model_is_recognised_or_asked_for(run, tmp_path):
     def recognise(content) -> str:
-        args = inspect_checkpoint.parse_args(["--file", "x", "--root", str(tmp_path)])
+        args = inspect_checkpoint.parse_args(["--file", "x", "--finetune", "--root", str(tmp_path)])
         return finetuning.recognise_model(args, load_artifact(saved(content, tmp_path)))
     assert recognise(model_loader("resnet32", seed=0).state_dict()) == "resnet32"
     assert recognise(regrown_best(run)[1]) == "resnet20"
@@ -549,6 +557,10 @@ def test_finetuning_from_the_command_line(run, run_script, image_folder, tmp_pat
         inspect_checkpoint.main([*map(str, words), "--lr", "0.02"])
     again = describe(load_artifact(final))
     assert again["model"] == "resnet20" and again["run card"]["starting_checkpoint"] == str(tmp_path / "start.pth")
+    checkpoint.card_path(final).unlink()
+    inspect_checkpoint.main([*map(str, words), "--resume"])
+    assert f"{cards[1]['val_acc']:.2f} %, test {cards[1]['test_acc']:.2f} % (no run card says how it was made)" in \
+        capsys.readouterr().out
 
 
 def carded(path: Path, **facts: object) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from utils.datasets import load_dataset
 from utils.model_loader import model_loader
 from utils.models import MODELS
 from utils.pruning import weights_left
+from utils.run import script as as_script
 from utils.training import FINETUNE_ONE_SHOT, PRETRAIN
 
 N = 270_896  # prunable weights of resnet20
@@ -145,6 +147,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, wh
     (["--device", "quantum"], ["quantum", "cpu"]),
     (["--epochs", "3"], ["--epochs"]),
     (["--resume", "--overwrite"], ["not allowed with"]),
+    (["--overwrite=yesterday"], ["--overwrite=yesterday", "--overwrite=2026-01-31T12:00:00"]),
 ])
 def test_wrong_input_is_one_line_and_writes_nothing(words, said, tiny_options, tmp_path, capsys):
     root = tmp_path / "run"
@@ -225,6 +228,30 @@ def test_what_came_from_a_model_that_is_being_replaced_is_named_before_training(
     request.getfixturevalue("no_training")
     refused(main_script, [*words, "--max_epochs", "2", "--resume"], "mask_0.99.pth exists", "epochs 1 (asked: 2)",
             "ckpt.pth is trained first")
+
+
+def test_an_interrupted_overwrite_goes_on_as_one(untrained_options, tmp_path, monkeypatch, capsys):
+    """By the command that it prints: what it has made since is taken, and nothing that was there before."""
+    words = ["--m_name", "resnet20", *untrained_options, "--sparsity", "0.9"]
+    main_script.main([*words, "--finetune_epochs", "0"])
+    pruned = checkpoint.pruned_path(tmp_path / "run", "resnet20", 0.9)
+    for artifact in (checkpoint.dense_path(tmp_path / "run", "resnet20"), pruned):
+        os.utime(artifact, (1000, 1000))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+    command = ["main", *words, "--finetune_epochs", "1", "--overwrite"]
+    for _ in range(2):  # the second time in the command that the first has printed
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(stage1, "prune_to", stop)  # the dense model is done
+            patch.setattr(sys, "argv", command)
+            as_script(main_script.main)
+        command = shlex.split(capsys.readouterr().err.split("Continue with: python ")[1])
+    assert pruned.stat().st_mtime == 1000
+    main_script.main(command[1:])
+    output = capsys.readouterr().out
+    assert output.count("reusing") == 1 and "ckpt.pth" in output and "other arguments" not in output
+    assert checkpoint.read_card(pruned)["config"]["recipe"]["epochs"] == 1 and "--resume" not in command
 
 
 @pytest.mark.parametrize("script, sparsity, words", [

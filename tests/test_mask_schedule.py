@@ -22,12 +22,13 @@ from utils.analysis_utils import (
     add_masks,
     clone_model,
     count_pruned_params,
+    forget_momentum,
     get_masks,
     prunable_layers,
     set_masks,
     surviving_by_layer,
 )
-from utils.common import UserError
+from utils.common import RunFailed, UserError
 from utils.mask_schedule import (
     MASK_SCHEDULES,
     MaskMover,
@@ -74,6 +75,7 @@ def test_cosine_exchange_by_hand():
 
 @pytest.mark.parametrize("name, steps", [
     ("gradual", [(0, 0.5, 0.0), (5, 0.85, 0.0), (10, 0.9, 0.0), (14, 0.9, 0.0)]),
+    ("late", [(0, 0.5, 0.0), (9, 0.5, 0.0), (10, 0.9, 0.0), (14, 0.9, 0.0)]),
     ("rigl", [(0, 0.9, 0.3), (5, 0.9, 0.15), (10, 0.9, 0.0)]),
     ("granet", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
     ("bidirectional", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
@@ -82,7 +84,7 @@ def test_cosine_exchange_by_hand():
 def test_what_each_schedule_asks_for(name, steps):
     """20 steps, the mask moves until the 10th, every 5th."""
     plan = MaskPlan(name, 0.5, 0.9, update_every=5, update_until=0.5)
-    assert set(MASK_SCHEDULES) == {"gradual", "rigl", "granet", "bidirectional", "acdc"}
+    assert set(MASK_SCHEDULES) == {"gradual", "late", "rigl", "granet", "bidirectional", "acdc"}
     for step, sparsity, exchange in steps:
         assert plan.move(step, 20) == pytest.approx((sparsity, exchange)), step
 
@@ -193,19 +195,58 @@ def train(model, loaders, plan, epochs=3, seed=0):
 @pytest.mark.parametrize("name", MASK_SCHEDULES)
 @pytest.mark.parametrize("pruner", ["magnitude", "erk"])
 def test_a_training_ends_at_exactly_the_target(name, pruner, small_cnn, tiny_loaders):
-    plan = MaskPlan(name, 0.0, 0.9, pruner=pruner, update_every=2, **MASK_SCHEDULES[name].defaults)
+    plan = MaskPlan(name, 0.0, 0.9, pruner=pruner, **{**MASK_SCHEDULES[name].defaults, "update_every": 2})
     mover, trainer, result = train(small_cnn, tiny_loaders, plan)
     assert count_pruned_params(small_cnn).surviving == round(0.1 * 952)
     for row in mover.history:
         assert row["survivors"] == round((1 - plan.move(row["step"], trainer.total_steps).sparsity) * 952)
         assert sum(row[layer] for layer in prunable_layers(small_cnn)) == row["survivors"]
-    assert mover.history[-1]["step"] == plan.last_update(trainer.total_steps) == (11 if name == "rigl" else 9)
+    assert mover.history[-1]["step"] == plan.last_update(trainer.total_steps) == {"rigl": 11, "acdc": 13, "late": 4}.get(name, 9)
     assert result.best_epoch >= 1
-    if name == "gradual":
-        assert result.best_epoch >= 2 and not any(row["regrown"] for row in mover.history)
+    if name in ("gradual", "late"):
+        assert result.best_epoch >= 1 + (name == "gradual") and not any(row["regrown"] for row in mover.history)
     else:
         assert sum(row["regrown"] for row in mover.history) > 0
     assert not small_cnn[0]._forward_pre_hooks or len(small_cnn[0]._forward_pre_hooks) == 1  # the mask's own
+
+
+def test_updates_may_be_a_fraction_of_the_training():
+    """AC/DC's own: phases of a twentieth, sparse first; dense for the last time from 0.75 to 0.8, then sparse."""
+    plan = MaskPlan("acdc", 0.0, 0.9, **MASK_SCHEDULES["acdc"].defaults)
+    assert (plan.every(200), plan.last_update(200), plan.every(7)) == (10, 170, 1)
+    found = [plan.move(step, 200).sparsity for step in range(0, 171, 10)]
+    assert found == [0.9, 0.0] * 8 + [0.9, 0.9]
+    assert (MaskPlan("rigl", 0, 0.5).every(200), MaskPlan("rigl", 0, 0.5, update_every=1).every(200)) == (40, 1)
+    wanted = main.parse_args(["--m_name", "resnet20", "--mask_schedule", "acdc", "--update_every", "0.1"])
+    assert wanted.update_every == 0.1
+
+
+def test_an_epoch_that_does_not_count_is_neither_the_best_nor_takes_patience(small_cnn, tiny_loaders):
+    """Ten steps of 5 an epoch; dense at the ends of epochs 1 and 3, and nothing learns: epoch 2 stays the best."""
+    plan = MaskPlan("acdc", 0.0, 0.9, **{**MASK_SCHEDULES["acdc"].defaults, "update_every": 5, "update_until": 1.0})
+    mover = MaskMover(small_cnn, plan, 0)
+    recipe = replace(RECIPE, epochs=8, lr=1e-12, patience=2)
+    for module in small_cnn.modules():
+        module.momentum = 0.0
+    trainer = Trainer(small_cnn, *tiny_loaders[:2], recipe, seed=0, hook=mover)
+    result = trainer.run(show=False)
+    counted = [epoch for epoch, row in enumerate(mover.history[1:], 1) if row["survivors"] == round(0.1 * 952)]
+    assert result.best_epoch == counted[0] and result.epochs == counted[2]
+
+
+def test_what_came_back_is_told_of_the_model_as_it_stands(small_cnn, tiny_loaders):
+    """After a training the model is that of its best epoch, and its mask not always the last one."""
+    mover, _, _ = train(small_cnn, tiny_loaders, MaskPlan("rigl", 0.0, 0.8, update_every=2, regrow_rule="random"))
+    assert mover.came_back == mover.history[-1]["came_back"] > 0
+    set_masks(small_cnn, {name: ~ever for name, ever in mover.ever_regrown.items()})
+    assert mover.came_back == 0
+
+
+def test_a_training_that_diverges_fails_in_one_line(small_cnn, tiny_loaders):
+    plan = MaskPlan("rigl", 0.0, 0.8, update_every=1)
+    with pytest.raises(RunFailed, match="not finite after 1 steps.*lower learning rate"):
+        mover = MaskMover(small_cnn, plan, 0)
+        Trainer(small_cnn, *tiny_loaders[:2], replace(RECIPE, lr=float("inf")), seed=0, hook=mover).run(show=False)
 
 
 def test_pruned_weights_never_move_and_returning_ones_have_no_momentum(small_cnn, tiny_loaders):
@@ -254,13 +295,12 @@ def test_the_history_tells_which_of_the_survivors_had_been_pruned_and_came_back(
 def test_of_adam_a_returning_weight_has_the_second_moment_of_its_layer():
     """Survivors' moments 4 and 8, mean 6; momentum starts at 0."""
     model = two_layers([3.0, -1.0, 0.5, 4.0], [2.0, -5.0])
-    mover = MaskMover(model, MaskPlan("rigl", 0, 0.5), 0)
     set_masks(model, {"0": torch.tensor([[1, 1, 1, 0]]), "1": torch.tensor([[1, 1]])})
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.state[model[0].weight_orig] = {"step": torch.tensor(9.0), "exp_avg": torch.ones(1, 4),
                                              "exp_avg_sq": torch.tensor([[4.0, 8.0, 100.0, 200.0]])}
     back = {"0": torch.tensor([[False, False, True, False]]), "1": torch.zeros(1, 2, dtype=torch.bool)}
-    mover._forget_momentum(optimizer, back)
+    forget_momentum(model, optimizer, back)
     state = optimizer.state[model[0].weight_orig]
     assert state["exp_avg"].tolist() == [[1, 1, 0, 1]] and state["exp_avg_sq"].tolist() == [[4, 8, 6, 200]]
     assert float(state["step"]) == 9
@@ -310,7 +350,7 @@ SMALL = ["--m_name", "resnet20", "--pruner", "magnitude", "--sparsity", "0.97", 
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--exchange", "0.2"], "--exchange needs a --mask_schedule: gradual, rigl"),
+    (["--exchange", "0.2"], "--exchange needs a --mask_schedule: gradual, late, rigl"),
     (["--mask_schedule", "gradual", "--regrow_rule", "random"], "--regrow_rule means nothing to --mask_schedule grad"),
     (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
     (["--mask_schedule", "rigl", "--pruner", "none"], "--pruner none prunes nothing"),

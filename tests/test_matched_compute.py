@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from experiments import matched_compute as study
+from utils.checkpoint import read_csv
 from utils.common import UserError
 from utils.mask_schedule import plan_fields
+from utils.stage1 import Outcome
 from utils.statistics import compare_arms
 from utils.training import Trainer
 
@@ -127,12 +129,44 @@ def test_comparison_by_hand():
     rows = [{"arm": arm, "target": target, "seed": seed, "test_acc": value, "search_epochs": 0, "seconds": 10 * value}
             for target, arm, values in ((0.97, study.CONTROL, (80.0, 81.0)), (0.97, "rl+saliency", (80.5, 81.5)),
                                         (0.97, "gradual", (79.0,)), (0.99, study.CONTROL, (70.0,)),
-                                        (0.99, "gradual", (74.0, 75.0)), (0.99, "rigl", ()))
+                                        (0.99, "gradual", (74.0, 75.0)), (0.99, "rigl", ()),
+                                        (0.99, "renamed+b", (69.0,)), (0.99, "renamed+a", (68.0,)))
             for seed, value in enumerate(values)]
     results = compare_arms(rows, study.CONTROL, study.ARMS)
     found = [(row["target"], row["arm"], row["mean"], row["pairs"], row["seconds"]) for row in results]
     assert found == [(0.97, "gradual", -1.0, 1, 790.0), (0.97, "rl+saliency", 0.5, 2, 810.0),
-                     (0.99, "gradual", 4.0, 1, 740.0)]
+                     (0.99, "gradual", 4.0, 1, 740.0), (0.99, "renamed+a", -2.0, 1, 680.0),
+                     (0.99, "renamed+b", -1.0, 1, 690.0)]  # arms that are no longer there come last
+
+
+def test_verdicts_against_another_arm_have_files_of_their_own(tmp_path, monkeypatch, capsys):
+    configs = []
+    rows = [{"arm": arm, "target": 0.97, "seed": seed, "test_acc": value + seed, "search_epochs": 0, "seconds": 1.0}
+            for arm, value in ((study.CONTROL, 78.0), ("gradual", 81.0), ("bidirectional", 82.0)) for seed in (0, 1)]
+
+    def make(args, folder, config, keys, groups, *_):
+        configs.append(config)
+        assert ("gradual", 0.97, args.seed) in [key for group in groups for key in group]
+        return rows
+    monkeypatch.setattr(study, "make_rows", make)
+    labels, draw = [], study.plots.plot_differences
+    monkeypatch.setattr(study.plots, "plot_differences", lambda *args: labels.append(args[-1]) or draw(*args))
+    words = ["--m_name", "resnet20", "--save_dir", str(tmp_path), "--arms", "gradual", "bidirectional"]
+    study.main(words)
+    study.main([*words[:-2], "bidirectional", "--against", "gradual", "--seed", "3"])
+    assert configs[0] == configs[1] and labels == ["one-shot pruning", "gradual"]  # both are of one table
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"verdicts{against}{end}" for against in ("", "_against_gradual") for end in (".csv", "_0.97.png")}
+    assert [(row["arm"], row["mean"]) for row in read_csv(tmp_path / "verdicts_against_gradual.csv", {})] == [
+        ("one-shot", "-3"), ("bidirectional", "1")]
+    assert "+1.00 points against gradual: " in capsys.readouterr().out
+
+
+def test_a_model_without_a_run_card_makes_no_row(tmp_path, monkeypatch):
+    lost = Outcome(None, tmp_path / "pruned.pth", {})
+    monkeypatch.setattr(study, "pruned_model", lambda *_: lost)
+    with pytest.raises(UserError, match="pruned.pth has no run card"):
+        study.measure(None, study.parse_args(["--m_name", "resnet20"]), "one-shot", 0.97)
 
 
 @pytest.mark.parametrize("words, said", [(["--target_sparsity", "0.99"], "not below"),
@@ -151,7 +185,7 @@ def test_the_epochs_before_regrowth_are_rounded_to_the_nearest(share, epochs, be
     def stop(run, args, arm, sparsity, epochs_before):
         assert epochs_before == before
         raise Stop
-    monkeypatch.setattr(study, "regrown_model", stop)
+    monkeypatch.setattr(study, "regrown_models", stop)
     args = study.parse_args(["--m_name", "resnet20", "--before_share", share, "--finetune_epochs", epochs])
     with pytest.raises(Stop):
         study.measure(None, args, "proportional+reference", 0.97)

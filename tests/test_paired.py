@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.statistics import holm, paired_difference
+from utils.statistics import compare_arms, holm, paired_difference
 
 
 @pytest.mark.parametrize("pairs", [3, 5, 10])
@@ -63,3 +63,14 @@ def test_an_effect_of_one_point_is_found(pairs, least):
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_one_of_several_comparisons_is_decided_by_the_adjusted_p():
+    """1.16, 1.52 and 0.78 have p 0.033, alone better; of two comparisons 0.065."""
+    values = {"control": (70.0, 70.0, 70.0), "a": (71.16, 71.52, 70.78), "b": (70.1, 69.8, 70.05)}
+    rows = [{"arm": arm, "target": 0.9, "seed": seed, "test_acc": value, "search_epochs": 0, "seconds": 1.0}
+            for arm, own in values.items() for seed, value in enumerate(own)]
+    (alone,) = compare_arms([row for row in rows if row["arm"] != "b"], "control", list(values))
+    first, other = compare_arms(rows, "control", list(values))
+    assert (alone["verdict"], round(alone["p_holm"], 3)) == ("better", 0.033)
+    assert (first["verdict"], round(first["p_holm"], 3)) == ("indistinguishable", 0.065) and other["p_holm"] > 0.5

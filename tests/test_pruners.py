@@ -3,18 +3,22 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import main
+from iclr2021_solution import iterate
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import checkpoint, stage1
 from utils import pruning as pruners
 from utils.analysis_utils import Evidence, count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
 from utils.common import UserError, derive_seed
 from utils.run import open_run
+from utils.training import PRETRAIN, RECIPES
 
 
 def network(*weights: torch.Tensor | list) -> nn.Sequential:
@@ -378,3 +382,14 @@ def test_weights_that_are_not_finite_are_refused(value):
     with pytest.raises(UserError, match="layer 1 has weights that are not finite"):
         weight_pruner_loader("lamp")(model, 0.5)
     assert not has_masks(model)
+
+
+@pytest.mark.parametrize("words, expected", [([], PRETRAIN), (["--max_epochs", "7"], replace(PRETRAIN, epochs=7))])
+def test_iterate_takes_a_dense_model_of_another_recipe_whose_card_leaves_out_usual_values(words, expected, tmp_path):
+    dense = checkpoint.dense_path(tmp_path, "resnet20")
+    checkpoint.save_checkpoint({}, dense)
+    card = {"sha256": checkpoint.file_digest(dense), "config": {"recipe": PRETRAIN.as_dict()}}
+    checkpoint.save_json(card, checkpoint.card_path(dense))
+    args = iterate.parse_args(["--model", "resnet20", "--recipe", "short", *words])
+    run = SimpleNamespace(root=tmp_path, m_name="resnet20")
+    assert iterate.dense_settings(run, args, RECIPES["short"].pretrain) == (expected, False)

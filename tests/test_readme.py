@@ -32,7 +32,7 @@ SMALL = {  # script -> what makes a line of it small
     "rl_saliency_regrowth": f"{STAGE_2} --saliency_max_batches 1",
     "experiments.matched_compute": "--num_seeds 1 --max_epochs 1 --finetune_epochs 2 --search_budget 2 "
                                    "--mini_finetune_epochs 1",
-    "experiments.vgg16_tables": "--max_epochs 1 --finetune_epochs 0 --search_budget 2 --allocation uniform",
+    "experiments.vgg16_tables": "--max_epochs 1 --finetune_epochs 0 --allocation uniform",
     "experiments.dynamic_method": "--epochs 1 --update_every 1",
     "experiments.deploy": "--batch_sizes 1 --threads 1 --num_runs 1",
     "inspect_checkpoint": "", "quick_benchmark": "--num_images 200 --num_runs 1",

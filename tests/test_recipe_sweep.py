@@ -11,6 +11,7 @@ from experiments import recipe_sweep as sweep
 from utils import checkpoint
 from utils.common import UserError
 from utils.data_loader import TestLoader
+from utils.model_loader import model_loader
 
 
 def options(image_folder, tmp_path) -> list[str]:
@@ -30,7 +31,7 @@ def test_every_combination_is_a_row_and_none_is_trained_again(image_folder, tmp_
     with pytest.raises(UserError, match="--resume"):
         sweep.main([*words, "--optimizer", "muon"])
     trained, real = [], sweep.train
-    monkeypatch.setattr(sweep, "train", lambda run, asked: trained.append(asked["optimizer"]) or real(run, asked))
+    monkeypatch.setattr(sweep, "train", lambda run, asked, _: trained.append(asked["optimizer"]) or real(run, asked, _))
     sweep.main([*words, "--optimizer", "muon", "nesterov", "--resume"])
     assert trained == ["nesterov", "nesterov"]
     assert [(row["optimizer"], row["lr"]) for row in rows_of(tmp_path)] == [
@@ -38,18 +39,36 @@ def test_every_combination_is_a_row_and_none_is_trained_again(image_folder, tmp_
     assert {row["surviving"] for row in rows_of(tmp_path)} == {"270896"}
 
 
-def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_folder, tmp_path):
+def test_finetuning_starts_from_the_dense_model_and_ends_at_the_sparsity(image_folder, tmp_path, monkeypatch):
+    def save_dense(seed: int) -> None:
+        dense = {"net": model_loader("resnet20", seed=seed).state_dict(), "acc": 10.0, "epoch": 1}
+        checkpoint.save_checkpoint(dense, checkpoint.dense_path(tmp_path, "resnet20"))
     words = [*options(image_folder, tmp_path), "--sparsity", "0.97", "--mask_schedule", "fixed", "bidirectional"]
     with pytest.raises(UserError, match="ckpt.pth"):
         sweep.main(words)
-    from utils.model_loader import model_loader
-    dense = {"net": model_loader("resnet20", seed=0).state_dict(), "acc": 10.0, "epoch": 1}
-    checkpoint.save_checkpoint(dense, checkpoint.dense_path(tmp_path, "resnet20"))
+    save_dense(seed=0)
     sweep.main([*words, "--resume"])
     fixed, moving = rows_of(tmp_path)
     assert [(row["mask_schedule"], row["surviving"]) for row in (fixed, moving)] == [
         ("fixed", "8127"), ("bidirectional", "8127")]
     assert fixed["came_back"] == "" and 0 <= int(moving["came_back"]) <= 8127
+    monkeypatch.setattr(sweep, "train", lambda run, *_: {"val_acc": 50.0, "dataset": run.data_label})
+    more = [*options(image_folder, tmp_path), "--resume", "--sparsity", "0.98"]
+    sweep.main(options(image_folder, tmp_path) + ["--resume"])  # pretraining starts from no dense model
+    sweep.main([*more, "--lr", "0.3"])
+    save_dense(seed=1)
+    with pytest.raises(UserError, match=r"rows of seed 0 that start from another dense model than .*ckpt\.pth"):
+        sweep.main([*more, "--lr", "0.4"])
+
+
+def test_a_table_is_not_continued_in_another_precision(image_folder, tmp_path, monkeypatch):
+    words = [word for word in options(image_folder, tmp_path) if word not in ("--precision", "fp32")]
+    monkeypatch.setattr(sweep, "train", lambda run, *_: {"val_acc": 50.0, "dataset": run.data_label})
+    monkeypatch.setattr(sweep, "resolve_precision", lambda name, device: "bf16")
+    sweep.main(words)
+    monkeypatch.setattr(sweep, "resolve_precision", lambda name, device: "fp32")
+    with pytest.raises(UserError, match=r"precision bf16 \(asked: fp32\)"):
+        sweep.main([*words, "--resume", "--lr", "0.3"])
 
 
 def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(image_folder, tmp_path):

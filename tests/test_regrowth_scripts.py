@@ -1,6 +1,7 @@
 """The two stage-2 scripts as a user runs them: artifacts, exact sparsity, search and resume, wrong input."""
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -23,6 +24,7 @@ from utils import checkpoint, stage2
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import get_masks, set_masks
 from utils.common import UserError, generator
+from utils.methods import regrowth_arguments
 from utils.model_loader import model_loader
 from utils.regrowth import SELECTORS, RegrowthRecord
 from utils.run import open_run, prerequisite
@@ -200,10 +202,11 @@ def test_a_killed_search_resumes_to_the_same_result(number, options, tmp_path, w
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -9), errors
+    goes_on = "--resume"
     if number == signal.SIGINT:
-        assert errors.strip().splitlines()[-1].endswith("--resume")
-        assert "--overwrite" not in errors
-    resumed = run_here("rl_regrowth_nas.py", *options, *SEARCH, "--resume")
+        goes_on = errors.split()[-1]
+        assert goes_on.startswith("--overwrite=")
+    resumed = run_here("rl_regrowth_nas.py", *options, *SEARCH, goes_on)
     assert resumed.returncode == 0 and "continuing the search" in resumed.stdout, resumed.stderr
     other = whole_search / "rl_regrow_savedir/resnet20"
     assert (folder / "regrown_resnet20_0.97.pth").read_bytes() == (other / "regrown_resnet20_0.97.pth").read_bytes()
@@ -305,6 +308,43 @@ def test_an_overwritten_search_leaves_nothing_of_the_old_one(options, tmp_path, 
     rl_regrowth_nas.main([*again, "--overwrite"])
     found = {path.stem[-1] for path in folder.glob("rl_training_checkpoint_epoch_*.pth")}
     assert found == {"1"} or found == {"0", "1"}
+
+
+def test_what_another_regrowth_left_is_not_replaced_unasked(options, tmp_path, monkeypatch):
+    plain = [*options, "--allocation", "uniform", "--finetune_epochs", "0"]
+    rl_regrowth_nas.main(plain)
+    best = tmp_path / "rl_regrow_savedir/resnet20/best_allocation_resnet20.pth"
+    before = best.read_bytes()
+    with pytest.raises(UserError, match="best_allocation_resnet20.pth is there.*--save_dir"):
+        rl_regrowth_nas.main([*plain, "--target_sparsity", "0.98"])
+    assert best.read_bytes() == before
+    rl_regrowth_nas.main([*plain, "--target_sparsity", "0.98", "--overwrite"])
+    assert best.read_bytes() != before
+    search = [*options, "--save_dir", str(tmp_path / "search"), "--search_budget", "8", "--mini_finetune_epochs", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage2.Step, "apply", interrupt_at(2))
+        rl_regrowth_nas.main(search)
+    with pytest.raises(UserError, match="interrupted search.*--resume"):
+        rl_regrowth_nas.main(search)
+
+
+def test_episodes_of_the_short_recipe_end_at_a_low_rate(options, tmp_path, monkeypatch):
+    """The published ones keep their rate; 'short' has one a hundred times as high, after which accuracy is noise."""
+    recipes = []
+    real = stage2.Trainer
+
+    def noted(*args, **kwargs):
+        recipes.append(args[3])
+        return real(*args, **kwargs)
+    for recipe, schedule in (("published", "constant"), ("short", "warmup_cosine")):
+        args = regrowth_arguments("reference", m_name="resnet20", recipe=recipe, root=tmp_path, ssim_batches=1)
+        assert ("episode_schedule" in args.decisive) == (recipe == "short")
+        run = open_run(argparse.Namespace(**{**vars(rl_regrowth_nas.parse_args(options)), "save_dir": tmp_path}))
+        step = stage2.first_step(run, args)
+        with monkeypatch.context() as patch:
+            patch.setattr(stage2, "Trainer", noted)
+            step.reward(ALLOCATORS["uniform"](step.problem, generator(0)), 0, 0.5)
+        assert recipes[-1].schedule == schedule and recipes[-1].epochs == 0.5
 
 
 def test_a_dense_model_is_no_start(options, tmp_path):

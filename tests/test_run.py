@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from utils import checkpoint
-from utils.common import UserError, fraction, positive_int, unit_interval
+from utils.common import UserError, fraction, positive_int, steps_or_share, unit_interval
 from utils.run import ArgumentParser, script
 
 SCRIPTS = ["main", "iclr2021_solution.iterate", "rl_regrowth_nas", "rl_saliency_regrowth", "inspect_checkpoint",
@@ -37,7 +37,8 @@ def test_the_help_fits_the_terminal_and_names_the_model_in_both_ways(name, monke
     (fraction, "99", "; did you mean 0.99?"), (fraction, "99.996", "did you mean 0.99996?"),
     (fraction, "1", "between 0 and 1 (both excluded) (see"), (unit_interval, "50", "; did you mean 0.5?"),
     (fraction, "-3", "(both excluded) (see"), (fraction, "100", "(both excluded) (see"),
-    (positive_int, "0", "above 0 (see")])
+    (positive_int, "0", "above 0 (see"), (steps_or_share, "2.5", "or a fraction below 1"),
+    (steps_or_share, "1.0", "or a fraction below 1"), (steps_or_share, "0", "or a fraction below 1")])
 def test_a_percentage_is_recognised(kind, text, said, capsys):
     parser = ArgumentParser()
     parser.add_argument("--n", type=kind)
@@ -148,7 +149,8 @@ def test_a_csv_holds_any_name(tmp_path):
     assert (tmp_path / "t.csv").read_text(encoding="utf-8") == "class\ncaf\\udce9\n"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "experiments.recipe_sweep", "experiments.search_scaling",
+                                  "experiments.search_toys"])
 def test_without_the_packages_a_script_says_so_in_one_line(name):
     words = ["-m", name] if name.startswith("utils.") else [f"{name.replace('.', '/')}.py"]
     process = subprocess.run([sys.executable, "-S", *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True,

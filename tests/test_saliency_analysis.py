@@ -350,3 +350,14 @@ def test_user_errors(tiny_options, tmp_path):
         with pytest.raises(UserError, match=message):
             saliency_analysis.main([*tiny_options, *words])
     assert not (tmp_path / "saliency_analysis").exists()
+
+
+def test_the_folder_is_held_while_saliency_is_computed(tiny_options, tmp_path, monkeypatch):
+    save_model(tmp_path, model_loader("resnet20", seed=0))
+
+    def stop(*_: object, **__: object) -> None:
+        assert (tmp_path / "saliency_analysis/resnet20/.lock").is_file()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(saliency_analysis, "gradient_saliency", stop)
+    with pytest.raises(KeyboardInterrupt):
+        saliency_analysis.main(tiny_options)

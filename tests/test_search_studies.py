@@ -3,15 +3,18 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import rung_fidelity, search_or_rule, search_toys
+from experiments import rung_fidelity, search_or_rule, search_scaling, search_toys
 from tests.test_regrowth_scripts import make_start
 from utils.allocation import AllocationProblem
 from utils.common import UserError
+from utils.distributed import World
 
 
 def test_every_allocation_is_listed_once():
@@ -119,6 +122,40 @@ def test_what_the_search_found_is_trained_again_beside_the_best_rules(image_fold
     assert len(seen) == before and "indistinguishable" in capsys.readouterr().out
     with pytest.raises(UserError, match="other arguments"):
         search_or_rule.main([*words, "--resume", "--num_images", "50"])
+
+
+class Told(World):
+    """A process that notes what is shared; that follows, if it is told a problem, and else stops before it trains."""
+
+    def __init__(self, problem: AllocationProblem | None = None):
+        self.rank, self.shared, self.served = int(problem is not None), [], []
+        self.problem = problem and json.loads(json.dumps(asdict(problem)))
+
+    def share(self, value=None):
+        self.shared.append(value)
+        return value or self.problem
+
+    def run(self, *_):
+        raise KeyboardInterrupt
+
+    def serve(self, function):
+        self.served.append(function.__self__.problem)
+
+
+@pytest.mark.parametrize("study, words", [(search_or_rule, []), (search_scaling, ["--round"])])
+def test_all_processes_have_the_leaders_order_of_layers(study, words, image_folder, tmp_path, monkeypatch):
+    make_start(tmp_path)
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+             "--precision", "fp32", *words]
+    leader, follower = Told(), Told(AllocationProblem(("linear", "conv1"), (1, 2), 3, (640, 432), (74, 25)))
+    monkeypatch.setattr(study, "world", lambda: leader)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(words)
+    files, problem = leader.shared
+    assert files["data_fingerprint"] and len(files["start"]) == 64 and len(problem["layers"]) == 22
+    monkeypatch.setattr(study, "world", lambda: follower)
+    study.main(words)
+    assert follower.served and all(found.layers == ["linear", "conv1"] for found in follower.served)
 
 
 def test_the_controllers_best_meets_the_rules_that_came_furthest():

@@ -19,7 +19,7 @@ from utils.checkpoint import load_checkpoint
 from utils.common import UserError
 from utils.model_loader import model_loader
 from utils.pruning import weight_pruner_loader
-from utils.sparse_file import HEADER, MAGIC, decode, decode_positions, encode, encode_positions
+from utils.sparse_file import FLOATS, HEADER, MAGIC, decode, decode_positions, encode, encode_positions
 
 
 def random_state(seed: int) -> dict[str, torch.Tensor]:
@@ -102,7 +102,28 @@ def test_float16_rounds_weights_alone_and_refuses_what_it_cannot_hold():
     assert torch.equal(loaded["bias"], state["bias"])
     with pytest.raises(ValueError, match="65504"):
         encode({"w.weight": torch.tensor([[70_000.0]])}, "float16")
-    assert decode(encode({"w.weight": torch.tensor([[1 / 3]]).double()}))["w.weight"].dtype == torch.float32
+
+
+def test_float64_is_rounded_and_what_float32_cannot_hold_is_refused():
+    third = torch.full((1, 1), 1 / 3, dtype=torch.float64)
+    loaded = decode(encode({"w.weight": third, "w.bias": third[0]}))
+    assert torch.equal(loaded["w.weight"], third.float()) and torch.equal(loaded["w.bias"], third[0].float())
+    for value in (third.new_tensor([[1e300, 0.0]]), third.new_tensor([-1e300])):
+        for dtype in FLOATS:
+            with pytest.raises(ValueError, match="b has values up to 1e\\+300, and float"):
+                encode({"a": torch.ones(2), "b": value}, dtype)
+
+
+@pytest.mark.parametrize("limit, make, largest, said", [
+    ("LARGEST_MODEL", lambda size: {"a": torch.ones(40), "b": torch.ones(size)}, 60, "its tensors would have more"),
+    ("LARGEST_INDEX", lambda size: {size * "a": torch.ones(1)}, 57, "its index has too many bytes"),
+])
+def test_what_could_never_be_read_is_not_written(limit, make, largest, said, monkeypatch):
+    monkeypatch.setattr(sparse_file, limit, 100)
+    assert_same(decode(encode(make(largest))), make(largest))
+    for size in range(largest + 1, 100):
+        with pytest.raises(ValueError, match=f"^a compact file cannot hold it: {said}"):
+            encode(make(size))
 
 
 def test_masks_of_other_values_are_refused():

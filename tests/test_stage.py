@@ -98,6 +98,9 @@ def test_an_interrupted_stage_needs_resume_and_the_same_arguments(tmp_path, smal
     with pytest.raises(UserError, match=r"seed 0 \(asked: 5\)"):
         Stage(artifact, {**CONFIG, "seed": 5}, resume=True)
     assert not Stage(artifact, CONFIG, resume=True).finished
+    checkpoint.save_checkpoint([1], checkpoint.progress_path(artifact))
+    with pytest.raises(UserError, match="interrupted stage .* other arguments"):
+        Stage(artifact, CONFIG, resume=True)
 
 
 def test_an_interrupted_overwrite_loses_nothing(tmp_path, small_cnn, tiny_loaders, monkeypatch):
@@ -139,6 +142,17 @@ def test_a_checkpoint_without_a_card_is_taken_only_when_asked(tmp_path):
     assert Stage(artifact, CONFIG, resume=True).card == {}
 
 
+@pytest.mark.parametrize("card", [{"config": None}, {"config": {}, "input": [1]}])
+def test_a_card_that_says_nothing_is_one_of_other_arguments(card, tmp_path):
+    artifact = tmp_path / "a.pth"
+    checkpoint.save_checkpoint({"net": {"w": torch.ones(1)}}, artifact)
+    checkpoint.save_json({"sha256": checkpoint.file_digest(artifact), **card}, checkpoint.card_path(artifact))
+    with pytest.raises(UserError, match="was made with other arguments: stage None"):
+        Stage(artifact, CONFIG)
+    taken = Stage(artifact, CONFIG, resume=True).card
+    assert taken["config"] == {} and not taken.get("input")
+
+
 def test_the_artifact_of_another_parent_is_never_taken(tmp_path, small_cnn, tiny_loaders, monkeypatch):
     artifact = tmp_path / "a.pth"
     monkeypatch.setitem(CONFIG, "parent", "old")
@@ -157,6 +171,69 @@ def test_what_an_interrupted_overwrite_left_goes_with_the_reuse(tmp_path, small_
             run_stage(artifact, small_cnn, tiny_loaders, overwrite=True)
     assert checkpoint.progress_path(artifact).exists()
     assert Stage(artifact, CONFIG, resume=True).finished and not checkpoint.progress_path(artifact).exists()
+
+
+def test_what_was_left_of_other_arguments_or_is_damaged_stays_beside_a_finished_stage(tmp_path, small_cnn,
+                                                                                      tiny_loaders):
+    artifact, other = tmp_path / "a.pth", {**CONFIG, "seed": 5}
+    run_stage(artifact, small_cnn, tiny_loaders)
+    progress = checkpoint.progress_path(artifact)
+    for content in (checkpoint.checkpoint_bytes({"config": other, "trainer": {}}), checkpoint.checkpoint_bytes([1]),
+                    b"x"):
+        progress.write_bytes(content)
+        assert Stage(artifact, CONFIG).finished and progress.read_bytes() == content
+
+
+def test_a_continued_overwrite_takes_only_what_is_newer_and_of_these_arguments(tmp_path, small_cnn, tiny_loaders):
+    artifact, other, since = tmp_path / "a.pth", {**CONFIG, "seed": 5}, {"resume": True, "overwrite": 1000.0}
+    run_stage(artifact, small_cnn, tiny_loaders)
+    progress = checkpoint.progress_path(artifact)
+    for age, made in ((999, False), (1000, True)):
+        os.utime(artifact, (age, age))
+        assert Stage(artifact, CONFIG, **since).finished == made and not Stage(artifact, other, **since).finished
+        assert not Stage(artifact, CONFIG, resume=True, overwrite=True).finished
+    os.utime(artifact, (999, 999))
+    for content, age, goes_on in (({"config": CONFIG}, 999, False), ({"config": CONFIG}, 1000, True),
+                                  ({"config": other}, 1000, False), ([1], 1000, False)):
+        checkpoint.save_checkpoint(content, progress)
+        os.utime(progress, (age, age))
+        stage = Stage(artifact, CONFIG, **since)
+        assert not stage.finished and (stage._state is not None) == goes_on and progress.exists()
+
+
+def test_a_killed_overwrite_goes_on_in_its_own_epochs(tmp_path, small_cnn, tiny_loaders, monkeypatch, capsys):
+    artifact = tmp_path / "a.pth"
+    run_stage(artifact, small_cnn, tiny_loaders)
+    whole = artifact.read_bytes()
+    os.utime(artifact, (1000, 1000))
+    since = {"resume": True, "overwrite": 2000.0}
+    with monkeypatch.context() as patch:  # twice
+        for write in (5, 2):
+            die_at_write(patch, write)
+            with pytest.raises(Killed):
+                run_stage(artifact, small_cnn, tiny_loaders, **since)
+    assert artifact.stat().st_mtime == 1000
+    run_stage(artifact, small_cnn, tiny_loaders, **since)
+    assert capsys.readouterr().out.count("continuing after epoch") == 2
+    assert artifact.read_bytes() == whole and artifact.stat().st_mtime > 2000
+    assert run_stage(artifact, small_cnn, tiny_loaders, **since).finished
+
+
+def test_a_table_that_is_overwritten_takes_no_old_row_though_killed_before_its_first(tmp_path, monkeypatch):
+    path, since = tmp_path / "t.csv", {"resume": True, "overwrite": 2000.0}
+    ResumableTable(path, ("seed",), {"lr": 1}, resume=False, overwrite=False).add({"seed": 0, "acc": 10.0}, {})
+    os.utime(path, (1000, 1000))
+    for config in ({"lr": 1}, {"lr": 2}):  # nothing was written
+        assert ResumableTable(path, ("seed",), config, **since).rows == []
+    with monkeypatch.context() as patch:
+        die_at_write(patch, 2)  # between card and rows
+        with pytest.raises(Killed):
+            ResumableTable(path, ("seed",), {"lr": 2}, resume=False, overwrite=True).add({"seed": 0, "acc": 20.0}, {})
+    table = ResumableTable(path, ("seed",), {"lr": 2}, **since)
+    assert table.rows == []
+    table.add({"seed": 1, "acc": 30.0}, {})
+    assert ResumableTable(path, ("seed",), {"lr": 2}, **since).rows == [{"seed": 1, "acc": 30}]
+    assert ResumableTable(path, ("seed",), {"lr": 3}, **since).rows == []
 
 
 def test_differences_in_words():

@@ -19,18 +19,17 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.common import PRECISIONS, RunFailed, autocast, has_native_bf16, resolve_precision
 from utils.data_loader import BatchLoader
 from utils.model_loader import load_model_state, model_loader
+from utils.muon import Muon, orthogonalised
 from utils.pruning import prune_to
 from utils.training import (
     OPTIMIZERS,
     PRETRAIN,
     SCHEDULES,
-    Muon,
     Recipe,
     Trainer,
     TrainingHook,
     accuracy_with_new_statistics,
     evaluate,
-    orthogonalised,
     reestimate_batch_norm,
 )
 

@@ -17,6 +17,12 @@ def test_rows_by_name():
         tables.chosen_entries(["B:0.5"])
 
 
+def test_an_option_of_the_search_is_refused_without_one():
+    assert tables.parse_args(["--allocation", "proportional"]).search_budget == 60
+    with pytest.raises(UserError, match="--allocation proportional does without"):
+        tables.parse_args(["--allocation", "proportional", "--search_budget", "5"])
+
+
 def test_published_iterations_are_forty_per_cent_each():
     for number, sparsity in enumerate(tables.PUBLISHED["A"], start=1):
         assert sparsity == pytest.approx(1 - 0.6**number, abs=6e-4)
@@ -54,7 +60,9 @@ def test_every_setting_runs_and_is_continued(image_folder, tmp_path, monkeypatch
     assert calls[2] == calls[3] and len(calls) == 7  # three rows, two seeds, one repeated
     folder = tmp_path / "vgg16_tables/resnet20"
     with open(folder / "runs.csv") as file:
-        surviving = {row["row"]: row["surviving"] for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    assert {row["row"]: row["epochs"] for row in rows} == {"B:0.95": "1", "A:0.64": "2", "R:0.98": "2"}  # since dense
+    surviving = {row["row"]: row["surviving"] for row in rows}
     assert surviving == {label: str(round((1 - sparsity) * 270_896))
                          for label, sparsity in (("B:0.95", 0.95), ("A:0.64", 0.64), ("R:0.98", 0.98))}
     before = {path: path.stat().st_mtime_ns for path in (folder / "seed_0").rglob("*.pth")}

@@ -173,6 +173,22 @@ def hold_pruned_weights(model: nn.Module, optimizer: Optimizer) -> RemovableHand
     return hold_weights(optimizer, [(layer.weight_orig, layer.weight_mask) for layer in layers])
 
 
+@torch.no_grad()
+def forget_momentum(model: nn.Module, optimizer: Optimizer, returned: Mapping[str, Tensor]) -> None:
+    """Weights that return (layer -> bool) get no momentum. Adam's second moment becomes the layer's mean: with one of
+    zero, whose bias nothing would correct so late, their steps would be the larger the later they return."""
+    layers = prunable_layers(model)
+    for name, new in returned.items():
+        weight, mask = layers[name].weight_orig, layers[name].weight_mask
+        for key, value in optimizer.state.get(weight, {}).items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                fill = torch.zeros((), device=value.device)
+                if key == "exp_avg_sq":
+                    stayed = mask.bool() & ~new
+                    fill = (value * stayed).sum() / stayed.sum().clamp(min=1)
+                value.masked_fill_(new, fill)
+
+
 # ---- what rules look at besides the weights --------------------------------------------------------------------------
 
 

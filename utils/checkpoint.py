@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,9 @@ def save_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 def _allow_numpy() -> None:
     """Lets PyTorch load NumPy scalars and arrays of plain dtypes, written under NumPy 1 or 2; none can run code."""
     kinds = [type(np.dtype(kind)) for kind in np.typecodes["All"] if kind not in "OV"]
-    makers = [_in_module(maker, f"{package}.multiarray") for package in ("numpy.core", "numpy._core")
+    makers = [(maker, f"{package}.multiarray.{maker.__name__}") for package in ("numpy.core", "numpy._core")
               for maker in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])]
-    def encode(text: str, encoding: str) -> bytes:  # how a pickle of torch.save holds bytes; PyTorch 2.5 has it itself
-        return text.encode("latin1")
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *makers, *kinds, _in_module(encode, "_codecs")])
-
-
-def _in_module(function: Callable[..., Any], module: str) -> Callable[..., Any]:
-    """The function as if defined in `module`: PyTorch before 2.6 goes by the function's own name."""
-    def call(*args: Any) -> Any:
-        return function(*args)
-    call.__module__, call.__name__, call.__qualname__ = module, function.__name__, function.__name__
-    return call
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *makers, *kinds])
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -244,11 +234,12 @@ def file_digest(path: Path) -> str:
 
 
 def read_card(artifact: Path) -> dict[str, Any] | None:
-    """The run card of an artifact, or None when there is none that belongs to these very bytes."""
+    """The run card of an artifact, or None when there is none that belongs to these very bytes; what it says of
+    arguments and input is a mapping, empty where it was none."""
     try:
         card = json.loads(card_path(artifact).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(card, dict) or not artifact.is_file() or card.get("sha256") != file_digest(artifact):
         return None
-    return card
+    return {**card, **{key: {} for key in ("config", "input") if not isinstance(card.get(key, {}), dict)}}

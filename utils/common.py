@@ -241,12 +241,16 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU."""
+    """Largest memory so far in MB: allocated on a GPU, resident for the whole process on a CPU; 0 on Windows, which
+    does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -263,11 +267,16 @@ def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: 
     return parse
 
 
+def _whole_or_not(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)  # whole ones stay whole, as in records
+
+
 fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1 (both excluded)")
 unit_interval = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
-epoch_count = _number(lambda text: int(text) if text.isdigit() else float(text), lambda x: 0 < x < float("inf"),
-                      "a number above 0")  # whole ones stay whole, as in records
+epoch_count = _number(_whole_or_not, lambda value: 0 < value < float("inf"), "a number above 0")
+steps_or_share = _number(_whole_or_not, lambda value: 0 < value < 1 or isinstance(value, int) and value > 0,
+                         "a whole number above 0, or a fraction below 1")
 not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")

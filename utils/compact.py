@@ -90,6 +90,7 @@ class _Plan:
 
     def __init__(self, layers: list[Layer]):
         self.layers, self.constant = layers, constants(layers)
+        self.spatial = [layer.spatial for layer in layers for _ in range(layer.channels)]
         self.kept = torch.zeros(len(self.constant), dtype=torch.bool)
         self.columns: dict[str, Tensor] = {}
         self.carriers: dict[str, int] = {}
@@ -128,11 +129,16 @@ class _Plan:
         self.kept[reads[used]] = True
 
     def computed(self, layer: Layer) -> list[Tensor]:
-        """The operands that are computed: all but those of which everything that is read is constant."""
+        """The operands that are computed: all but those of which everything that is read is constant, unless the map
+        has its size from them (a gate of one pixel has none)."""
         stays = self.kept[layer.span]
         varying = [operand for operand in layer.reads
                    if self.constant[sources(layer, operand)[stays]].isnan().any()]
-        return varying or layer.reads[:1]
+        for chosen in [varying] if varying else [[operand] for operand in layer.reads]:
+            spatial = torch.broadcast_shapes(*(self.spatial[int(operand[0])] for operand in chosen))
+            if spatial == layer.spatial != (1, 1):  # one pixel may be more of other images
+                return chosen
+        return layer.reads
 
 
 def mixes_channels(layer: Layer) -> bool:

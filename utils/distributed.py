@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ def world() -> World:
 
 
 def use_own_part(device: torch.device) -> None:
-    """Makes 'cuda' this process's own GPU, or leaves it its share of the processor's cores; alone it has everything.
+    """Makes 'cuda' this process's own GPU, 'cuda:N' the current one, or leaves it its share of the processor's cores;
+    alone it has everything.
 
     UserError where a machine has fewer GPUs than processes.
     """
@@ -194,7 +196,9 @@ def use_own_part(device: torch.device) -> None:
     if count > 1 and device.type == "cpu" and not _threads_given():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // count))
-    elif count > 1 and device.type == "cuda" and device.index is None:
+    elif device.index is not None and device.type == "cuda":  # graphs and random numbers are the current GPU's
+        torch.cuda.set_device(device)
+    elif count > 1 and device.type == "cuda":
         if count > torch.cuda.device_count():
             raise UserError(f"{count} processes on a machine with {torch.cuda.device_count()} GPUs; start as many as "
                             "there are GPUs, with torchrun's --nproc_per_node")
@@ -220,9 +224,39 @@ def launcher() -> list[str]:
 
 def restarted() -> bool:
     """Whether torchrun has started this process after it had lost one, and not after an error that would come again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not any(
+        any(folder.glob("*/error.json")) for folder in _attempts())
+
+
+def _attempts() -> list[Path]:
+    """The folders that torchrun has made so far, one at each start of the processes."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_1/0/error.json, of process 0 after one restart
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not (
-        file and any(Path(file).parents[2].glob("attempt_*/*/error.json")))
+    return [*Path(file).parent.parent.parent.glob("attempt_*")] if file else []
+
+
+def resumed(words: Sequence[str], began: float) -> list[str]:
+    """A command's words to go on with it: with `--resume`, or with the time when its `--overwrite` began.
+
+    began: when this process did; of torchrun's processes, those of the first attempt count.
+    """
+    start = datetime.fromtimestamp(min([began, *(path.stat().st_mtime for path in _attempts())])).astimezone()
+    words = [f"{word}={start.isoformat(timespec='seconds')}" if word == "--overwrite" else word for word in words]
+    goes_on = {"--resume", "-r", "--overwrite"}.intersection(word.split("=")[0] for word in words)
+    return words if goes_on else [*words, "--resume"]
+
+
+def continued(words: Sequence[str]) -> tuple[list[str], float | None]:
+    """The words, after a restart by torchrun those to go on with; of an ``--overwrite=TIME`` among them the time in
+    seconds, and `--resume` instead. UserError where it is no time."""
+    words = resumed(words, time.time()) if restarted() else words
+    times = [word for word in words if word.startswith("--overwrite=")]
+    if not times:
+        return list(words), None
+    try:
+        since = datetime.fromisoformat(times[-1].partition("=")[2]).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{times[-1]} does not give a time as in --overwrite=2026-01-31T12:00:00") from error
+    return resumed([word for word in words if word not in times], since), since
 
 
 def keep_error(line: str) -> None:

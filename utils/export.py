@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from utils import sparse_file, stage1
 from utils.analysis_utils import clone_model, count_pruned_params, is_binary, prunable_layers, remove_masks, set_masks
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, save_json
-from utils.common import SIDE, RunFailed, UserError, generator, write_atomic
+from utils.common import SIDE, RunFailed, UserError, generator, note, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
-from utils.inspection import Artifact, guess_model, layer_rows, load_artifact, plain
+from utils.inspection import Artifact, guess_model, layer_rows, load_artifact
 from utils.model_loader import has_mask_entries, load_model_state, model_loader
 from utils.pruning import check_reach, prune_to
 from utils.run import Run
 from utils.stage1 import Outcome, PruneStep
 
+ACCURACIES = ("val_acc", "test_acc")  # in a run card
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4  # of logits, and of the largest of them where that is above 1
 LARGEST_SIDE = 1024  # pixels of an image; what asks for more can only be damaged
@@ -82,8 +83,9 @@ def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", ove
            smaller: bool = False) -> str:
     """Writes the model of an artifact to `out` in a form of `FORMATS`, with its run card, if it has one, beside it.
 
-    dtype: of a compact file's weights, 'float32' or 'float16'; smaller: write the compact network in its place, in a
-    form of `COMPACT`. Returns a line that says what was written. Raises UserError for an artifact without a sound
+    dtype: of a compact file's weights, 'float32' or 'float16', which rounds them: its card then lacks `ACCURACIES`,
+    measured on other weights, so that they are measured when needed; smaller: write the compact network in its place,
+    in a form of `COMPACT`. Returns a line that says what was written. Raises UserError for an artifact without a sound
     model, for files that are there already unless `overwrite`, and where packages are missing; RunFailed when the model
     cannot be exported. Files are written last, whole or not at all.
     """
@@ -98,7 +100,8 @@ def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", ove
     write_atomic(out, content)
     if artifact.card:
         origin = {"format": f"compact {form}" if smaller else form, "dtype": dtype, "from": artifact.card["sha256"]}
-        save_json({**artifact.card, "sha256": hashlib.sha256(content).hexdigest(), "exported": origin}, card_path(out))
+        facts = {key: value for key, value in artifact.card.items() if dtype == "float32" or key not in ACCURACIES}
+        save_json({**facts, "sha256": hashlib.sha256(content).hexdigest(), "exported": origin}, card_path(out))
     return f"{out}: {len(content):,} bytes; {remark}"
 
 
@@ -134,14 +137,17 @@ def _dense(artifact: Artifact, dtype: str) -> Export:
 
 
 def _sparse(artifact: Artifact, dtype: str) -> Export:
-    state = artifact.weights
+    state, dense = artifact.weights, dense_state(artifact.weights)
     try:
         content = sparse_file.encode(state, dtype)
     except ValueError as error:
-        raise UserError(f"{artifact.path}: {error}; leave out --dtype {dtype}") from error
-    dense = sum(value.numel() * value.element_size() for value in dense_state(state).values())
+        remedy = "; leave out --dtype float16" if dtype == "float16" else ""
+        raise UserError(f"{artifact.path}: {error}{remedy}") from error
+    if any(value.dtype == torch.float64 and not torch.equal(value, value.float().double()) for value in dense.values()):
+        note(f"{artifact.path}: its float64 values are rounded to {dtype}")
+    size = sum(value.numel() * value.element_size() for value in dense.values())
     lost = "; the values that pruned weights had are not in it" if has_mask_entries(state) else ""
-    return content, (f"{_counts(state)}, {dense / len(content):.1f} times smaller than their {dense:,} bytes{lost}; "
+    return content, (f"{_counts(state)}, {size / len(content):.1f} times smaller than their {size:,} bytes{lost}; "
                      "every script reads it like a checkpoint")
 
 
@@ -161,7 +167,7 @@ def _onnx(artifact: Artifact, dtype: str, smaller: bool = False) -> Export:
     else:
         model, counts = _model(artifact), _counts(artifact.weights)
         remove_masks(model)
-    content, difference = onnx_bytes(model, _side(artifact), plain(artifact.input))
+    content, difference = onnx_bytes(model, _side(artifact), artifact.input)
     return content, (f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); onnxruntime's logits are "
                      f"PyTorch's within {difference:.1g}")
 
@@ -179,7 +185,7 @@ def _model(artifact: Artifact) -> nn.Module:
 
 def _side(artifact: Artifact) -> int:
     """Pixels of the images that the model was trained on. UserError for what cannot be a size."""
-    side = plain(artifact.input).get("image_size", SIDE)
+    side = artifact.input.get("image_size", SIDE)
     if type(side) is not int or not 0 < side <= LARGEST_SIDE:
         raise UserError(f"{artifact.path} was trained on images of image_size {side!r}, by its own account; a number "
                         f"of pixels from 1 to {LARGEST_SIDE} would be right")
@@ -255,7 +261,7 @@ def _onnx_difference(content: bytes, model: nn.Module, image_size: int) -> float
 
 def _compact_dense(artifact: Artifact, dtype: str) -> Export:
     made, counts = _compact(artifact)
-    packed = content(made.steps, made.network.state_dict(), input=plain(artifact.input))
+    packed = content(made.steps, made.network.state_dict(), input=artifact.input)
     return checkpoint_bytes(packed), f"{counts}; utils.compact.load_network(FILE) builds it"
 
 

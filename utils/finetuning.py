@@ -67,9 +67,8 @@ class Source:
 # --- options -------------------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser) -> list[str]:
-    """The options of finetuning, None or False unless given, and those of a run; returns the names of what only
-    finetuning takes.
+def add_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options of finetuning, None or False unless given, and those of a run; returns their names and defaults.
 
     The options of `DATA` are None unless given too, for `take_data` to fill in, and their defaults in `defaults`.
     """
@@ -99,12 +98,14 @@ def add_options(parser: argparse.ArgumentParser) -> list[str]:
     add_run_options(parser)
     add_overwrite_options(parser)
     parser.set_defaults(defaults={name: parser.get_default(name) for name in DATA}, **dict.fromkeys(DATA))
-    return [*(option.dest for option in options), "resume", "overwrite"]
+    names = [*(option.dest for option in options), *DATA, "seed", "device", "root", "resume", "overwrite"]
+    return {name: parser.get_default(name) for name in names}
 
 
-def check_options(args: argparse.Namespace, finetuning_only: Sequence[str]) -> None:
-    """UserError for options that would have no effect or contradict each other."""
-    given = {name for name in finetuning_only if getattr(args, name)} - ({"overwrite"} if args.export else set())
+def check_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """UserError for options that would have no effect or contradict each other; defaults: of `add_options`."""
+    given = {name for name, default in defaults.items() if getattr(args, name) != default}
+    given -= {"overwrite"} if args.export else set()
     if given and not args.finetune:
         raise UserError(f"--{min(given)} has no effect without --finetune")
     if args.finetune and args.json:

@@ -27,7 +27,9 @@ CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth",
               "regrown_live", "came_back", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
               "command")
 LISTED = 12  # longer lists are summarised
+LEVELS = 32  # of mappings and lists in each other, at most
 ROUNDED = 9  # decimals of sums of fractions of an epoch
+ANY = 1009  # classes, in place of every other number of them: no layer of a model has so many channels
 
 # --- what a file is ------------------------------------------------------------------------------------------------
 
@@ -66,10 +68,13 @@ class Artifact:
         return model_state(self.content, self.path, say=lambda text: note(f"{self.path}: {text}"))
 
     @property
-    def input(self) -> Mapping[str, Any]:
-        """What is known of a model's input (`Run.model_input`), by its run card or its content; {} if nothing."""
+    def input(self) -> dict[str, Any]:
+        """What is known of a model's input (`Run.model_input`), by its run card or its content, as plain values; {} if
+        nothing is, or nothing that makes sense."""
         known = self.card.get("input") or (self.content.get("input") if self.kind.is_model else None)
-        return known if isinstance(known, Mapping) else {}
+        with suppress(RecursionError):
+            return plain(known) if isinstance(known, Mapping) else {}
+        return {}
 
 
 def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
@@ -127,26 +132,30 @@ def layer_rows(state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-@lru_cache(maxsize=4 * len(MODELS))
-def _layout(name: str, classes: int) -> dict[str, torch.Size]:
-    """Names and shapes of a dense model's state dict."""
-    return {key: value.shape for key, value in model_loader(name, num_classes=classes, seed=0).state_dict().items()}
+@lru_cache(maxsize=len(MODELS))
+def _layout(name: str) -> dict[str, torch.Size]:
+    """Names and shapes of a dense model's state dict, if it told `ANY` classes apart."""
+    return {key: value.shape for key, value in model_loader(name, num_classes=ANY, seed=0).state_dict().items()}
 
 
 def guess_model(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Name and number of classes of the model whose `model_state`, dense or masked, has these names and shapes."""
+    """Name and number of classes of the model whose `model_state`, dense or masked, has these names and shapes.
+
+    No model is built with the classes that a file asks for: they may be any number.
+    """
     shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: value.shape
               for key, value in state.items() if not key.endswith("weight_mask")}
     matrices = [shape for shape in shapes.values() if len(shape) == 2]
     classes = matrices[-1][0] if matrices else 10  # every model ends in a linear classifier
-    return next(((name, classes) for name in MODELS if _layout(name, classes) == shapes), None)
+    return next(((name, classes) for name in MODELS if shapes == {
+        key: tuple(classes if side == ANY else side for side in shape) for key, shape in _layout(name).items()}), None)
 
 
 def models_with_layers(layers: Iterable[str]) -> list[str]:
     """Names of the models that have all these prunable layers; only the one that has no others, if there is one."""
     wanted, fitting = set(layers), []
     for name in MODELS:
-        names = {key.removesuffix(".weight") for key, shape in _layout(name, 10).items()
+        names = {key.removesuffix(".weight") for key, shape in _layout(name).items()
                  if key.endswith(".weight") and len(shape) in (2, 4)}
         if names == wanted:
             return [name]
@@ -274,28 +283,33 @@ def describe(artifact: Artifact) -> Sections:
     """
     header = {"file": str(artifact.path), "bytes": artifact.path.stat().st_size, "kind": artifact.kind.name}
     try:
-        sections = artifact.kind.describe(artifact.content)
+        sections = plain(artifact.kind.describe(artifact.content))
+        if artifact.input:
+            sections["input"] = artifact.input
+        if card := artifact.card:
+            facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
+            sections |= plain({"run card": facts, "arguments": sections.get("arguments") or card.get("config")})
     except UserError as error:
         raise UserError(f"{artifact.path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{artifact.path} looks like a {artifact.kind.name} but is damaged: {reason}") from error
-    if artifact.input:
-        sections["input"] = artifact.input
-    if card := artifact.card:
-        facts = {key: card[key] for key in CARD_FACTS if card.get(key) is not None}
-        sections |= {"run card": facts, "arguments": sections.get("arguments") or card.get("config")}
     kept = {key: value for key, value in sections.items() if key == "model" or value not in (None, [], {})}
-    return plain({**header, **kept})
+    return {**header, **kept}
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON can hold it: tensors and long lists in words, numbers that are not finite as None."""
+def plain(value: Any, levels: int = LEVELS) -> Any:
+    """The value as JSON can hold it: tensors and long lists in words, numbers that are not finite as None.
+
+    RecursionError for what has more levels than that.
+    """
+    if not levels:
+        raise RecursionError("something is nested too deeply, or holds itself")
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, levels - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         rows = value and isinstance(value[0], Mapping)
-        return [plain(item) for item in value] if rows or len(value) <= LISTED else _in_words(value)
+        return [plain(item, levels - 1) for item in value] if rows or len(value) <= LISTED else _in_words(value)
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         single = math.prod(value.shape) == 1 and not getattr(value, "is_meta", False)
         return plain(value.item()) if single else _in_words(value)

@@ -29,7 +29,7 @@ from utils.analysis_utils import (
     set_masks,
     surviving_by_layer,
 )
-from utils.common import UserError, derive_seed, fraction, generator, numbers, positive_int
+from utils.common import RunFailed, UserError, derive_seed, fraction, generator, numbers, positive_int, steps_or_share
 from utils.data_loader import BatchLoader
 from utils.pruning import PRUNERS, lacking_weights, needed, prune_to
 from utils.regrowth import INITIALISERS, SELECTORS, Evidence, WeightRegrowth, layer_capacities
@@ -52,7 +52,8 @@ class MaskPlan:
     """A schedule with all that it needs to know.
 
     schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
-    which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase).
+    which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase), below 1 as a
+    fraction of the training.
     update_until: fraction of the training after which the mask stays. ramp_until: fraction of it after which the
     sparsity is the target's and weights only change places; None: update_until. exchange: fraction of the survivors
     that changes places in the first update. regrow_rule, regrow_values: which weights return, and with what value.
@@ -65,7 +66,7 @@ class MaskPlan:
     start: float
     target: float
     pruner: str = "magnitude"
-    update_every: int = 40
+    update_every: float = 40
     update_until: float = 0.6
     ramp_until: float | None = None
     exchange: float = 0.3
@@ -74,6 +75,10 @@ class MaskPlan:
     regrow_values: str = "zero"
     evidence_steps: int = 1
 
+    def every(self, total_steps: int) -> int:
+        """Steps from one update to the next."""
+        return int(self.update_every) or max(1, round(self.update_every * total_steps))
+
     def last_update(self, total_steps: int) -> int:
         """Number of steps after which the mask moves for the last time."""
         return max(1, round(self.update_until * total_steps))
@@ -81,7 +86,7 @@ class MaskPlan:
     def move(self, step: int, total_steps: int) -> Move:
         """What is to happen after `step` of `total_steps` steps, a step at which an update is due."""
         t = min(1.0, step / self.last_update(total_steps))
-        return MASK_SCHEDULES[self.schedule].move(self, t, step // self.update_every)
+        return MASK_SCHEDULES[self.schedule].move(self, t, step // self.every(total_steps))
 
 
 def cubic_sparsity(t: float, start: float, target: float) -> float:
@@ -96,6 +101,10 @@ def cosine_exchange(t: float, first: float) -> float:
 
 def _gradual(plan: MaskPlan, t: float, number: int) -> Move:
     return Move(cubic_sparsity(t, plan.start, plan.target))
+
+
+def _late(plan: MaskPlan, t: float, number: int) -> Move:
+    return Move(plan.target if t >= 1 else plan.start)
 
 
 def _rigl(plan: MaskPlan, t: float, number: int) -> Move:
@@ -126,12 +135,16 @@ MASK_SCHEDULES: dict[str, MaskSchedule] = {
     # Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878
     "gradual": MaskSchedule(_gradual, {}, ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation",
                                                    "regrow_values", "evidence_steps")),
+    # A control: at once, but only at `update_until`, so that what is pruned has been trained for longer
+    "late": MaskSchedule(_late, {"update_until": 0.3}, ignores=("update_every", "ramp_until", "exchange", "regrow_rule",
+                                                               "regrow_allocation", "regrow_values", "evidence_steps")),
     # Evci et al., "Rigging the lottery", ICML 2020: constant sparsity, grown by |gradient|, returning at zero
     "rigl": MaskSchedule(_rigl, {"update_until": 0.75}, ignores=("ramp_until",)),
     # Liu et al., "Sparse training via boosting pruning plasticity with neuroregeneration", NeurIPS 2021
     "granet": MaskSchedule(_granet, {}),
-    # Peste et al., "AC/DC: Alternating compressed/decompressed training", NeurIPS 2021
-    "acdc": MaskSchedule(_acdc, {"regrow_rule": "random", "regrow_allocation": "proportional"},
+    # Peste et al., "AC/DC", NeurIPS 2021: on ImageNet phases of 5 of the 100 epochs, the last 15 sparse
+    "acdc": MaskSchedule(_acdc, {"update_every": 0.05, "update_until": 0.85, "regrow_rule": "random",
+                                 "regrow_allocation": "proportional"},
                          ignores=("ramp_until", "exchange", "regrow_rule", "regrow_allocation", "evidence_steps")),
     # arXiv 2511.11675 taken into training: prune past the target, regrow the margin by any evidence and allocation. The
     # defaults are ahead of gradual, though what they regrow does not stay, and at random does nearly as well (results/)
@@ -162,20 +175,17 @@ def plan_fields(schedule: str, **given: Any) -> dict[str, Any]:
 def add_mask_options(parser: argparse.ArgumentParser, text: str = "fixed prunes before the finetuning; the others "
                      "start from the unpruned model", several: bool = False) -> None:
     """`--mask_schedule`, of which the help says `text`, and what it takes; None where not given; see `mask_options`.
-
-    several: whether every option takes a list of values.
-    """
+    several: whether every option takes a list of values."""
     group = parser.add_argument_group("mask schedule", "how the mask moves while the model is finetuned; defaults are "
                                       "those of the schedule")
     add = partial(group.add_argument, **({"nargs": "+"} if several else {}))
     add("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default=["fixed"] if several else "fixed", help=text)
-    add("--update_every", type=positive_int, metavar="STEPS",
-        help="steps from one update of the mask to the next (acdc: of a phase)")
+    add("--update_every", type=steps_or_share, metavar="STEPS",
+        help="steps from one update of the mask to the next (acdc: of a phase); below 1: as a fraction of the training")
     add("--update_until", type=fraction, help="fraction of the training after which the mask stays")
     add("--ramp_until", type=fraction, help="fraction of the training after which the sparsity is the target's and "
         "weights only change places (default: that of --update_until)")
-    add("--exchange", type=fraction,
-        help="fraction of the survivors that changes places at first; it falls to 0 by a cosine")
+    add("--exchange", type=fraction, help="fraction of the survivors that changes places at first, falling to 0")
     add("--regrow_rule", choices=list(SELECTORS), help="which weights return")
     add("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
         help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
@@ -323,8 +333,8 @@ class MaskMover(TrainingHook):
 
     Gradients at pruned positions are those of the training batches themselves. Weights that return have no momentum;
     pruned ones do not move. `history` has a dict per update: step, epoch, sparsity, survivors, pruned and regrown
-    (positions that changed), handed_back (of `Moved`), came_back (survivors that were pruned earlier in the training),
-    then the survivors of every layer. `ever_regrown`: layer -> bool, True where a weight has come back at least once.
+    (positions that changed), handed_back (of `Moved`), `came_back`, then the survivors of every layer.
+    `ever_regrown`: layer -> bool, True where a weight has come back at least once.
     """
 
     def __init__(self, model: nn.Module, plan: MaskPlan, seed: int, sample: BatchLoader | None = None,
@@ -350,7 +360,6 @@ class MaskMover(TrainingHook):
         """A training that starts from a denser model than the schedule wants is pruned first."""
         if trainer.step == 0:
             self._update(trainer, self.plan.move(0, trainer.total_steps)._replace(exchange=0.0))
-        trainer.hold_pruned()
 
     def before_step(self, trainer: Trainer) -> None:
         """Has the gradients of the effective weights kept in the last `evidence_steps` steps before an update."""
@@ -359,7 +368,7 @@ class MaskMover(TrainingHook):
 
     def _next_update(self, trainer: Trainer) -> int:
         """Steps done at the next update; not after `trainer.step` when there is none."""
-        every, last = self.plan.update_every, self.plan.last_update(trainer.total_steps)
+        every, last = self.plan.every(trainer.total_steps), self.plan.last_update(trainer.total_steps)
         return min((trainer.step // every + 1) * every, last)
 
     def on_step(self, trainer: Trainer) -> None:
@@ -367,10 +376,9 @@ class MaskMover(TrainingHook):
         if self.watching:
             self._gather()
         last = self.plan.last_update(trainer.total_steps)
-        if trainer.step == last or (trainer.step < last and trainer.step % self.plan.update_every == 0):
+        if trainer.step == last or (trainer.step < last and trainer.step % self.plan.every(trainer.total_steps) == 0):
             self._update(trainer, self.plan.move(trainer.step, trainer.total_steps))
             self._sums = {}
-            trainer.hold_pruned()
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -393,32 +401,27 @@ class MaskMover(TrainingHook):
         return Evidence(reference=self.reference, gradient=lambda: self._sums, saliency=saliency, drift=drift)
 
     def _update(self, trainer: Trainer, move: Move) -> None:
-        before = get_masks(self.model)
+        layers, before = prunable_layers(self.model).values(), get_masks(self.model)
+        if not all(numbers(layer.weight_orig.isfinite().all() for layer in layers)):
+            raise RunFailed(f"weights are not finite after {trainer.step} steps: the training diverged; the last good "
+                            "checkpoint is kept. Try a lower learning rate or --precision fp32")
         keep, number = round((1.0 - move.sparsity) * self.total), len(self.history) + 1
         returned, handed_back = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
                                            seed=derive_seed(self.seed, "mask update"), number=number)
-        self._forget_momentum(trainer.optimizer, returned)
         after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
         self.history.append({
             "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
             "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
             "pruned": _total({name: before[name] & ~mask for name, mask in after.items()}),
-            "regrown": _total(returned), "handed_back": _total(handed_back), "came_back": _total(self._stayed()),
+            "regrown": _total(returned), "handed_back": _total(handed_back), "came_back": self.came_back,
             **counts})
+        trainer.hold_pruned(returned)
 
-    @torch.no_grad()
-    def _forget_momentum(self, optimizer: torch.optim.Optimizer, returned: Mapping[str, Tensor]) -> None:
-        """Weights that return have no momentum. Adam's second moment becomes the layer's mean: with one of zero, whose
-        bias nothing would correct so late, their steps would be the larger the later they return."""
-        for name, layer in prunable_layers(self.model).items():
-            for key, value in optimizer.state.get(layer.weight_orig, {}).items():
-                if isinstance(value, Tensor) and value.shape == layer.weight_orig.shape:
-                    fill = torch.zeros((), device=value.device)
-                    if key == "exp_avg_sq":
-                        stayed = layer.weight_mask.bool() & ~returned[name]
-                        fill = (value * stayed).sum() / stayed.sum().clamp(min=1)
-                    value.masked_fill_(returned[name], fill)
+    @property
+    def came_back(self) -> int:
+        """How many weights are active now that were pruned earlier in the training."""
+        return _total(self._stayed())
 
     def _stayed(self) -> dict[str, Tensor]:
         """Layer -> bool, True where a weight is active that has come back."""

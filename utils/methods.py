@@ -106,12 +106,14 @@ def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
     """The arguments with what follows from them: `method`, `finetuning` (the final recipe), `search` (its
-    configuration), `mask` (how it moves in the final finetuning), a `save_dir`, and `decisive` (the options that a
-    regrown model depends on, beside its recipe). UserError for values that contradict each other.
+    configuration), `episode_schedule` (of the learning rate in its trainings), `mask` (how it moves in the final
+    finetuning), a `save_dir`, and `decisive` (the options that a regrown model depends on, beside its recipe).
+    UserError for values that contradict each other.
     """
     args.method = method
     args.save_dir = args.save_dir or args.root / method.save_dir / args.m_name
     args.finetuning = replace(RECIPES[args.recipe].final, **recipe_changes(args, "finetune_"))
+    args.episode_schedule = RECIPES[args.recipe].episode_schedule
     args.mask = mask_options(args, args.finetuning.epochs, "magnitude", at_target=True)
     for option in ("only_live", "target_layers"):
         if args.mask and getattr(args, option):
@@ -132,6 +134,8 @@ def complete(args: argparse.Namespace, method: Method) -> argparse.Namespace:
     if args.allocation == "rl":
         names += [name for name in SEARCH_OPTIONS if name != "action_space" or args.action_space != "ratio"]
     names += [name for name in ("only_live", "mask") if getattr(args, name)]  # older artifacts, without, still fit
+    if args.allocation == "rl" and args.episode_schedule != "constant":  # likewise
+        names += ["episode_schedule"]
     args.decisive = {name: getattr(args, name) for name in names}
     return args
 

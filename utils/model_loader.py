@@ -173,7 +173,8 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source:
     _check_fit(_expected_shapes(model, masked), state, next(reversed(layers), ""), source)
     if bad := [key for key, value in state.items() if key.endswith("weight_mask") and not is_binary(value)]:
         raise UserError(f"{source} holds masks with values other than 0 and 1: {_first_few(bad)}")
-    if bad := [key for key, value in state.items() if not bool(value.isfinite().all())]:
+    kind = next(model.parameters()).dtype
+    if bad := [key for key, value in state.items() if not bool(value.to(kind).isfinite().all())]:
         raise UserError(f"{source} holds values that are not finite (NaN or infinite), nothing can come of it: "
                         f"{_first_few(bad)}")
     (add_masks if masked else remove_masks)(model)

@@ -316,15 +316,16 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def plot_differences(results: Rows, path: Path, title: str) -> None:
-    """A line per arm: mean paired difference to the control with its t interval (thin) and bootstrap interval (thick).
+def plot_differences(results: Rows, path: Path, title: str, against: str = "one-shot pruning") -> None:
+    """A line per arm: mean paired difference with its t interval (thin) and bootstrap interval (thick).
 
-    results: rows of `utils.statistics.compare_arms`; intervals that are not finite (one seed) are not drawn.
+    results: rows of `utils.statistics.compare_arms`, against what they are compared; intervals that are not finite (one
+    seed) are not drawn.
     """
     figure, axes = panels((8.5, 0.42 * len(results) + 1.2))
     axes.axvline(0, color="0.3", linewidth=0.8)
     lines = {"mean": {"marker": "o", "linestyle": "none"},
-             "95 % t interval (decides the verdict)": {"linewidth": 1, "marker": "|"},
+             "95 % t interval (not adjusted)": {"linewidth": 1, "marker": "|"},
              "95 % bootstrap interval": {"linewidth": 5, "alpha": 0.5, "solid_capstyle": "butt"}}
     for label, style in lines.items():
         axes.plot([], [], color="k", label=label, **style)
@@ -336,10 +337,11 @@ def plot_differences(results: Rows, path: Path, title: str) -> None:
     _name_layers(axes, [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, seeds: {row['pairs']})"
                         for row in results])
     axes.margins(x=0.1)
-    axes.set(xlabel="test accuracy over one-shot pruning (points)", title=title, ylim=(len(results) - 0.5, -0.5))
+    axes.set(xlabel=f"test accuracy over {against} (points)", title=title, ylim=(len(results) - 0.5, -0.5))
     axes.grid(alpha=0.3, axis="x")
     known = any(np.isfinite(row["t_low"]) for row in results)
-    legend_below(figure, None if known else "one seed: no interval, so no verdict is possible")
+    legend_below(figure, "verdicts by p adjusted for all arms and sparsities (Holm)" if known else
+                 "one seed: no interval, so no verdict is possible")
     save_figure(figure, path)
 
 

@@ -36,7 +36,7 @@ from utils.common import (
 )
 from utils.data_loader import BatchLoader, TestLoader, loaders_from
 from utils.datasets import DATASETS, ImageDataset, load_dataset
-from utils.distributed import LOST, World, keep_error, launcher, restarted, use_own_part, world
+from utils.distributed import LOST, World, continued, keep_error, launcher, resumed, use_own_part, world
 from utils.model_loader import check_image_size, model_loader
 from utils.models import MODELS
 from utils.training import FINETUNE_ITERATIVE, FINETUNE_ONE_SHOT, OPTIMIZERS, PRETRAIN, RECIPES, SCHEDULES, Recipe
@@ -84,12 +84,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse; ``~/x`` and ``--option=~/x`` mean the home folder, also where no shell has replaced it.
 
-        Where torchrun starts the command again after it has lost a process, `--resume` is among its words.
+        A command that is `continued` has `--resume` among its words, and as `overwrite` the time that it gives.
         """
-        words = [_at_home(word) for word in (sys.argv[1:] if args is None else args)]
-        if restarted() and "--resume" in self._option_string_actions:
-            words = _resumed(words)
-        return super().parse_known_args(words, namespace)
+        words, since = [_at_home(word) for word in (sys.argv[1:] if args is None else args)], None
+        if {"--resume", "--overwrite"} <= set(self._option_string_actions):
+            words, since = continued(words)
+        parsed = super().parse_known_args(words, namespace)
+        if since is not None:
+            parsed[0].overwrite = since
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
@@ -160,7 +163,8 @@ def add_overwrite_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", "-r", action="store_true",
                        help="continue an interrupted stage, and take finished ones as they are")
-    group.add_argument("--overwrite", action="store_true", help="redo stages whose artifacts exist already")
+    group.add_argument("--overwrite", action="store_true", help="redo stages whose artifacts exist already; "
+                       "=TIME: those made before, and continue the others")
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ class Run:
     held: set[Any] = field(default_factory=set)  # folders that this run keeps to itself, of `utils.stage.hold_folder`
     made: set[Path] = field(default_factory=set)  # artifacts of this run: --overwrite redoes none of them twice
     resume: bool = False  # continue interrupted stages, and take finished ones as they are
-    overwrite: bool = False  # redo them instead
+    overwrite: bool | float = False  # redo them instead; a time: those that were made before it
     timing_only: bool = False  # no accuracy of the run counts, so checkpoints of other images will do
 
     @property
@@ -313,12 +317,6 @@ def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
             "shorten it)")
 
 
-def _resumed(words: Sequence[str]) -> list[str]:
-    """A command's words with `--resume`; what was overwritten so far is not overwritten again."""
-    kept = [word for word in words if word != "--overwrite"]
-    return kept if any(word.split("=")[0] in ("--resume", "-r") for word in kept) else [*kept, "--resume"]
-
-
 class _Pipe(io.FileIO):
     """An output whose reader may leave, as ``| head`` does: what is written after that is dropped."""
 
@@ -351,7 +349,7 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
     several: whether torchrun may start it as several processes, which then all end when one does.
     """
     _make_output_safe()
-    processes, line, code = World(), None, 0
+    began, processes, line, code = time.time(), World(), None, 0
     try:
         processes = world()
         if processes.size > 1 and not several:
@@ -360,7 +358,7 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
     except (KeyboardInterrupt, *LOST) as stop:
         what = "interrupted; every finished epoch is saved" if isinstance(stop, KeyboardInterrupt) else \
             "stopped, for another process of this run has ended; what was finished is saved"
-        again = shlex.join(_resumed(shlex.split(command_line())))
+        again = shlex.join(resumed(shlex.split(command_line()), began))
         line, code = f"\n{what}. {f'Continue with: {again}' if resumable else 'Run the same command again'}", 130
     except Exception as error:
         line, code = _line_and_code(error)

@@ -34,6 +34,7 @@ from utils.run import (
     prerequisite,
     script,
 )
+from utils.stage import hold_folder
 
 MEASURES = {  # name -> axis label; losses are in nats
     "gradient": "mean |g| (nats per unit of weight)",
@@ -291,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         f"{prerequisite(args, dense, '--pruner', 'none')}")
     outcome = stage1.load_outcome(run, args.checkpoint or dense)
     folder = args.save_dir or run.root / "saliency_analysis" / run.m_name
-    checkpoint.ensure_writable(folder, "--save_dir")
+    run.held.add(hold_folder(folder, "--save_dir"))
     sample, masks = class_sample(run.train, args.samples_per_class, run.seed), get_masks(outcome.model)
     sparsity = count_pruned_params(outcome.model).sparsity
     print(f"{outcome.artifact}: sparsity {sparsity:.5g}, {sample.num_images} training images of {len(classes)} "

@@ -64,8 +64,8 @@ class Gaps(NamedTuple):
 def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
     """The compact file of a state dict, as `utils.checkpoint.model_state` gives it; equal content gives equal bytes.
 
-    dtype: 'float32' or 'float16', of tensors with two and more dimensions. Raises ValueError where a mask holds
-    anything but 0 and 1, or where a value is too large for float16.
+    dtype: 'float32' or 'float16', of tensors with two and more dimensions; float64 is rounded. Raises ValueError where
+    a mask holds anything but 0 and 1, a value is too large for its dtype, or the file is one that `decode` refuses.
     """
     index, data = [], []
     masks = {key: f"{key.removesuffix('_orig')}_mask" for key in state if key.endswith("weight_orig")}
@@ -74,6 +74,10 @@ def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
         index.append(entry)
         data += parts
     packed = zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)
+    try:
+        _read_index(packed)
+    except ValueError as error:
+        raise ValueError(f"a compact file cannot hold it: {error}") from error
     body = b"".join([packed, *(part.tobytes() for part in data)])
     return HEADER.pack(MAGIC, VERSION, len(packed), hashlib.sha256(body).digest()) + body
 
@@ -85,8 +89,9 @@ def _encode_tensor(key: str, value: Tensor, mask: Tensor | None, dtype: str) -> 
         kind = dtype if value.dim() > 1 else "float32"
     entry = {"name": key, "shape": list(value.shape), "dtype": kind}
     flat = value.detach().cpu().to(getattr(torch, kind)).reshape(-1)
-    if kind == "float16" and bool((flat.isinf() & value.detach().cpu().reshape(-1).isfinite()).any()):
-        raise ValueError(f"{key} has values up to {value.abs().max():.3g}, and float16 ends at 65504")
+    if kind in FLOATS and bool((flat.isinf() & value.detach().cpu().reshape(-1).isfinite()).any()):
+        largest = torch.finfo(flat.dtype).max
+        raise ValueError(f"{key} has values up to {value.abs().max():.3g}, and {kind} ends at {largest:.6g}")
     if mask is None:
         return entry, [flat.numpy().astype(DTYPES[kind])]
     if mask.shape != value.shape or bool(((mask != 0) & (mask != 1)).any()):
@@ -145,12 +150,13 @@ def decode(content: bytes) -> dict[str, Tensor]:
 
 def _read_index(packed: bytes) -> list[dict[str, Any]]:
     """The index, each entry checked by itself, and names and elements over all; ValueError if anything is wrong."""
+    unpacker = zlib.decompressobj()
     try:
-        unpacker = zlib.decompressobj()
         text = unpacker.decompress(packed, LARGEST_INDEX)
         index = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
-        raise ValueError("its index cannot be read") from error
+        problem = "has too many bytes" if unpacker.unconsumed_tail else "cannot be read"
+        raise ValueError(f"its index {problem}") from error
     if not unpacker.eof or unpacker.unused_data:
         raise ValueError("its index is not of the size that the header says, or too large")
     if not (isinstance(index, list) and index and all(map(_is_sound, index))):

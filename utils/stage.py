@@ -89,10 +89,12 @@ class Stage:
     """An artifact on disk that is new, interrupted or finished.
 
     config: JSON-able arguments that determine the artifact; resume: continue an interrupted stage, take a finished one
-    as it is; overwrite: redo it. Raises UserError when what is on disk does not match and neither was asked for.
+    as it is; overwrite: redo it, or, with a time, continue or take what is no older and of these very arguments.
+    Raises UserError when what is on disk does not match and neither was asked for.
     """
 
-    def __init__(self, artifact: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, artifact: Path, config: Mapping[str, Any], *, resume: bool = False,
+                 overwrite: bool | float = False):
         """Looks at the disk and decides."""
         self.artifact, self.config = artifact, json.loads(json.dumps(config))
         self.progress = checkpoint.progress_path(artifact)
@@ -100,8 +102,7 @@ class Stage:
         self._state: dict[str, Any] | None = None
         self._saved_at, self._save_cost = 0.0, 0.0
         self._unsaved: dict[str, Any] | None = None  # a finished epoch that is not on disk yet
-        if not overwrite:
-            self._load_existing(resume)
+        self._load_existing(resume, overwrite)
 
     @property
     def finished(self) -> bool:
@@ -115,12 +116,15 @@ class Stage:
         other = f", made with other arguments: {differences(made, self.config)}" if made != self.config else ""
         return f"reusing {self.artifact}{known}{other}"
 
-    def _load_existing(self, resume: bool) -> None:
-        card = checkpoint.read_card(self.artifact)
+    def _load_existing(self, resume: bool, overwrite: bool | float) -> None:
+        card = checkpoint.read_card(self.artifact) if kept(self.artifact, overwrite) else None
         made = (card or {}).get("config", {})
         if card is not None and made == self.config:
             self.card = card
-            self.progress.unlink(missing_ok=True)  # of an interrupted --overwrite with these very arguments
+            if self._own_progress():  # of an interrupted --overwrite
+                self.progress.unlink()
+        elif overwrite:
+            self._state = self._own_progress() if kept(self.progress, overwrite) else None
         elif self.progress.exists():
             self._load_progress(resume)
         elif self.artifact.exists():
@@ -136,15 +140,24 @@ class Stage:
                                     "for another place")
             self.card = card or {}
 
+    def _own_progress(self) -> dict[str, Any] | None:
+        """The interrupted state, where there is one that can be read and has these very arguments."""
+        try:
+            state = checkpoint.load_checkpoint(self.progress)
+        except UserError:
+            return None
+        return state if isinstance(state, dict) and state.get("config") == self.config else None
+
     def _load_progress(self, resume: bool) -> None:
         if not resume:
             raise UserError(f"an interrupted stage lies at {self.progress}. Use --resume to continue it or --overwrite "
                             "to start anew")
         self._state = checkpoint.load_checkpoint(self.progress)
-        if self._state.get("config") != self.config:
+        made = self._state.get("config", {}) if isinstance(self._state, dict) else {}
+        if made != self.config:
             raise UserError(f"the interrupted stage at {self.progress} was started with other arguments: "
-                            f"{differences(self._state.get('config', {}), self.config)}. Repeat them with --resume, or "
-                            "use --overwrite to start anew")
+                            f"{differences(made, self.config)}. Repeat them with --resume, or use --overwrite to start "
+                            "anew")
 
     def fit(self, trainer: Trainer, label: str) -> TrainResult:
         """Trains, from the interrupted state if there is one; saves progress and a CSV row per epoch as it goes.
@@ -186,6 +199,11 @@ class Stage:
         self.progress.unlink(missing_ok=True)
 
 
+def kept(path: Path, overwrite: bool | float) -> bool:
+    """Whether there is a file that is not to be redone: with True none, with a time what is no older."""
+    return overwrite is not True and path.exists() and path.stat().st_mtime >= overwrite
+
+
 def differences(saved: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """The differing entries of two nested configurations in words: ``epochs 30 (asked: 200), seed 0 (asked: 1)``.
 
@@ -209,22 +227,25 @@ def check_same_files(world: World, config: Mapping[str, Any]) -> None:
 class ResumableTable:
     """Rows by key in ``{path}``, and in ``{path stem}.json`` the configuration that they were made with.
 
-    Raises UserError when the file exists and neither `resume` nor `overwrite` is asked for, or when it was made with
-    another configuration.
+    resume, overwrite: as of `Stage`. Raises UserError when the file exists and neither is asked for, or when it was
+    made with another configuration.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str], config: Mapping[str, Any], *, resume: bool, overwrite: bool):
+    def __init__(self, path: Path, keys: Sequence[str], config: Mapping[str, Any], *, resume: bool,
+                 overwrite: bool | float):
         """keys: the columns that identify a row; config: JSON-able."""
         self.path, self.keys = path, tuple(keys)
         self.config = json.loads(json.dumps(config))
         self.rows: list[dict[str, Any]] = []
         self.lock = hold_folder(path.parent, "--save_dir")
-        if path.exists() and not overwrite:
-            self._load_rows(resume)
+        if kept(path, overwrite):
+            self._load_rows(resume, overwrite)
 
-    def _load_rows(self, resume: bool) -> None:
+    def _load_rows(self, resume: bool, overwrite: bool | float) -> None:
         card = self._card()
         if changed := differences(card["config"], self.config):
+            if overwrite:
+                return
             raise UserError(f"{self.path} was made with other arguments: {changed}. Use --overwrite to redo it, or "
                             "--save_dir for another place")
         if not resume:
@@ -240,7 +261,7 @@ class ResumableTable:
         try:
             card = json.loads(path.read_bytes())
             return {"columns": dict(card.get("columns", {})), "config": dict(card["config"])}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged. {self._remedy}") from error
 
     @property

@@ -165,7 +165,8 @@ def open_stage(run: Run, artifact: Path, config: Mapping[str, Any], resume: bool
 
     resume: also where the run does not ask for it. What this run has made is never made again.
     """
-    return Stage(artifact, config, resume=run.resume or resume, overwrite=run.overwrite and artifact not in run.made)
+    return Stage(artifact, config, resume=run.resume or resume,
+                 overwrite=False if artifact in run.made else run.overwrite)
 
 
 def dense_stage(run: Run, recipe: Recipe, resume: bool = False) -> Stage:
@@ -242,7 +243,7 @@ def train(run: Run, stage: Stage, model: nn.Module, recipe: Recipe, label: str, 
         checkpoint.save_csv(mover.history, table)
         plots.plot_mask_updates(mover.history, trainer.history, mover.shares_regrown(), table.with_suffix(".png"),
                                 label)
-        facts |= {"mask_updates": table.name, "came_back": mover.history[-1]["came_back"]}
+        facts |= {"mask_updates": table.name, "came_back": mover.came_back}
     facts |= {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": trainer.seconds}
     return facts, trainer
 
@@ -401,6 +402,8 @@ def read_test(run: Run, outcomes: Iterable[Outcome]) -> None:
         if came_without:
             outcome.card.update(describe(outcome.model, evaluate(outcome.model, run.val, run.precision).accuracy),
                                 config=run.identity(), epochs="", best_epoch="", seconds="")
+        elif "val_acc" not in outcome.card:  # of rounded weights
+            outcome.card["val_acc"] = evaluate(outcome.model, run.val, run.precision).accuracy
         test = run.test.read_as(str(outcome.artifact))
         outcome.card["test_acc"] = evaluate(outcome.model, test, run.precision).accuracy
         if not came_without:

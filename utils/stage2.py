@@ -48,7 +48,7 @@ from utils.regrowth import (
     target_layers,
 )
 from utils.run import Run, open_run
-from utils.stage import check_same_files, differences, hold_folder
+from utils.stage import check_same_files, differences, hold_folder, kept
 from utils.stage1 import Outcome, PruneStep
 from utils.training import Trainer, accuracy_with_new_statistics, evaluate
 
@@ -157,7 +157,8 @@ class Step:
     def reward(self, allocation: Sequence[int], seed: int, epochs: float) -> float:
         """Best validation accuracy (fraction) in a mini-finetuning of so many epochs after the allocation."""
         model, _ = self.apply(allocation)
-        recipe = replace(self.args.finetuning, epochs=epochs, schedule="constant", patience=None)
+        recipe = replace(self.args.finetuning, epochs=epochs, schedule=self.args.episode_schedule,
+                         patience=None)
         trainer = Trainer(model, self.run.train, self.run.val, recipe, seed=derive_seed(seed, "episode"),
                           precision=self.run.precision)
         return trainer.run(show=False).accuracy / 100
@@ -189,7 +190,12 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
     stage = stage1.open_stage(run, step.artifact, config)
     if stage.finished:
         return stage1.reuse(run, stage)
-    started = time.perf_counter()
+    best, stem = step.folder / args.method.best_file.format(m_name=run.m_name), step.folder / args.method.search_stem
+    if not (run.resume or run.overwrite):
+        for left in (*saved_searches(stem).values(), best):
+            if left.exists():
+                raise UserError(f"{left} is there, of an interrupted search or of another regrowth. Use --resume to go "
+                                "on with it, --overwrite to replace it, or --save_dir for another place")
     if args.allocation == "rl":
         found = search_allocation(step, config, processes)
     else:
@@ -204,8 +210,7 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
     checkpoint.save_checkpoint(  # `BEST_ENTRIES` says what each entry is; the record replays it on the start
         {"epoch": found.updates, "reward": found.reward, "accuracy": regrown / 100, **regrowth, **record.state_dict(),
          "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(start.artifact),
-         "starting_digest": start.digest, "entries": BEST_ENTRIES},
-        step.folder / args.method.best_file.format(m_name=run.m_name))
+         "starting_digest": start.digest, "entries": BEST_ENTRIES}, best)
     sparsity_before = count_pruned_params(start.model).sparsity
     print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
           f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
@@ -221,8 +226,7 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
     facts |= {"val_acc_before": before, **regrowth, "sparsity_before": sparsity_before, "regrown": record.count,
               "regrown_live": live, "starting_checkpoint": str(start.artifact),
               "start_test_acc": start.card.get("test_acc"), "drift": dict(zip(step.problem.layers, step.problem.drift)),
-              "search_epochs": found.epochs_spent, "allocation_source": found.source,
-              "seconds": time.perf_counter() - started}
+              "search_epochs": found.epochs_spent, "allocation_source": found.source}
     return stage1.finish(run, stage, model, facts)
 
 
@@ -248,8 +252,10 @@ def search_allocation(step: Step, config: Mapping[str, Any], processes: World) -
     seed = step.run.derive_seed("search")
     search = RegrowthPolicyGradient(step.problem, step.reward, args.search, seed, processes)
     if step.run.resume:
-        named = args.resume not in (None, "latest")
-        load_search(search, [Path(args.resume)] if named else list(saved_searches(stem).values()), config)
+        named = args.resume not in (None, "latest") and (
+            args.regrow_iterations == 1 or Path(args.resume).resolve().parent == step.folder.resolve())
+        load_search(search, [Path(args.resume)] if named else
+                    [path for path in saved_searches(stem).values() if kept(path, step.run.overwrite)], config)
     processes.share(asdict(step.problem))
     result = run_search(search, stem, config, args.save_freq, step.sparsity_after)
     processes.share()

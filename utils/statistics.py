@@ -102,14 +102,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all (Holm).
+    """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all (Holm), and
+    'better' or 'worse' only where that p says so, too.
 
     rows: a dict per run: arm, target (its sparsity), seed, test_acc (%), seconds of training after pretraining and
-    epochs of a search, of which the means go along. arms: names in the order in which they are given back.
+    epochs of a search, of which the means go along. arms: names in the order in which they are given back, before
+    others, of arms that there were when their rows were made.
     """
+    places = {arm: place for place, arm in enumerate(arms)}
     by_key = {(row["target"], row["arm"], row["seed"]): row for row in rows}
     results = []
-    for target, arm in sorted({key[:2] for key in by_key}, key=lambda key: (key[0], arms.index(key[1]))):
+    for target, arm in sorted({key[:2] for key in by_key},
+                              key=lambda key: (key[0], places.get(key[1], len(places)), key[1])):
         own = [row for key, row in by_key.items() if key[:2] == (target, arm) and (target, control, key[2]) in by_key]
         if arm != control and own:
             controls = [by_key[target, control, row["seed"]]["test_acc"] for row in own]
@@ -118,4 +122,6 @@ def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence
             results.append({"arm": arm, "target": target, **difference, **means})
     for result, adjusted in zip(results, holm([row["p"] for row in results]), strict=True):
         result["p_holm"] = adjusted
+        if adjusted >= 1 - CONFIDENCE and result["pairs"] > 1:
+            result["verdict"] = "indistinguishable"
     return results

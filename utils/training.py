@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.analysis_utils import clone_model, hold_pruned_weights, prunable_layers
+from utils.analysis_utils import clone_model, forget_momentum, hold_pruned_weights, prunable_layers
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import PADDING, BatchLoader
+from utils.muon import Muon
 from utils.step_graph import StepGraph
 
 
@@ -61,17 +62,19 @@ SHORT_FINETUNE = Recipe("nesterov", lr=0.1, epochs=12, batch_size=128, schedule=
 
 
 class Recipes(NamedTuple):
-    """The recipe of every training: of the dense model, after one-shot pruning, in each iteration, after regrowth."""
+    """The recipe of every training: of the dense model, after one-shot pruning, in each iteration, after regrowth; an
+    episode of a search is the last by a schedule of its own (at a constant high rate its accuracy is mostly noise)."""
 
     pretrain: Recipe
     one_shot: Recipe
     iterative: Recipe
     final: Recipe
+    episode_schedule: str
 
 
 RECIPES = {
-    "published": Recipes(PRETRAIN, FINETUNE_ONE_SHOT, FINETUNE_ITERATIVE, FINETUNE_FINAL),
-    "short": Recipes(SHORT_PRETRAIN, SHORT_FINETUNE, SHORT_FINETUNE, SHORT_FINETUNE),
+    "published": Recipes(PRETRAIN, FINETUNE_ONE_SHOT, FINETUNE_ITERATIVE, FINETUNE_FINAL, "constant"),
+    "short": Recipes(SHORT_PRETRAIN, SHORT_FINETUNE, SHORT_FINETUNE, SHORT_FINETUNE, "warmup_cosine"),
 }
 
 
@@ -82,69 +85,6 @@ def _sgd(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _adamw(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step on a convolution's kernel is made orthogonal; SGD with Nesterov momentum for the rest.
-
-    A kernel (out, in, h, w) counts as the matrix (out, in * h * w), of which the step has singular values near 1 times
-    `KERNEL_RATE` times the learning rate. Kernels do not decay; they keep the norm that they begin with (one of zeros
-    is free), and steps shrink by as much as they would have grown. For batch normalisation, which undoes their scale,
-    that is the same; not for pruning by magnitude: grown two to four times as large, they would leave nothing of a
-    classifier at 0.99.
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. PyTorch's own (2.9) takes matrices
-    only and is not in the oldest version that we support.
-    """
-
-    KERNEL_RATE, KERNEL_MOMENTUM, MOMENTUM = 0.5, 0.95, 0.9
-
-    def __init__(self, params: Any, lr: float, weight_decay: float):
-        """params: as of every optimizer of PyTorch."""
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step; parameters without a gradient stay."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._move(param, group["lr"], group["weight_decay"])
-
-    def _move(self, param: Tensor, lr: float, weight_decay: float) -> None:
-        kernel = param.dim() == 4
-        momentum = self.KERNEL_MOMENTUM if kernel else self.MOMENTUM
-        grad = param.grad if kernel else param.grad.add(param, alpha=weight_decay)
-        state = self.state[param]
-        if "growth" not in state:
-            state.update(momentum_buffer=torch.zeros_like(param), norm=param.norm(), growth=param.new_ones(()))
-        direction = grad.add(state["momentum_buffer"].mul_(momentum).add_(grad), alpha=momentum)
-        if not kernel:
-            param.add_(direction, alpha=-lr)
-            return
-        step = orthogonalised(direction.flatten(1)).view_as(param).div_(state["growth"])
-        param.add_(step, alpha=-self.KERNEL_RATE * lr)
-        growth = torch.where(state["norm"] > 0, param.norm() / state["norm"], 1.0)
-        param.div_(growth)
-        state["growth"].mul_(growth)
-
-
-def orthogonalised(matrix: Tensor, steps: int = 3) -> Tensor:
-    """`matrix` (rows, columns) with its singular values brought near 1, by Newton-Schulz iterations of degree 5.
-
-    The coefficients (Jordan et al., 2024) take values in (0, 1] into about [0.7, 1.2] within five iterations; three are
-    enough for training. An iteration multiplies the matrix x by a polynomial of the square matrix x x.T; all of these
-    commute, so they are gathered on the short side and only two products have the long one.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    gram, one = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
-    factor = one
-    for _ in range(steps):
-        step = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        factor, gram = step @ factor, step @ gram @ step
-    x = factor @ x
-    return x.T if tall else x
 
 
 def _muon(groups: Any, recipe: Recipe) -> torch.optim.Optimizer:
@@ -316,13 +256,14 @@ class Trainer:
         torch.manual_seed(derive_seed(seed, "dropout"))
         self.device = next(model.parameters()).device
         self.optimizer = OPTIMIZERS[recipe.optimizer](model.parameters() if params is None else params, recipe)
+        self._constrained = constrain is not None
         self._held = (constrain or (lambda optimizer: hold_pruned_weights(model, optimizer)))(self.optimizer)
         self.hook, self.total_steps = hook or TrainingHook(), \
             max(int(recipe.epochs > 0), round(recipe.epochs * len(self.train_loader)))
         self._passes = StepGraph(model, self._gradients)
         factor = SCHEDULES[recipe.schedule]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: factor(step, self.total_steps))
-        self.epoch, self.best_accuracy, self.best_epoch, self.best_state = 0, -1.0, 0, {}
+        self.epoch, self.best_accuracy, self.best_epoch, self.best_state, self._waited = 0, -1.0, 0, {}, 0
         self.history: list[dict[str, float]] = []
 
     def run(self, label: str = "train", on_epoch: Callable[[Trainer], None] | None = None,
@@ -355,9 +296,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or the patience is spent."""
-        waited = self.epoch - self.best_epoch
         done = self.epoch >= self.recipe.epochs or self.step >= self.total_steps
-        return done or (self.recipe.patience is not None and waited >= self.recipe.patience)
+        return done or (self.recipe.patience is not None and self._waited >= self.recipe.patience)
 
     @property
     def step(self) -> int:
@@ -412,23 +352,30 @@ class Trainer:
         loss.backward()
         return _batch_totals(loss.detach(), logits.detach(), targets)
 
-    def hold_pruned(self) -> None:
-        """Holds the weights that are pruned now, and lets go of those that no longer are."""
+    def hold_pruned(self, returned: Mapping[str, Tensor] | None = None) -> None:
+        """Holds the weights that are pruned now, and lets go of those that no longer are.
+
+        returned: layer -> bool, True where a weight has come back; it starts without the momentum of its former life.
+        """
+        if returned:
+            forget_momentum(self.model, self.optimizer, returned)
         self._passes.check()
         self._held.remove()
         self._held = hold_pruned_weights(self.model, self.optimizer)
 
     def _keep_best(self, accuracy: float) -> None:
         if not self.hook.counts(self):
-            self.best_epoch = self.epoch  # patience begins with the first epoch that counts
-        elif accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_epoch = accuracy, self.epoch
+            return
+        self._waited += 1
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_epoch, self._waited = accuracy, self.epoch, 0
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs: weights, best weights, optimizer, schedule, generators, progress."""
         return {"model": self.model.state_dict(), "best_state": self.best_state, "best_accuracy": self.best_accuracy,
-                "best_epoch": self.best_epoch, "epoch": self.epoch, "optimizer": self.optimizer.state_dict(),
+                "best_epoch": self.best_epoch, "epoch": self.epoch, "waited": self._waited,
+                "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch}, "loader": self.train_loader.state_dict(),
                 "global_rng": global_rng_state(), "history": self.history,
                 "hook": self.hook.state_dict()}
@@ -445,5 +392,8 @@ class Trainer:
         set_global_rng_state(state["global_rng"])
         self.best_accuracy, self.best_epoch, self.epoch = state["best_accuracy"], state["best_epoch"], state["epoch"]
         self.best_state = {name: value.to(self.device) for name, value in state["best_state"].items()}
+        self._waited = state.get("waited", self.epoch - self.best_epoch)
         self.history = list(state["history"])
         self.hook.load_state_dict(state.get("hook", {}))
+        if not self._constrained:
+            self.hold_pruned()
