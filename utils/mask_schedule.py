@@ -52,11 +52,10 @@ class MaskPlan:
     """A schedule with all that it needs to know.
 
     schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
-    which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase), below 1 as a
-    fraction of the training.
-    update_until: fraction of the training after which the mask stays. ramp_until: fraction of it after which the
-    sparsity is the target's and weights only change places; None: update_until. exchange: fraction of the survivors
-    that changes places in the first update. regrow_rule, regrow_values: which weights return, and with what value.
+    which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase), below 1 a
+    fraction of the training. update_until: fraction of it after which the mask stays. ramp_until: fraction of it after
+    which the sparsity is the target's and weights only change places; None: update_until. exchange: fraction of the
+    survivors that changes places in the first update. regrow_rule, regrow_values: which weights return, and how.
     regrow_allocation: 'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the
     network), or a name of `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are
     averaged.
