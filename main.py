@@ -51,6 +51,9 @@ def check_schedule(args: argparse.Namespace) -> None:
     if args.size_budget and (args.sparsity or args.amount or args.pruner == "none"):
         other = "--sparsity" if args.sparsity else "--amount" if args.amount else "--pruner none"
         raise UserError(f"--size_budget finds out how much to prune; leave out {other}")
+    if args.pruner == "none" and (args.sparsity or args.amount):
+        raise UserError(f"--pruner none prunes nothing; leave --{'sparsity' if args.sparsity else 'amount'} out, or "
+                        "choose a pruner")
     default = args.amount if args.amount and args.iter_end == 1 else 0.99
     args.sparsity = sorted(set(args.sparsity or [default]))
     if len(args.sparsity) > 1 and args.iter_end > 1:

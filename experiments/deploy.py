@@ -177,7 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint.ensure_writable(args.save_dir, "--save_dir")
     models = [pruned_model(word) for word in args.models]
-    rows = [row for label, model in models for row in measure_forms(label, model, args)]
+    rows = []
+    for number, (label, model) in enumerate(models, 1):
+        print(f"measuring {label} ({number} of {len(models)})", flush=True)
+        rows += measure_forms(label, model, args)
     checkpoint.save_csv(rows, args.save_dir / "deploy.csv")
     plot(rows, args.save_dir / "deploy.png", f"{cpu_name()}, medians of {args.num_runs} runs")
     print_table(rows)

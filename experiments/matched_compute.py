@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from experiments.rows import make_rows, trained  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
-from utils.common import UserError, epoch_count  # noqa: E402
+from utils.common import UserError, epoch_count, needed  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
+from utils.pruning import PRUNERS  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.run import (  # noqa: E402
     Run,
@@ -78,6 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="sparsities that every arm ends at")
     parser.add_argument("--start_sparsity", type=fraction, default=0.99,
                         help="sparsity that the arms that regrow once start from; they end at those below it only")
+    parser.add_argument("--pruner", choices=[name for name, rule in PRUNERS.items() if not needed(rule)],
+                        help="which weights go, in every arm (default: magnitude)")
     parser.add_argument("--num_seeds", type=positive_int, default=3, help="seeds --seed, --seed + 1, ...")
     parser.add_argument("--recipe", choices=list(RECIPES), default="published", help="of every training")
     parser.add_argument("--max_epochs", type=positive_int, help="epochs of pretraining (default: the recipe's)")
@@ -99,7 +102,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{once[0]} makes a model denser, and --sparsity {min(args.sparsity)} is not below "
                         f"--start_sparsity {args.start_sparsity}")
     if once and not 0 < round(args.before_share * args.finetune_epochs) < args.finetune_epochs:
-        raise UserError(f"--before_share {args.before_share} leaves a part of {args.finetune_epochs} without epochs")
+        raise UserError(f"arms that regrow once, such as {once[0]}, train before and after; --finetune_epochs "
+                        f"{args.finetune_epochs} with --before_share {args.before_share} leaves a part without epochs")
     return args
 
 
@@ -119,7 +123,7 @@ def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: in
     """The dense model of the run's seed pruned to `sparsity`, at once or by the arm's mask schedule, while or before it
     is trained for so many epochs; what is made already is reused."""
     plan = MOVING.get(arm)
-    step = PruneStep("magnitude", plan["schedule"] if plan else "one-shot", 1, sparsity, mask=plan)
+    step = PruneStep(args.pruner or "magnitude", plan["schedule"] if plan else "one-shot", 1, sparsity, mask=plan)
     own = replace(run, root=run.root / f"{arm}_{epochs}")  # files are named by their sparsity only
     return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs))
 
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
               if key not in ("arms", "against", "sparsity", "seed", "num_seeds", "save_dir", "root", "resume",
                              "overwrite", "data_dir", "device")}  # the rest decides what a row holds
-    config["schedules"] = {name: plan_fields(name) for name in MASK_SCHEDULES}  # so do their defaults
+    config["schedules"] = {arm: MOVING[arm] for arm in args.arms if arm in MOVING}  # so do their defaults
     keys = [(arm, sparsity, seed) for seed in range(args.seed, args.seed + args.num_seeds) for sparsity in args.sparsity
             for arm in args.arms if arm not in REGROWN or sparsity < args.start_sparsity]
     before = round(args.before_share * args.finetune_epochs)

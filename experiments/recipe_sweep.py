@@ -23,28 +23,13 @@ from utils import checkpoint, stage1  # noqa: E402, I001  first: it says which p
 import torch  # noqa: E402
 
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
-from utils.common import (  # noqa: E402
-    UserError,
-    count,
-    fraction,
-    not_negative,
-    positive_float,
-    positive_int,
-    resolve_precision,
-)
+from utils.common import UserError, fraction, needed, positive_int, resolve_precision  # noqa: E402
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
-from utils.pruning import PRUNERS, needed, prune_to  # noqa: E402
-from utils.run import Run, open_run, resolve_device, run_parser, script  # noqa: E402
+from utils.pruning import PRUNERS, prune_to  # noqa: E402
+from utils.run import RECIPE_NUMBERS, Run, open_run, resolve_device, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
-from utils.training import (  # noqa: E402
-    OPTIMIZERS,
-    RECIPES,
-    SCHEDULES,
-    Recipe,
-    Trainer,
-    accuracy_with_new_statistics,
-)
+from utils.training import RECIPES, Recipe, Trainer, accuracy_with_new_statistics  # noqa: E402
 
 RECIPE = ("epochs", "optimizer", "lr", "schedule", "batch_size", "weight_decay", "label_smoothing", "padding")
 KEYS = ("sparsity", "pruner", "mask_schedule", *MASK_FIELDS, *RECIPE, "average")
@@ -61,16 +46,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="which weights go (default: magnitude)", **several)
     add_mask_options(parser, "how the mask moves in finetuning; fixed: pruned at once", several=True)
     parser.add_argument("--epochs", type=positive_int, default=[start.epochs], help="of training", **several)
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default=[start.optimizer], help="names", **several)
-    parser.add_argument("--lr", type=positive_float, default=[start.lr], help="learning rates", **several)
-    parser.add_argument("--schedule", choices=list(SCHEDULES), default=[start.schedule],
-                        help="learning rate over the epochs", **several)
     parser.add_argument("--batch_size", type=positive_int, default=[start.batch_size], help="images", **several)
-    parser.add_argument("--weight_decay", type=not_negative, default=[start.weight_decay], help="decays", **several)
-    parser.add_argument("--label_smoothing", type=not_negative, default=[start.label_smoothing], help="in [0, 1)",
-                        **several)
-    parser.add_argument("--padding", type=count, default=[start.padding], help="pixels of zeros around an image before "
-                        "its random crop", **several)
+    for name, (text, words) in RECIPE_NUMBERS.items():
+        parser.add_argument(f"--{name}", default=[getattr(start, name)], help=text, **words, **several)
     parser.add_argument("--average", type=fraction, metavar="DECAY", help="take an exponential average of the weights "
                         f"over the last {AVERAGED_SHARE} of the steps (default: the best epoch's weights)", **several)
     parser.add_argument("--num_seeds", type=positive_int, default=1, help="seeds --seed, --seed + 1, ...")
@@ -154,7 +132,8 @@ def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, A
         model = clone_model(dense.model)
         seed, step = stage1.finetuning_seed(run), PruneStep(pruner, "one-shot", 1, sparsity)
         if mask_schedule == "fixed":
-            prune_to(model, round((1.0 - sparsity) * count_pruned_params(model).total), pruner)
+            keep = round((1.0 - sparsity) * count_pruned_params(model).total)
+            prune_to(model, keep, pruner, stage1.pruning_seed(run, step))
         else:
             step = replace(step, schedule=mask_schedule, mask=plan_fields(
                 mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))

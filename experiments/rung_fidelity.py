@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from utils import stage2  # noqa: E402
 from utils.agent import RegrowthAgent, ShareActions  # noqa: E402
-from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
+from utils.allocation import AllocationProblem, allocate  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
 from utils.common import (  # noqa: E402
     UserError,
@@ -31,6 +31,7 @@ from utils.common import (  # noqa: E402
     positive_float,
     positive_int,
 )
+from utils.controller import WARM_START  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.run import DATA_OPTIONS, Run, open_run, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
@@ -52,9 +53,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rungs != sorted(set(args.rungs)) or len(args.rungs) < 2:
         raise UserError(f"--rungs {' '.join(map(str, args.rungs))}: give at least two, increasing, such as 0.25 1 3 9")
-    if args.num_allocations < len(ALLOCATORS) + 1:  # the rules and two others
+    if args.num_allocations < len(WARM_START) + 2:  # the rules and two others
         raise UserError(f"--num_allocations {args.num_allocations} leaves nothing beside the rules; use "
-                        f"{len(ALLOCATORS) + 1} or more")
+                        f"{len(WARM_START) + 2} or more")
     return args
 
 
@@ -102,7 +103,7 @@ class Study:
 def allocations(problem: AllocationProblem, number: int, seed: int) -> list[tuple[str, tuple[int, ...]]]:
     """(source, allocation): the rules, 'near' ones around the proportional rule, 'random' ones; all different."""
     draws = generator(seed, "rung fidelity")
-    rules = [(name, rule(problem, draws)) for name, rule in ALLOCATORS.items() if name != "random"]
+    rules = [(name, allocate(name, problem, draws)) for name in WARM_START]
     space = ShareActions(problem, 11, [capacity / sum(problem.capacities) for capacity in problem.capacities])
     agent = RegrowthAgent(seed=derive_seed(seed, "controller"), action_space="share")
     near = [("near", allocation) for allocation in agent(space, (number - len(rules)) // 2, draws).allocations]
@@ -110,7 +111,7 @@ def allocations(problem: AllocationProblem, number: int, seed: int) -> list[tupl
     for name, allocation in [*rules, *near]:
         found.setdefault(allocation, name)
     while len(found) < number:
-        found.setdefault(ALLOCATORS["random"](problem, draws), "random")
+        found.setdefault(allocate("random", problem, draws), "random")
     return [(name, allocation) for allocation, name in found.items()]
 
 

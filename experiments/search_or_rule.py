@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
 
 from utils import stage2  # noqa: E402
-from utils.allocation import ALLOCATORS, AllocationProblem  # noqa: E402
+from utils.allocation import AllocationProblem, allocate  # noqa: E402
 from utils.checkpoint import save_csv  # noqa: E402
 from utils.common import UserError, count, fraction, generator, positive_float, positive_int  # noqa: E402
 from utils.controller import WARM_START, RegrowthPolicyGradient, SearchConfig  # noqa: E402
@@ -79,7 +79,7 @@ def contenders(search: RegrowthPolicyGradient, rules: int) -> dict[str, tuple[in
     """
     plain: dict[tuple[int, ...], str] = {}
     for name in WARM_START:  # rules that agree count once
-        plain.setdefault(ALLOCATORS[name](search.problem, generator(search.seed)), name)
+        plain.setdefault(allocate(name, search.problem, generator(search.seed)), name)
     standing = dict.fromkeys(plain, (0.0, 0.0))
     for epochs, rewards in sorted(search.ladder.rewards.items()):
         standing |= {allocation: (epochs, reward) for allocation, reward in rewards.items()}

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from utils import allocation
 from utils.allocation import ALLOCATORS, AllocationProblem, ratios_to_allocation, spend_ratio
 from utils.analysis_utils import set_masks
+from utils.common import UserError, needed
 from utils.pruning import lacking_weights
 
 
@@ -83,7 +85,16 @@ def test_by_magnitude_layers_get_what_they_lack():
 def test_a_rule_says_whether_it_goes_by_the_order_of_the_layers(name):
     forth = allocate(name, problem_of((10, 30, 60), 9, fan=(5, 3, 2)))
     back = allocate(name, problem_of((60, 30, 10), 9, fan=(2, 3, 5)))
-    assert (forth != back[::-1]) == getattr(ALLOCATORS[name], "by_drift", False)
+    assert forth == back[::-1] or "drift" in needed(ALLOCATORS[name])
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (4, 0, 0), (3, 0, -1), (0, 0, 0), (0, 3, 0)])
+def test_a_rule_that_gives_no_allocation_is_refused(counts, monkeypatch):
+    monkeypatch.setitem(ALLOCATORS, "wrong", lambda problem, generator: counts)
+    with pytest.raises(UserError, match="allocation wrong is wrong: .* 3 layers .* 2 in all"):
+        allocation.allocate("wrong", problem_of((4, 2, 1), 2), torch.Generator())
+    monkeypatch.setitem(ALLOCATORS, "wrong", lambda problem, generator: [1, 1, 0])
+    assert allocation.allocate("wrong", problem_of((4, 2, 1), 2), torch.Generator()) == (1, 1, 0)
 
 
 def test_random_allocations_follow_their_seed_and_favour_no_layer():

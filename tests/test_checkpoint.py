@@ -100,13 +100,16 @@ def test_missing_truncated_and_foreign_files_are_one_line_errors(tmp_path):
     whole = tmp_path / "whole.pth"
     checkpoint.save_checkpoint({"net": {"w": torch.ones(1000)}}, whole)
     content = whole.read_bytes()
-    for number, damaged in enumerate([b"", b"hello", content[:100], content[:len(content) // 2], content[:-1],
+    (tmp_path / "nothing.pth").touch()
+    with pytest.raises(UserError, match="nothing.pth is empty"):
+        checkpoint.load_checkpoint(tmp_path / "nothing.pth")
+    for number, damaged in enumerate([b"name,val_acc", b"hello", content[:100], content[:len(content) // 2], content[:-1],
                                       b"\x00" * 500]):
         path = tmp_path / f"damaged_{number}.pth"
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="not a readable PyTorch checkpoint") as error:
             checkpoint.load_checkpoint(path)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "Error" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in np.typecodes["All"] if kind not in "OV"])

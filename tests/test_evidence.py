@@ -15,15 +15,16 @@ from torch import nn
 import rl_regrowth_nas
 import rl_saliency_regrowth
 import single_layer_regrowth_analysis as single_layer
-from tests.test_regrowth import closed_form_gradients, one_linear, pruned_copy
+from tests.test_regrowth import closed_form_gradients, linear_batches, one_linear, pruned_copy
 from tests.test_regrowth_scripts import make_start, options  # noqa: F401  (a fixture)
 from utils import checkpoint, stage1, stage2
-from utils.analysis_utils import BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
-from utils.common import UserError, derive_seed
+from utils.analysis_utils import GRADIENT_KINDS, BlockwiseFeatureExtractor, clone_model, prunable_layers, set_masks
+from utils.common import UserError, derive_seed, needed, needs
 from utils.data_loader import BatchLoader, balanced_indices
 from utils.datasets import load_dataset
 from utils.mask_schedule import plan_fields
-from utils.regrowth import SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
+from utils.methods import parse_regrowth_args
+from utils.regrowth import INITIALISERS, SELECTORS, Evidence, SaliencyComputer, WeightRegrowth
 from utils.run import Run
 from utils.saliency_analysis import class_sample
 from utils.stage1 import PruneStep
@@ -205,7 +206,7 @@ def test_a_rule_looks_at_what_it_needs_and_at_nothing_else(small_cnn):
             self.asked.add(kind)
             return super().get(kind)
     scores = {name: torch.rand(layer.weight.shape) for name, layer in prunable_layers(small_cnn).items()}
-    for rule, selector in SELECTORS.items():
+    for rule, rank in SELECTORS.items():
         made: list[str] = []
 
         def make(kind, made=made):
@@ -216,11 +217,12 @@ def test_a_rule_looks_at_what_it_needs_and_at_nothing_else(small_cnn):
         Watched.asked = set()
         WeightRegrowth(pruned_copy(small_cnn), rule, evidence).apply_regrowth({"0": 5, "4": 3})
         WeightRegrowth(pruned_copy(small_cnn), rule, evidence).apply_regrowth({"0": 5, "4": 3})
-        assert Watched.asked == set(selector.needs) and made == list(selector.needs), rule
+        assert Watched.asked == set(needed(rank)) and made == list(needed(rank)), rule
 
 
 def test_a_rule_that_does_not_name_its_needs_is_told_so(small_cnn, monkeypatch):
-    monkeypatch.setitem(SELECTORS, "saliency", SELECTORS["saliency"]._replace(needs=()))
+    unmarked = partial(SELECTORS["saliency"])
+    monkeypatch.setitem(SELECTORS, "saliency", unmarked)
     evidence = Evidence(saliency=dict)
     with pytest.raises(ValueError, match="saliency without naming it"):
         WeightRegrowth(pruned_copy(small_cnn), "saliency", evidence).apply_regrowth({"0": 5})
@@ -228,12 +230,39 @@ def test_a_rule_that_does_not_name_its_needs_is_told_so(small_cnn, monkeypatch):
         Evidence(salience={})
 
 
+def test_values_too_may_look_at_evidence_whatever_selects(monkeypatch):
+    @needs("gradient")
+    def downhill(site):
+        return -0.1 * site.positions.read(site.evidence.tensor("gradient", site.name))
+    monkeypatch.setitem(INITIALISERS, "downhill", downhill)
+    model, gradient = one_linear([[1.0, 2.0, 3.0]], [[0, 1, 0]]), torch.tensor([[5.0, 6.0, 7.0]])
+    WeightRegrowth(model, "random", Evidence(gradient=lambda: {"0": gradient}), "downhill").apply_regrowth({"0": 2})
+    torch.testing.assert_close(model[0].weight_orig.detach(), torch.tensor([[-0.5, 2.0, -0.7]]))
+
+
+def test_another_kind_of_evidence_is_one_line(monkeypatch):
+    monkeypatch.setitem(GRADIENT_KINDS, "fisher", (2, lambda mean, weight: mean))
+    weight, batches = [[1.0, -2.0, 0.5], [0.25, 0.0, -1.0]], linear_batches()
+    found = SaliencyComputer(one_linear(weight), batches).evidence()
+    torch.testing.assert_close(found["fisher"]["0"], (closed_form_gradients(torch.tensor(weight), batches)**2).mean(0))
+    torch.testing.assert_close(found["saliency"]["0"], found["fisher"]["0"] * torch.tensor(weight) ** 2)
+
+
+@pytest.mark.parametrize("words, option", [
+    (["--selection", "random", "--saliency_source", "pruned"], "saliency_source"),
+    (["--selection", "gradient", "--saliency_source", "pruned"], "saliency_source"),
+    (["--selection", "magnitude", "--saliency_max_batches", "3"], "saliency_max_batches")])
+def test_an_option_about_evidence_that_nothing_looks_at_is_refused(words, option):
+    with pytest.raises(UserError, match=f"--{option} means nothing to --selection {words[1]}"):
+        parse_regrowth_args("saliency", "", ["--m_name", "resnet20", *words])
+
+
 @pytest.mark.parametrize("words, passes", [(["random"], 0), (["magnitude"], 0), (["reference"], 0), (["saliency"], 1),
                                            (["gradient"], 2), (["saliency", "--saliency_source", "pruned"], 2)])
 def test_only_what_is_needed_is_computed_and_what_is_of_the_dense_model_once(options, words, passes,  # noqa: F811
                                                                              monkeypatch):
     calls = {SaliencyComputer: 0, BlockwiseFeatureExtractor: 0}
-    for kind, name in ((SaliencyComputer, "compute"), (BlockwiseFeatureExtractor, "extract")):
+    for kind, name in ((SaliencyComputer, "evidence"), (BlockwiseFeatureExtractor, "extract")):
         real = getattr(kind, name)
 
         def counted(self, *arguments, kind=kind, real=real):
@@ -241,7 +270,8 @@ def test_only_what_is_needed_is_computed_and_what_is_of_the_dense_model_once(opt
             return real(self, *arguments)
         monkeypatch.setattr(kind, name, counted)
     rl_saliency_regrowth.main([*options, "--allocation", "uniform", "--regrow_iterations", "2", "--regrow_step", "0.01",
-                               "--saliency_max_batches", "1", "--finetune_epochs", "0", "--selection", *words])
+                               *["--saliency_max_batches", "1"] * (passes > 0), "--finetune_epochs", "0",
+                               "--selection", *words])
     assert calls[SaliencyComputer] == passes and calls[BlockwiseFeatureExtractor] == 3  # dense, and before each step
 
 

@@ -28,14 +28,15 @@ from utils.analysis_utils import (
     set_masks,
     surviving_by_layer,
 )
-from utils.common import RunFailed, UserError
+from utils.common import RunFailed, UserError, needs
+from utils.mask_mover import MaskMover, move_masks
 from utils.mask_schedule import (
+    MASK_FIELDS,
     MASK_SCHEDULES,
-    MaskMover,
     MaskPlan,
+    Move,
     cosine_exchange,
     cubic_sparsity,
-    move_masks,
     plan_fields,
 )
 from utils.regrowth import SELECTORS, Evidence
@@ -84,7 +85,6 @@ def test_cosine_exchange_by_hand():
 def test_what_each_schedule_asks_for(name, steps):
     """20 steps, the mask moves until the 10th, every 5th."""
     plan = MaskPlan(name, 0.5, 0.9, update_every=5, update_until=0.5)
-    assert set(MASK_SCHEDULES) == {"gradual", "late", "rigl", "granet", "bidirectional", "acdc"}
     for step, sparsity, exchange in steps:
         assert plan.move(step, 20) == pytest.approx((sparsity, exchange)), step
 
@@ -201,7 +201,8 @@ def test_a_training_ends_at_exactly_the_target(name, pruner, small_cnn, tiny_loa
     for row in mover.history:
         assert row["survivors"] == round((1 - plan.move(row["step"], trainer.total_steps).sparsity) * 952)
         assert sum(row[layer] for layer in prunable_layers(small_cnn)) == row["survivors"]
-    assert mover.history[-1]["step"] == plan.last_update(trainer.total_steps) == {"rigl": 11, "acdc": 13, "late": 4}.get(name, 9)
+    last = {"rigl": 11, "acdc": 13, "late": 4}.get(name, 9)
+    assert mover.history[-1]["step"] == plan.last_update(trainer.total_steps) == last
     assert result.best_epoch >= 1
     if name in ("gradual", "late"):
         assert result.best_epoch >= 1 + (name == "gradual") and not any(row["regrown"] for row in mover.history)
@@ -315,8 +316,44 @@ def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():
     model[0].weight.retain_grad()  # as the trainer does where `mover.watching`
     result.backward()
     mover._gather()
-    assert mover._sums["0"].tolist() == [[3.0, 7.0]]
+    assert mover._sums[1]["0"].tolist() == [[3.0, 7.0]]
     assert model[0].weight_orig.grad.tolist() == [[3.0, 0.0]]  # what the optimizer sees
+
+
+def test_gradients_and_saliency_are_gathered_apart(monkeypatch):
+    @needs("gradient", "saliency")
+    def both(name, layer, evidence):
+        raise NotImplementedError
+    monkeypatch.setitem(SELECTORS, "both", both)
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    model[0].weight.data = torch.tensor([[2.0, 5.0]])
+    mover = MaskMover(model, MaskPlan("rigl", 0, 0.5, regrow_rule="both"), 0)
+    for x in ([3.0, 7.0], [-4.0, 1.0]):
+        result = model(torch.tensor([x])).sum()
+        model[0].weight.retain_grad()
+        result.backward()
+        mover._gather()
+        model.zero_grad()
+    evidence = mover._evidence()
+    assert evidence.make("gradient")["0"].tolist() == [[1.0, 8.0]]  # |3 - 4|, |7 + 1|
+    assert evidence.make("saliency")["0"].tolist() == [[25.0 * 4, 50.0 * 25]]  # (9 + 16) 2^2, (49 + 1) 5^2
+    assert evidence.make("magnitude")["0"].tolist() == [[2.0, 5.0]]
+
+
+def test_a_random_allocation_is_drawn_anew_at_every_update():
+    plan, shares = MaskPlan("bidirectional", 0, 0.5, regrow_rule="random", regrow_allocation="random"), []
+    for number in (1, 2, 1):
+        model = two_layers([1.0] * 1000, [1.0] * 1000)
+        set_masks(model, {"0": torch.arange(1000)[None] < 100, "1": torch.arange(1000)[None] < 100})
+        move_masks(model, 600, 0.0, plan, Evidence(), seed=3, number=number)
+        shares.append([sum(mask) for mask in active(model)])
+    assert shares[0] != shares[1] and shares[0] == shares[2] and {sum(share) for share in shares} == {600}
+
+
+def test_what_exchanges_weights_at_one_sparsity_is_found_out():
+    assert {name for name, row in MASK_SCHEDULES.items() if row.exchanges} == {"rigl", "granet", "bidirectional"}
+    own = MASK_SCHEDULES["rigl"]._replace(move=lambda plan, t, number: Move(plan.target, 0.2), ignores=MASK_FIELDS)
+    assert own.exchanges
 
 
 def saved(state: dict) -> bytes:
@@ -353,7 +390,7 @@ SMALL = ["--m_name", "resnet20", "--pruner", "magnitude", "--sparsity", "0.97", 
     (["--exchange", "0.2"], "--exchange needs a --mask_schedule: gradual, late, rigl"),
     (["--mask_schedule", "gradual", "--regrow_rule", "random"], "--regrow_rule means nothing to --mask_schedule grad"),
     (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
-    (["--mask_schedule", "rigl", "--pruner", "none"], "--pruner none prunes nothing"),
+    (["--mask_schedule", "rigl", "--pruner", "none"], "--pruner none prunes nothing; leave --sparsity out"),
 ])
 def test_contradictions_are_refused_by_name(words, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -194,6 +194,20 @@ def test_the_epochs_before_regrowth_are_rounded_to_the_nearest(share, epochs, be
 def test_a_table_of_schedules_with_other_defaults_is_not_continued(image_folder, tmp_path, monkeypatch):
     words = [*options(image_folder, tmp_path)[:-7], "--num_seeds", "1", "--sparsity", "0.97", "--arms", "gradual"]
     study.main(words)
-    monkeypatch.setattr(study, "plan_fields", lambda name: {**plan_fields(name), "update_until": 0.5})
+    monkeypatch.setitem(study.MOVING, "late", {**plan_fields("late"), "update_until": 0.4})
+    study.main([*words, "late", "--resume"])  # a schedule that it has no row of may have any default, or be new
+    table = tmp_path / "matched_compute/resnet20/runs.json"
+    assert {name: plan["update_until"] for name, plan in json.loads(table.read_text())["config"]["schedules"].items()
+            } == {"gradual": 0.6, "late": 0.4}
+    monkeypatch.setitem(study.MOVING, "gradual", {**plan_fields("gradual"), "update_until": 0.5})
     with pytest.raises(UserError, match="update_until 0.6 .asked: 0.5."):
+        study.main([*words, "--resume"])
+
+
+def test_all_arms_prune_by_the_rule_asked_for(image_folder, tmp_path):
+    words = [*options(image_folder, tmp_path)[:-7], "--num_seeds", "1", "--arms", "gradual", "proportional+random"]
+    study.main([*words, "--pruner", "erk"])
+    cards = [json.loads(path.read_text())["config"] for path in tmp_path.glob("**/ckpt_after_prune/*.json")]
+    assert [config["pruner"] for config in cards] == ["erk"] * 3
+    with pytest.raises(UserError, match=r"pruner erk \(asked: None\)"):
         study.main([*words, "--resume"])

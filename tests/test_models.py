@@ -67,7 +67,9 @@ def test_registry_names_in_order():
 def test_published_layout(name):
     if not LAYOUTS.exists():
         pytest.skip(f"{LAYOUTS} is not here")
-    layout = json.loads(LAYOUTS.read_text())[name]
+    layout = json.loads(LAYOUTS.read_text()).get(name)
+    if layout is None:
+        pytest.skip(f"{name} has no published layout")
     model = model_loader(name)
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == list(layout.items())
     state = {key: torch.full(shape, 2.0) for key, shape in layout.items()}

@@ -15,9 +15,19 @@ from iclr2021_solution import iterate
 from iclr2021_solution.tools.pruners import PRUNERS, weight_pruner_loader
 from utils import checkpoint, stage1
 from utils import pruning as pruners
-from utils.analysis_utils import Evidence, count_pruned_params, get_masks, has_masks, prunable_layers, set_masks
-from utils.common import UserError, derive_seed
+from utils.analysis_utils import (
+    GRADIENT_KINDS,
+    Evidence,
+    count_pruned_params,
+    get_masks,
+    has_masks,
+    prunable_layers,
+    set_masks,
+)
+from utils.common import UserError, derive_seed, needed, needs
+from utils.pruning import make_pruner
 from utils.run import open_run
+from utils.selection import exact_k_masks
 from utils.training import PRETRAIN, RECIPES
 
 
@@ -44,7 +54,8 @@ def random_network(seed: int, levels: int = 0) -> nn.Sequential:
 
 def ones(model: nn.Module) -> Evidence:
     """Gradients of 1 everywhere, for rules that look at them: SNIP then goes by |w|."""
-    return Evidence(gradient={name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()})
+    equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
+    return Evidence(**dict.fromkeys(GRADIENT_KINDS, equal))
 
 
 def keep_exactly(model: nn.Module, name: str, keep: int, seed: int = 0) -> None:
@@ -212,6 +223,31 @@ def test_a_rule_that_looks_at_data_says_what_it_lacks():
     with pytest.raises(UserError, match=r"give evidence=Evidence\(gradient="):
         weight_pruner_loader("snip")(model, 0.5)
     assert not has_masks(model)
+
+
+@pytest.mark.parametrize("rule", [lambda layers, keep, seed: [torch.ones_like(mask) for mask in layers.alive],
+                                  lambda layers, keep, seed: [torch.zeros_like(mask) for mask in layers.alive],
+                                  lambda layers, keep, seed: exact_k_masks([-w for w in layers.magnitudes], keep)])
+def test_a_rule_that_keeps_another_number_or_revives_weights_is_refused(rule):
+    model = network([[0.5, -3.0], [1.0, 0.2]])
+    weight_pruner_loader("magnitude")(model, 0.25)  # 0.2 goes, which the last rule would take first
+    with pytest.raises(UserError, match="this pruning rule is wrong: it keeps .* where 2 of those"):
+        make_pruner(rule)(model, 0.4)
+    assert kept(model) == [[0, 1, 2]]
+
+
+def test_rules_may_look_at_every_kind_of_gradient_evidence_in_the_scripts(image_folder, tmp_path, monkeypatch):
+    seen = {}
+
+    @needs("saliency", "gradient")
+    def watching(layers, keep, seed):
+        seen.update({kind: layers.evidence.tensor(kind, layers.names[-1]) for kind in needed(watching)})
+        return exact_k_masks(layers.magnitudes, keep, layers.alive)
+    monkeypatch.setitem(PRUNERS, "watching", watching)
+    main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+               "--max_epochs", "1", "--finetune_epochs", "0", "--pruner", "watching", "--sparsity", "0.9"])
+    assert (seen["saliency"] >= 0).all() and seen["saliency"].shape == seen["gradient"].shape == (10, 64)
+    assert not torch.equal(seen["saliency"], seen["gradient"]) and (seen["saliency"] > 0).any()
 
 
 def test_snip_from_the_script_is_that_of_the_balanced_sample(image_folder, tmp_path):

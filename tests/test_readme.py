@@ -29,7 +29,7 @@ STAGE_2 = "--finetune_epochs 0 --ssim_batches 1"
 SEARCH = "--search_budget 2 --mini_finetune_epochs 1 --num_epochs 1"
 SMALL = {  # script -> what makes a line of it small
     "main": STAGE_1, "iclr2021_solution.iterate": STAGE_1, "rl_regrowth_nas": STAGE_2,
-    "rl_saliency_regrowth": f"{STAGE_2} --saliency_max_batches 1",
+    "rl_saliency_regrowth": STAGE_2,
     "experiments.matched_compute": "--num_seeds 1 --max_epochs 1 --finetune_epochs 2 --search_budget 2 "
                                    "--mini_finetune_epochs 1",
     "experiments.vgg16_tables": "--max_epochs 1 --finetune_epochs 0 --allocation uniform",

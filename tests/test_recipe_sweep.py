@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import csv
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 
 from experiments import recipe_sweep as sweep
 from utils import checkpoint
+from utils.analysis_utils import get_masks
 from utils.common import UserError
 from utils.data_loader import TestLoader
 from utils.model_loader import model_loader
+from utils.run import open_run
 
 
 def options(image_folder, tmp_path) -> list[str]:
@@ -117,6 +121,25 @@ def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):
     assert averaged["last_val_acc"] == plain["last_val_acc"] and 0 <= float(averaged["val_acc"]) <= 100
     with pytest.raises(UserError, match="--update_until 0.6"):  # rigl's mask moves until 0.75
         sweep.combinations(sweep.parse_args([*words, "--sparsity", "0.9", "--mask_schedule", "rigl"]))
+
+
+def test_random_pruning_follows_the_seed_as_everywhere(image_folder, tmp_path, monkeypatch):
+    run = open_run(sweep.parse_args(options(image_folder, tmp_path)))
+    dense, masks = SimpleNamespace(model=model_loader("resnet20")), []
+    monkeypatch.setattr(sweep.Trainer, "run", lambda trainer, _: masks.append(get_masks(trainer.model)) or sys.exit())
+    asked = {**sweep.combinations(sweep.parse_args([*options(image_folder, tmp_path), "--sparsity", "0.9", "--pruner",
+                                                    "random"]))[0]}
+    for seed in (0, 1, 0):
+        with pytest.raises(SystemExit):
+            sweep.train(replace(run, seed=seed), asked, dense)
+    first, other, again = (mask["conv1"] for mask in masks)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_wrong_number_of_a_recipe_is_one_line(image_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        sweep.main([*options(image_folder, tmp_path), "--label_smoothing", "5"])
+    assert error.value.code == 2 and "'5' is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):

@@ -138,7 +138,7 @@ def test_the_schedule_of_the_final_finetuning_is_chosen(options, tmp_path):
 @pytest.mark.parametrize("selection", list(SELECTORS))
 def test_every_selection_rule_is_one_option_away(selection, options, tmp_path):
     rl_saliency_regrowth.main([*options, "--allocation", "uniform", "--selection", selection, "--target_sparsity",
-                               "0.98", "--saliency_max_batches", "1", "--finetune_epochs", "0"])
+                               "0.98", "--finetune_epochs", "0"])
     folder = tmp_path / "rl_saliency_regrow_savedir/resnet20"
     with open(folder / "regrowth_results.csv", newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == [selection]

@@ -12,7 +12,7 @@ import torch
 
 from experiments import rung_fidelity, search_or_rule, search_scaling, search_toys
 from tests.test_regrowth_scripts import make_start
-from utils.allocation import AllocationProblem
+from utils.allocation import ALLOCATORS, AllocationProblem
 from utils.common import UserError
 from utils.distributed import World
 
@@ -160,7 +160,7 @@ def test_all_processes_have_the_leaders_order_of_layers(study, words, image_fold
 
 def test_the_controllers_best_meets_the_rules_that_came_furthest():
     problem = AllocationProblem(("a", "b", "c"), (4, 6, 8), 6, (4, 6, 8), (1, 1, 1), drift=(0.1, 0.2, 0.3))
-    plain = {name: rule(problem, torch.Generator()) for name, rule in search_or_rule.ALLOCATORS.items()}
+    plain = {name: rule(problem, torch.Generator()) for name, rule in ALLOCATORS.items()}
     search = search_or_rule.RegrowthPolicyGradient(problem, lambda *_: 0.5, search_or_rule.SearchConfig(), 0)
     first, second = (0, 0, 6), (0, 6, 0)
     assert not {first, second} & {*plain.values()} - {plain["random"], plain["greedy"]}

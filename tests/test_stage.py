@@ -142,6 +142,21 @@ def test_a_checkpoint_without_a_card_is_taken_only_when_asked(tmp_path):
     assert Stage(artifact, CONFIG, resume=True).card == {}
 
 
+def test_a_file_that_its_card_does_not_describe_is_never_taken(tmp_path):
+    artifact = tmp_path / "a.pth"
+    stage = Stage(artifact, CONFIG)
+    stage.finish({"net": {"w": torch.ones(9)}}, {})
+    content = bytearray(artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artifact.write_bytes(content)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"a.pth is not the file that a.json .* damaged or replaced.* --overwrite"):
+            Stage(artifact, CONFIG, resume=resume)
+    assert not Stage(artifact, CONFIG, overwrite=True).finished and artifact.read_bytes() == content
+    checkpoint.card_path(artifact).unlink()
+    assert Stage(artifact, CONFIG, resume=True).card == {}
+
+
 @pytest.mark.parametrize("card", [{"config": None}, {"config": {}, "input": [1]}])
 def test_a_card_that_says_nothing_is_one_of_other_arguments(card, tmp_path):
     artifact = tmp_path / "a.pth"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from utils import step_graph
 from utils.analysis_utils import add_masks, count_pruned_params, get_masks, refresh_weight
 from utils.data_loader import loaders_from
-from utils.mask_schedule import MaskMover, MaskPlan
+from utils.mask_mover import MaskMover
+from utils.mask_schedule import MaskPlan
 from utils.model_loader import model_loader
 from utils.step_graph import WARM_UP, Recording, StepGraph
 from utils.training import FINETUNE_ITERATIVE, PRETRAIN, Trainer

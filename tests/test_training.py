@@ -175,7 +175,7 @@ def test_a_non_finite_validation_loss_stops_the_stage_and_keeps_the_last_state(s
         saved.append(trainer.epoch)
         small_cnn[1].momentum = 0.0
         small_cnn[1].running_mean.fill_(float("nan"))  # used in validation only
-    with pytest.raises(RunFailed, match=r"the validation loss became nan in epoch 2.*last good checkpoint is kept"):
+    with pytest.raises(RunFailed, match=r"the validation loss became nan in epoch 2.*what was saved before is kept"):
         trainer.run(show=False, on_epoch=spoil)
     assert saved == [1]
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from utils.common import UserError, needs
+
 
 def apportion(shares: Sequence[float], total: int, capacity: Sequence[int]) -> list[int]:
     """Divide a whole number among layers in proportion to their shares, none above its capacity.
@@ -139,12 +141,10 @@ def uniform(problem: AllocationProblem, _generator: torch.Generator) -> tuple[in
     return tuple(apportion([1] * len(problem.layers), problem.budget, problem.capacities))
 
 
+@needs("drift")
 def greedy(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
     """Lowest SSIM first: every layer is filled to capacity before the next gets anything."""
     return ratios_to_allocation([1.0] * len(problem.layers), problem.capacities, problem.budget)
-
-
-greedy.by_drift = True  # its result depends on the order of the layers; others are spared the measuring of drift
 
 
 def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
@@ -152,13 +152,11 @@ def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, .
     return tuple(apportion(problem.fan, problem.budget, problem.capacities))
 
 
+@needs("lacking")
 def magnitude(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
     """In proportion to what a layer lacks to its part in global magnitude pruning of the reference to the sparsity
     after regrowth, so that the layers end with about these numbers; proportional where that was not counted."""
     return tuple(apportion(problem.lacking or problem.capacities, problem.budget, problem.capacities))
-
-
-magnitude.by_reference = True  # a mask schedule counts only for rules that say so
 
 
 def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int, ...]:
@@ -167,7 +165,18 @@ def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int,
     return tuple(apportion(shares.tolist(), problem.budget, problem.capacities))
 
 
+# A rule that looks at what `AllocationProblem` may lack needs it; a mask schedule, at every update, makes no more
 ALLOCATORS: dict[str, Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]] = {
     "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "magnitude": magnitude,
     "random": random,
 }
+
+
+def allocate(name: str, problem: AllocationProblem, generator: torch.Generator) -> tuple[int, ...]:
+    """What the rule of `ALLOCATORS` gives each layer. UserError where that is not `problem.spend` within capacities."""
+    counts = tuple(ALLOCATORS[name](problem, generator))
+    if len(counts) != len(problem.layers) or sum(counts) != problem.spend or any(
+            not 0 <= count <= capacity for count, capacity in zip(counts, problem.capacities, strict=True)):
+        raise UserError(f"allocation {name} is wrong: it gives {list(counts)}, where {len(problem.layers)} layers with "
+                        f"room for {list(problem.capacities)} are to get {problem.spend} in all; `apportion` does that")
+    return counts

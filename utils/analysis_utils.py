@@ -197,16 +197,24 @@ def stored_weight(layer: nn.Module) -> Tensor:
     return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
 
 
+# What comes from gradients: the power of each batch's dL/dw (as to effective weights, pruned ones included) that is
+# averaged over batches, and what is made of that mean and of the stored weight. A new kind is a line here.
+GRADIENT_KINDS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
+    "saliency": (2, lambda mean, weight: mean * weight.square()),  # the method's, s of `SaliencyComputer`
+    "gradient": (1, lambda mean, weight: mean.abs()),  # what RigL grows by (Evci et al., ICML 2020)
+}
+
+
 class Evidence:
     """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
 
     reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
-    that makes it: saliency, s of `SaliencyComputer`; gradient, |dL/dw| of the model to be changed as to its
-    effective weights, pruned ones included, both of the weight's shape; magnitude, the reference's |w|; drift, the SSIM
-    to the dense model (1: none). A rule names in its registry which of these `KINDS` it needs; no other is made.
+    that makes it: the `GRADIENT_KINDS`, of the weight's shape, of the model to be changed or, but for gradient, of the
+    dense one; magnitude, the reference's |w|; drift, the SSIM to the dense model (1: none). A rule says which of these
+    `KINDS` it `needs`; no other is made.
     """
 
-    KINDS = ("saliency", "gradient", "magnitude", "drift")
+    KINDS = (*GRADIENT_KINDS, "magnitude", "drift")
 
     def __init__(self, *, reference: nn.Module | None = None, **sources: Mapping[str, Any] | Callable[[], Any] | None):
         """sources: by names of `KINDS`; TypeError for another name."""
@@ -248,7 +256,8 @@ class Evidence:
 
 
 class SaliencyComputer:
-    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, in one pass over the loader.
+    """Saliency of every prunable weight, s_i = (dL/dtheta_i)^2 * theta_i^2, and all else that is made of gradients
+    (`GRADIENT_KINDS`), in one pass over the loader.
 
     What is averaged: s = theta^2 * (1/B) * sum over the B batches of g_b^2, where g_b is the gradient of the mean
     cross-entropy of batch b. Every batch counts the same, also a smaller last one.
@@ -268,28 +277,32 @@ class SaliencyComputer:
         if max_batches is not None and max_batches < 1:
             raise ValueError(f"max_batches must be at least 1, got {max_batches}")
         self.model, self.loader, self.precision, self.max_batches = model, loader, precision, max_batches
-        self.gradients: dict[str, Tensor] = {}  # |mean over batches of g_b|, what RigL ranks by; `compute` fills it
 
     def compute(self) -> dict[str, Tensor]:
-        """Layer name -> saliency, of the weight's shape and on its device; fills `gradients` in the same pass.
+        """Layer name -> saliency, of the weight's shape and on its device; see `evidence`."""
+        return self.evidence()["saliency"]
+
+    def evidence(self) -> dict[str, dict[str, Tensor]]:
+        """Kind of `GRADIENT_KINDS` -> layer name -> tensor of the weight's shape, on its device.
 
         Batch normalisation uses its running statistics. Modes, statistics and `.grad` are left as they were. Raises
         ValueError if the loader is empty.
         """
         layers, count = prunable_layers(self.model), 0
-        squares = [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
-        sums = [torch.zeros_like(square) for square in squares]
+        sums = {power: [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
+                for power, _ in GRADIENT_KINDS.values()}
         with _evaluating(self.model):
             for inputs, targets in islice(self.loader, self.max_batches):
                 gradients = self._gradients(layers.values(), inputs, targets)
-                torch._foreach_addcmul_(squares, gradients, gradients)
-                torch._foreach_add_(sums, gradients)
+                for power, totals in sums.items():
+                    torch._foreach_addcmul_(totals, gradients, torch._foreach_pow(gradients, power - 1))
                 count += 1
         if not count:
             raise ValueError("the loader has no batch to compute saliency from")
-        self.gradients = {name: total.div_(count).abs_() for name, total in zip(layers, sums, strict=True)}
-        return {name: square.div_(count).mul_(stored_weight(layer).square())
-                for (name, layer), square in zip(layers.items(), squares, strict=True)}
+        for totals in sums.values():
+            torch._foreach_div_(totals, count)
+        means = {power: dict(zip(layers, totals, strict=True)) for power, totals in sums.items()}
+        return gradient_evidence(self.model, means)
 
     @torch.enable_grad()
     def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
@@ -300,6 +313,16 @@ class SaliencyComputer:
         weights = [layer.weight for layer in layers]
         found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
         return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
+
+
+def gradient_evidence(model: nn.Module, means: Mapping[int, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Kind of `GRADIENT_KINDS` -> layer name -> tensor, of those whose power is there.
+
+    means: power -> layer name -> mean over batches of dL/dw to this power; a positive multiple of it changes no order.
+    """
+    stored = {name: stored_weight(layer) for name, layer in prunable_layers(model).items()}
+    return {kind: {name: make(mean, stored[name]) for name, mean in means[power].items()}
+            for kind, (power, make) in GRADIENT_KINDS.items() if power in means}
 
 
 @contextmanager

@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from utils import checkpoint, stage2
-from utils.allocation import ALLOCATORS
+from utils.allocation import allocate
 from utils.analysis_utils import clone_model, prunable_layers
-from utils.common import Progress, generator
+from utils.common import Progress, generator, needed
 from utils.data_loader import PADDING, BatchLoader, balanced_indices, channel_statistics
 from utils.datasets import CIFAR10_CLASSES, ImageDataset, load_dataset
-from utils.mask_schedule import MASK_SCHEDULES, MaskMover, MaskPlan
+from utils.mask_mover import MaskMover
+from utils.mask_schedule import MASK_SCHEDULES, MaskPlan
 from utils.methods import METHODS, regrowth_arguments
 from utils.model_loader import model_loader
 from utils.pruning import weight_pruner_loader
@@ -138,7 +139,7 @@ def plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> li
     parts = []
     for name in allocation:
         values = stored_weight(evidence.reference_layer(name, layers[name]))
-        scores = evidence.tensor(*SELECTORS[regrowth.rule].needs, name)
+        scores = evidence.tensor(needed(SELECTORS[regrowth.rule])[0], name)
         tensors = (layers[name].weight_orig.detach(), layers[name].weight_mask, scores, values)
         parts.append([tensor.clone() for tensor in tensors])
     return parts
@@ -235,9 +236,9 @@ def run_episode(run: Run, args: argparse.Namespace) -> Episode:
     with timed(seconds, "drift (SSIM)", run.device):
         problem = step.problem
     with timed(seconds, "evidence", run.device):
-        for kind in SELECTORS[args.method.rule(args)[0]].needs:
+        for kind in needed(SELECTORS[args.method.rule(args)[0]]):
             step.evidence.make(kind)
-    amounts = ALLOCATORS["proportional"](problem, generator(run.seed, "allocation"))
+    amounts = allocate("proportional", problem, generator(run.seed, "allocation"))
     model, allocation = clone_model(step.start.model), dict(zip(problem.layers, amounts, strict=True))
     regrowth = step.regrower(model)
     with timed(seconds, "selection", run.device):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -151,13 +152,16 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
     path = Path(path)
     try:
         with path.open("rb") as file:
-            compact = file.read() if file.peek().startswith(sparse_file.MAGIC) else b""
+            start = file.peek()
+            compact = file.read() if start.startswith(sparse_file.MAGIC) else b""
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no checkpoint at {path}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; name a file in it") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not start:
+        raise UserError(f"{path} is empty")
     if compact:
         return _compact_state(compact, path, device)
     _allow_numpy()
@@ -185,9 +189,11 @@ def _load_problem(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", text)):
         return (f"holds {refused[1]}, a Python object that could run code when loaded; refused, nothing was executed. "
                 "Save tensors and plain values only, as torch.save(model.state_dict(), FILE) does")
+    kinds = (EOFError, pickle.UnpicklingError, LookupError, ValueError)
+    if isinstance(error, kinds) or "PytorchStreamReader" in text or getattr(error, "errno", None) == errno.EINVAL:
+        return "is not a readable PyTorch checkpoint: it is truncated, damaged or of another kind"
     reason = f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else 'no details'}"
-    damaged = isinstance(error, (EOFError, pickle.UnpicklingError)) or "PytorchStreamReader" in text
-    return f"is not a readable PyTorch checkpoint{' (truncated, damaged or of another kind)' * damaged}: {reason[:200]}"
+    return f"is not a readable PyTorch checkpoint: {reason[:200]}"
 
 
 def read_csv(path: Path, columns: Mapping[str, str], remedy: str = "Restore it") -> list[dict[str, str]]:
@@ -231,6 +237,15 @@ def _is_number(text: str) -> bool:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def was_changed(artifact: Path) -> bool:
+    """Whether an artifact has a run card, of other bytes: it was damaged or replaced since."""
+    try:
+        digest = json.loads(card_path(artifact).read_bytes())["sha256"]
+    except (OSError, ValueError, RecursionError, TypeError, LookupError):
+        return False
+    return artifact.is_file() and digest != file_digest(artifact)
 
 
 def read_card(artifact: Path) -> dict[str, Any] | None:

@@ -67,6 +67,22 @@ def flattened(nested: Mapping[str, Any], joint: str = " ") -> dict[str, Any]:
     return flat
 
 
+def needs(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a rule with what it looks at besides the weights, which is made before it is asked, and no more.
+
+    kinds: of `Evidence.KINDS`; of an allocation 'drift' and 'lacking', fields of `AllocationProblem`.
+    """
+    def mark(rule: Callable[..., Any]) -> Callable[..., Any]:
+        rule.needs = kinds
+        return rule
+    return mark
+
+
+def needed(rule: Callable[..., Any]) -> tuple[str, ...]:
+    """What a rule is marked to look at; nothing for most."""
+    return getattr(rule, "needs", ())
+
+
 def derive_seed(seed: int, *purpose: object) -> int:
     """A 63-bit seed for one purpose, e.g. ``derive_seed(0, 'loader')``; different purposes are independent."""
     text = "/".join(str(part) for part in (seed, *purpose))

@@ -38,7 +38,7 @@ from utils.agent import (
     Trial,
     most_promising,
 )
-from utils.allocation import ALLOCATORS, AllocationProblem, proportional, shares_near
+from utils.allocation import ALLOCATORS, AllocationProblem, allocate, proportional, shares_near
 from utils.common import UserError, derive_seed, generator
 from utils.distributed import World
 
@@ -263,7 +263,7 @@ class RegrowthPolicyGradient:
         """The rules' allocations, as many as the budget pays; the first batch starts from the best."""
         episodes: list[Episode] = []
         for name in WARM_START:
-            trial = ALLOCATORS[name](self.problem, self._sampler), self.ladder.rungs[0]
+            trial = allocate(name, self.problem, self._sampler), self.ladder.rungs[0]
             if self.ladder.affords([*(episode.trial for episode in episodes), trial]):
                 episodes.append(Episode(trial, name))
         return episodes

@@ -212,7 +212,8 @@ def _download(data_dir: Path) -> ImageDataset:
             data_dir.mkdir(parents=True, exist_ok=True)
             return _install(data_dir, Path(place, _ARCHIVE))
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # no network, a broken answer, a wrong md5
-        raise UserError(f"CIFAR-10 cannot be had: {data_dir} has neither the folder {_FOLDER}, nor the archive "
+        place = f"{data_dir.resolve()} {'has' if data_dir.is_dir() else 'does not exist, so it has'}"
+        raise UserError(f"CIFAR-10 cannot be had: {place} neither the folder {_FOLDER}, nor the archive "
                         f"{_ARCHIVE}, nor an image folder train|test/<class>/*.png|jpg|jpeg, and a download of "
                         f"{CIFAR10.url} failed ({getattr(error, 'reason', error)}). Ways on: place the archive there, "
                         "place an image folder there, or use --dataset photos, which needs no network") from error

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.allocation import ALLOCATORS
+from utils.analysis_utils import GRADIENT_KINDS
 from utils.common import (
     UserError,
     count,
     epoch_count,
     fraction,
+    needed,
     not_negative,
     positive_float,
     positive_int,
@@ -89,7 +91,18 @@ def parse_regrowth_args(name: str, description: str, argv: Sequence[str] | None)
         option = changed[0].replace("warm_start", "no_warm_start")
         raise UserError(f"--{option} is for the search, which --allocation {args.allocation} does without; leave it "
                         "out, or take --allocation rl")
+    _check_evidence_options(args, METHODS[name], parser)
     return complete(args, METHODS[name])
+
+
+def _check_evidence_options(args: argparse.Namespace, method: Method, parser: argparse.ArgumentParser) -> None:
+    """UserError for options about evidence that neither the selection nor the initial values look at."""
+    selection, values = method.rule(args)
+    looks_at = {*needed(SELECTORS[selection]), *needed(INITIALISERS[values])} & {*GRADIENT_KINDS}
+    readers = {"saliency_source": looks_at - {"gradient"}, "saliency_max_batches": looks_at}  # gradient: of the pruned
+    for option, found in readers.items():
+        if option in method.options and not found and getattr(args, option) != parser.get_default(option):
+            raise UserError(f"--{option} means nothing to --selection {selection}; leave it out")
 
 
 def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:

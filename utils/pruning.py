@@ -10,8 +10,8 @@ alive; `exact_k_masks` sees to that, equal scores by position. To add one, write
 
     PRUNERS["positive"] = positive
 
-A rule that looks at data says at what, `@needs("gradient")`, and reads `layers.evidence.tensor("gradient", name)`, as
-selection rules do; `snip` is an example. `make_pruner(rule)` prunes by a rule that has no line.
+A rule that looks at data says at what, `@needs("gradient")`, any of `GRADIENT_KINDS`, and reads
+`layers.evidence.tensor("gradient", name)`; `snip` is an example. `make_pruner(rule)` prunes by a rule without a line.
 """
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from utils.allocation import apportion
 from utils.analysis_utils import (
+    GRADIENT_KINDS,
     Evidence,
     count_pruned_params,
     empty_layers,
@@ -34,7 +35,7 @@ from utils.analysis_utils import (
     stored_weight,
     surviving_by_layer,
 )
-from utils.common import UserError, numbers
+from utils.common import UserError, needed, needs, numbers
 from utils.selection import exact_k_mask, exact_k_masks
 
 
@@ -43,7 +44,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, evidence: Evidence):
         """Raises UserError if a weight is not finite."""
-        found = prunable_layers(model)
+        found, self.model = prunable_layers(model), model  # to look at, for rules that follow signals through it
         self.names, self.evidence = list(found), evidence  # the weights below are the model's own, with signs
         self.is_conv = [isinstance(layer, nn.Conv2d) for layer in found.values()]
         self.weights = [getattr(layer, "weight_orig", layer.weight) for layer in found.values()]
@@ -66,8 +67,8 @@ def weight_pruner_loader(name: str) -> Pruner:
     It removes the fraction `amount` of the surviving weights in place, so that exactly
     `round((1 - amount) * surviving)` stay; masks are put on where absent, pruned weights never return, and `seed`
     matters to random rules only. A layer left without weights is named in a UserWarning. It raises UserError, with
-    the model unchanged, if `amount` is not in (0, 1), a weight is not finite, the rule cannot prune so far, or
-    `evidence` lacks what it needs. UserError, listing the known ones, for an unknown name.
+    the model unchanged, if `amount` is not in (0, 1), a weight is not finite, the rule cannot prune so far or leaves
+    another number of weights, or `evidence` lacks what it needs; listing the known ones, for an unknown name.
     """
     if name not in PRUNERS:
         raise UserError(f"unknown pruner {name!r}; known are {', '.join(PRUNERS)}")
@@ -99,32 +100,25 @@ def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: 
 def check_reach(model: nn.Module, keep: int, pruner: str) -> None:
     """UserError where the rule of `PRUNERS` cannot leave so few weights; `model` is pruned to see, by counts alone."""
     equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
-    prune_to(model, keep, pruner, evidence=Evidence(gradient=equal))
+    prune_to(model, keep, pruner, evidence=Evidence(**dict.fromkeys(GRADIENT_KINDS, equal)))
 
 
 def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidence | None) -> None:
     evidence = evidence or Evidence()
     for kind in needed(rule):
         if evidence.make(kind) is None:
-            raise UserError(f"this pruning rule looks at data: give evidence=Evidence({kind}=...), by layer name")
+            raise UserError(f"this pruning rule looks at {kind}: give evidence=Evidence({kind}=...), by layer name"
+                            f" (the scripts have {', '.join(GRADIENT_KINDS)})")
     layers = Layers(model, evidence)
     with torch.no_grad():  # rules may compute with the parameters themselves
-        masks = rule(layers, keep, seed)
-    set_masks(model, dict(zip(layers.names, masks, strict=True)))
-
-
-def needs(*kinds: str) -> Callable[[Rule], Rule]:
-    """Marks a rule with the kinds of `Evidence` that it looks at; these are made before it runs, and no others."""
-    def mark(rule: Rule) -> Rule:
-        rule.needs = kinds
-        return rule
-
-    return mark
-
-
-def needed(rule: Rule) -> tuple[str, ...]:
-    """The kinds of evidence that a rule looks at; none for most."""
-    return getattr(rule, "needs", ())
+        masks = dict(zip(layers.names, rule(layers, keep, seed), strict=True))
+    alive = dict(zip(layers.names, layers.alive, strict=True))
+    kept = numbers(mask.count_nonzero() for mask in masks.values())
+    revived = numbers((mask.bool() & ~alive[name]).count_nonzero() for name, mask in masks.items())
+    if sum(kept) != keep or any(revived):
+        raise UserError(f"this pruning rule is wrong: it keeps {sum(kept):,} weights, {sum(revived):,} of them pruned "
+                        f"before, where {keep:,} of those that are left are to stay; `exact_k_masks` sees to that")
+    set_masks(model, masks)
 
 
 def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int:

@@ -27,7 +27,7 @@ from utils.analysis_utils import (  # noqa: F401  (the computer of saliency is p
     stored_weight,
 )
 from utils.channels import live_positions
-from utils.common import UserError, derive_seed, generator, map_tensors, move_all, numbers
+from utils.common import UserError, derive_seed, generator, map_tensors, move_all, needed, needs, numbers
 from utils.selection import Positions, Ranking, random_indices, top_indices
 
 # What a best allocation's entries beside the record are; the first six are the published ones. Kept in the file.
@@ -87,6 +87,11 @@ class RegrowthRecord:
         """Number of regrown weights."""
         return sum(self.allocation.values())
 
+    @property
+    def filled(self) -> int:
+        """How many of them were drawn at random since the rule had no opinion on enough positions."""
+        return sum(numbers((layer.sources == self.source_names.index(FILL)).sum() for layer in self.layers.values()))
+
     def replay(self, model: nn.Module) -> None:
         """Regrow the same weights, with the same values, in another copy of the pruned model.
 
@@ -139,24 +144,6 @@ class RegrowthRecord:
         except KeyError as error:
             raise ValueError(f"not a regrowth record: {error} is missing") from error
 
-    @classmethod
-    def merge(cls, records: Sequence[RegrowthRecord]) -> RegrowthRecord:
-        """One record, on the CPU, of one or several steps.
-
-        Raises ValueError if there is none, two of them regrew the same weight or they name their sources differently.
-        """
-        if len({record.source_names for record in records}) != 1:
-            raise ValueError("merge needs at least one record, and the same source names in all")
-        layers = {}
-        for name in dict.fromkeys(name for record in records for name in record.layers):
-            parts = [record.layers[name] for record in records if name in record.layers]
-            columns = [torch.cat([values.cpu() for values in column]) for column in zip(*parts, strict=True)]
-            indices, order = columns[0].sort()
-            if (indices[1:] == indices[:-1]).any():
-                raise ValueError(f"{name}: two records regrew the same weight")
-            layers[name] = LayerRecord(*(column[order] for column in columns))
-        return cls(layers, records[0].source_names)
-
 
 # ---- targets, capacity, budget -------------------------------------------------------------------------------------
 
@@ -182,13 +169,15 @@ def layer_capacities(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     return dict(zip(found, numbers((layer.weight_mask == 0).sum() for layer in found.values()), strict=True))
 
 
-def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, regrow_step: float | None = None) -> int:
+def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, regrow_step: float | None = None,
+                    steps: int = 1) -> int:
     """K, how many weights return; N is the number of prunable weights.
 
     target_sparsity: the model is to end with exactly round((1 - target) * N) surviving weights, which is what pruning
     to this sparsity keeps. regrow_step: K = round(step * N), which may exceed what is pruned: the caller's allocation
-    caps it. Raises UserError if nothing is pruned, the target is not below the model's sparsity, the step is not in
-    (0, 1], or K < 1; ValueError unless exactly one of the two is given.
+    caps it; steps: how many of this size are to come. Raises UserError if nothing is pruned or would be before the
+    last step, the target is not below the model's sparsity, the step is not in (0, 1], or K < 1; ValueError unless
+    exactly one of the two is given.
     """
     if (target_sparsity is None) == (regrow_step is None):
         raise ValueError("give either target_sparsity or regrow_step")
@@ -205,6 +194,9 @@ def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, r
         budget = round(regrow_step * counts.total)
     if budget < 1:
         raise UserError(f"that step is less than one of the {counts.total} weights; ask for a larger one")
+    if (steps - 1) * budget >= counts.pruned:
+        raise UserError(f"{steps} steps of {regrow_step} are too many: nothing is pruned any more before the last; "
+                        "take fewer or smaller ones")
     return budget
 
 
@@ -225,10 +217,12 @@ def dead_positions_taken(model: nn.Module) -> Iterator[None]:
 # ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
 
 
+@needs("saliency")
 def _by_saliency(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     return Ranking(evidence.tensor("saliency", name), layer.weight_mask)
 
 
+@needs("magnitude")
 def _by_reference(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """Pruned here and active in the reference, by the reference's |w|."""
     reference, mask = evidence.reference_layer(name, layer), layer.weight_mask
@@ -243,6 +237,7 @@ def reference_magnitudes(reference: nn.Module) -> dict[str, Tensor]:
     return {name: stored_weight(layer).abs() for name, layer in prunable_layers(reference).items()}
 
 
+@needs("gradient")
 def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """|gradient| of the sparse model where it is pruned, as RigL grows (Evci et al., ICML 2020)."""
     return Ranking(evidence.tensor("gradient", name).abs(), layer.weight_mask)
@@ -253,25 +248,18 @@ def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     return Ranking(stored_weight(layer).abs(), layer.weight_mask)
 
 
-class Selector(NamedTuple):
-    """A rule, and the evidence (of `Evidence.KINDS`) that must be made before it is asked."""
-
-    rank: Callable[[str, nn.Module, Evidence], Ranking | None]
-    needs: tuple[str, ...] = ()
-
-
-# Where a rule has no opinion, the rest of a layer's budget is drawn at random.
-SELECTORS: dict[str, Selector] = {
-    "saliency": Selector(_by_saliency, needs=("saliency",)),
-    "reference": Selector(_by_reference, needs=("magnitude",)),
-    "gradient": Selector(_by_gradient, needs=("gradient",)),
-    "magnitude": Selector(_by_magnitude),
-    "random": Selector(lambda name, layer, evidence: None),  # no opinion on any position: all are drawn
+# A rule says which kinds of evidence it `needs`. Where it has no opinion, the rest of a layer's budget is drawn.
+SELECTORS: dict[str, Callable[[str, nn.Module, Evidence], Ranking | None]] = {
+    "saliency": _by_saliency,
+    "reference": _by_reference,
+    "gradient": _by_gradient,
+    "magnitude": _by_magnitude,
+    "random": lambda name, layer, evidence: None,  # no opinion on any position: all are drawn
 }
 FILL = "random fill"  # the source of what another rule had no opinion on
 
 
-# ---- with which values: an initialiser is one function and one line in INITIALISERS ----------------------------------
+# ---- with which values: an initialiser is one function and one line in INITIALISERS, and says what it `needs`, too ---
 
 
 class Site(NamedTuple):
@@ -357,10 +345,10 @@ class WeightRegrowth:
         counts = {name: operator.index(count) for name, count in allocation.items() if count}
         if any(count < 0 for count in counts.values()):
             raise ValueError(f"an allocation must not be negative: {counts}")
-        selector = SELECTORS[self.rule]
-        for kind in selector.needs:
+        rule = SELECTORS[self.rule]
+        for kind in needed(rule):
             self.evidence.make(kind)
-        rankings = [partial(selector.rank, name, layers[name], self.evidence) for name in counts]
+        rankings = [partial(rule, name, layers[name], self.evidence) for name in counts]
         with dead_positions_taken(self.model) if self.only_live else nullcontext():
             best = top_indices(rankings, list(counts.values()), next(self.model.parameters()).device)
             ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
@@ -406,6 +394,8 @@ class WeightRegrowth:
         """The second half of `apply_regrowth`: initial values, masks and weights of what `select` chose."""
         layers = masked_layers(self.model, chosen)
         device = next(self.model.parameters()).device
+        for kind in needed(INITIALISERS[self.init_strategy]):
+            self.evidence.make(kind)
         plans = map_tensors(partial(self._plan, step), device, layers, layers.values(), chosen.values())
         positions, records = [at for at, _ in plans], {name: plan[1] for name, plan in zip(layers, plans, strict=True)}
         map_tensors(write_weights, device, layers.values(), positions, [record.values for record in records.values()])

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -356,6 +357,7 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
             raise UserError(f"{Path(sys.argv[0]).name} runs as one process; start it with python, not with torchrun")
         main(None)
     except (KeyboardInterrupt, *LOST) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing any more
         what = "interrupted; every finished epoch is saved" if isinstance(stop, KeyboardInterrupt) else \
             "stopped, for another process of this run has ended; what was finished is saved"
         again = shlex.join(resumed(shlex.split(command_line()), began))

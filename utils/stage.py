@@ -128,6 +128,11 @@ class Stage:
         elif self.progress.exists():
             self._load_progress(resume)
         elif self.artifact.exists():
+            if checkpoint.was_changed(self.artifact):
+                card_name = checkpoint.card_path(self.artifact).name
+                raise UserError(f"{self.artifact} is not the file that {card_name} beside it describes: it was damaged "
+                                "or replaced. Restore it, remove that card to have the file taken as it is with "
+                                "--resume, or use --overwrite to redo it")
             if not resume:
                 how = "without a run card that says how it was made" if card is None else \
                     f"and was made with other arguments: {differences(made, self.config)}"
@@ -228,7 +233,8 @@ class ResumableTable:
     """Rows by key in ``{path}``, and in ``{path stem}.json`` the configuration that they were made with.
 
     resume, overwrite: as of `Stage`. Raises UserError when the file exists and neither is asked for, or when it was
-    made with another configuration.
+    made with another configuration. A part of that which is a mapping has an entry for each kind of row; new kinds come
+    to those that are there.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], config: Mapping[str, Any], *, resume: bool,
@@ -243,13 +249,17 @@ class ResumableTable:
 
     def _load_rows(self, resume: bool, overwrite: bool | float) -> None:
         card = self._card()
-        if changed := differences(card["config"], self.config):
+        parts = {key: part for key, part in self.config.items() if isinstance(part, dict)}
+        saved = {key: {**part, **card["config"].get(key, {})} for key, part in parts.items()}
+        config = self.config | {key: {**saved[key], **part} for key, part in parts.items()}
+        if changed := differences({**card["config"], **saved}, config):
             if overwrite:
                 return
             raise UserError(f"{self.path} was made with other arguments: {changed}. Use --overwrite to redo it, or "
                             "--save_dir for another place")
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
+        self.config = config
         columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
         self.rows = [{name: _number(text) for name, text in row.items() if name in columns or not card.get("columns")}
                      for row in read_csv(self.path, columns, self._remedy)]

@@ -5,6 +5,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from utils import checkpoint, plots
 from utils.analysis_utils import (
+    GRADIENT_KINDS,
     Evidence,
     SaliencyComputer,
     clone_model,
@@ -23,7 +25,7 @@ from utils.analysis_utils import (
 )
 from utils.channels import effective_sparsity
 from utils.common import UserError, note, one_line
-from utils.mask_schedule import MaskMover, MaskPlan
+from utils.mask_mover import MaskMover, MaskPlan
 from utils.model_loader import load_model_state
 from utils.pruning import check_reach, prune_to, weights_left
 from utils.run import KINDS, Run, prerequisite
@@ -274,13 +276,12 @@ def mask_mover(run: Run, model: nn.Module, step: PruneStep, reference: nn.Module
 
 def pruning_evidence(run: Run, model: nn.Module) -> Evidence:
     """What pruning rules may look at: the model's gradients over a class-balanced sample, made if a rule asks."""
-    def gradient() -> dict[str, Tensor]:
+    @cache
+    def gradients() -> dict[str, dict[str, Tensor]]:
         sample = run.evidence_sample(50 * GRADIENT_BATCH, GRADIENT_BATCH)
         source = "pruned" if count_pruned_params(model).pruned else "dense"
-        computer = SaliencyComputer(model, sample, precision=run.precision, source=source)
-        computer.compute()
-        return computer.gradients
-    return Evidence(gradient=gradient)
+        return SaliencyComputer(model, sample, precision=run.precision, source=source).evidence()
+    return Evidence(**{kind: lambda kind=kind: gradients()[kind] for kind in GRADIENT_KINDS})
 
 
 def load_outcome(run: Run, artifact: Path, weights: Mapping[str, Tensor] | None = None) -> Outcome:

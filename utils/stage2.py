@@ -22,8 +22,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from utils import checkpoint, plots, stage1
-from utils.allocation import ALLOCATORS, AllocationProblem
+from utils.allocation import AllocationProblem, allocate
 from utils.analysis_utils import (
+    GRADIENT_KINDS,
     BlockwiseFeatureExtractor,
     Evidence,
     SaliencyComputer,
@@ -112,7 +113,7 @@ class Step:
         self.run, self.args, self.start, self.evidence, self.number = run, args, start, evidence, number
         counts, left = count_pruned_params(start.model), args.regrow_iterations - number + 1
         if args.target_sparsity is None:
-            self.budget = regrowth_budget(start.model, regrow_step=args.regrow_step)
+            self.budget = regrowth_budget(start.model, regrow_step=args.regrow_step, steps=left)
         else:  # its share of the way that is left
             target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
             self.budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
@@ -199,7 +200,8 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
     if args.allocation == "rl":
         found = search_allocation(step, config, processes)
     else:
-        found = Found(ALLOCATORS[args.allocation](step.problem, generator(run.seed, "allocation")), args.allocation)
+        draws = generator(run.seed, "allocation", step.number)
+        found = Found(allocate(args.allocation, step.problem, draws), args.allocation)
     before = evaluate(start.model, run.val, run.precision).accuracy
     model, record = step.apply(found.allocation)
     regrown = evaluate(model, run.val, run.precision).accuracy
@@ -212,9 +214,9 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
          "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"), "starting_checkpoint": str(start.artifact),
          "starting_digest": start.digest, "entries": BEST_ENTRIES}, best)
     sparsity_before = count_pruned_params(start.model).sparsity
-    print(f"{record.count} weights returned: sparsity {sparsity_before:.5g} -> "
-          f"{count_pruned_params(model).sparsity:.5g}, validation {before:.2f} % -> {regrown:.2f} %, "
-          f"{reestimated:.2f} % with batch-norm statistics re-estimated, before finetuning")
+    filled = f" ({record.filled} drawn at random for want of others)" if record.filled else ""
+    print(f"{record.count} weights returned{filled}: sparsity {sparsity_before:.5g} -> {step.sparsity_after:.5g}; "
+          f"validation {before:.2f} % -> {regrown:.2f} % ({reestimated:.2f} % with batch-norm statistics re-estimated)")
     live = count_live(model, record.masks(model))
     label, mover = f"finetune {checkpoint.format_sparsity(step.sparsity_after)}", None
     if args.mask:
@@ -377,10 +379,9 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
     path = reference_path(run, getattr(args, "reference_model", None))
     reference = stage1.load_outcome(run, path).model if path else dense
 
-    def pass_over(model: nn.Module, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def pass_over(model: nn.Module, source: str) -> dict[str, dict[str, Tensor]]:
         sample = run.evidence_sample(args.saliency_max_batches * SALIENCY_BATCH, SALIENCY_BATCH)
-        computer = SaliencyComputer(model, sample, precision=run.precision, source=source)
-        return computer.compute(), computer.gradients
+        return SaliencyComputer(model, sample, precision=run.precision, source=source).evidence()
 
     def maps(model: nn.Module) -> dict[str, np.ndarray]:
         extractor = BlockwiseFeatureExtractor(model, list(prunable_layers(model)), run.precision)
@@ -389,10 +390,13 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
 
     def about(pruned: nn.Module) -> Evidence:
         pruned_pass = cache(partial(pass_over, pruned, "pruned"))
+
+        def of_gradients(kind: str) -> dict[str, Tensor]:
+            dense_one = args.saliency_source == "dense" and kind != "gradient"
+            return (dense_pass if dense_one else pruned_pass)()[kind]
         return Evidence(reference=reference, magnitude=partial(reference_magnitudes, reference),
-                        saliency=lambda: (dense_pass if args.saliency_source == "dense" else pruned_pass)()[0],
-                        gradient=lambda: pruned_pass()[1],
-                        drift=lambda: compute_block_ssim(dense_maps(), maps(pruned)))
+                        drift=lambda: compute_block_ssim(dense_maps(), maps(pruned)),
+                        **{kind: partial(of_gradients, kind) for kind in GRADIENT_KINDS})
     return about
 
 

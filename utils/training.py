@@ -26,7 +26,7 @@ class Recipe:
 
     epochs: a fraction is a last epoch of fewer steps;
     patience: epochs without a better validation accuracy before training stops; None never stops early;
-    label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1);
+    label_smoothing: of the training loss (Szegedy et al., CVPR 2016), in [0, 1];
     padding: pixels of zeros on each side of an image before its random crop.
     """
 
@@ -324,7 +324,7 @@ class Trainer:
     def _check_finite(self, name: str, loss: float, lr: float) -> None:
         if not math.isfinite(loss):
             raise RunFailed(f"the {name} loss became {loss} in epoch {self.epoch + 1} (learning rate {lr:.3g}); "
-                            "the last good checkpoint is kept. Try a lower learning rate or --precision fp32")
+                            "what was saved before is kept. Try a lower learning rate or --precision fp32")
 
     def _train_epoch(self, progress: Progress) -> Evaluation:
         """One pass; losses are summed on the device and read once at the end, so that no step waits for the host."""
