@@ -119,6 +119,7 @@ class MaskSchedule(NamedTuple):
         return any(self.move(plan, t, 1).exchange > 0 for t in (0.0, 0.5))
 
 
+# Fields that mean nothing where no weight returns
 RETURNS = ("ramp_until", "exchange", "regrow_rule", "regrow_allocation", "regrow_values", "evidence_steps")
 MASK_SCHEDULES: dict[str, MaskSchedule] = {
     # Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878

@@ -113,11 +113,11 @@ def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidenc
     with torch.no_grad():  # rules may compute with the parameters themselves
         masks = dict(zip(layers.names, rule(layers, keep, seed), strict=True))
     alive = dict(zip(layers.names, layers.alive, strict=True))
-    kept = numbers(mask.count_nonzero() for mask in masks.values())
-    revived = numbers((mask.bool() & ~alive[name]).count_nonzero() for name, mask in masks.items())
-    if sum(kept) != keep or any(revived):
-        raise UserError(f"this pruning rule is wrong: it keeps {sum(kept):,} weights, {sum(revived):,} of them pruned "
-                        f"before, where {keep:,} of those that are left are to stay; `exact_k_masks` sees to that")
+    counts = numbers(kind.count_nonzero() for name, mask in masks.items() for kind in (mask, mask.bool() & ~alive[name]))
+    kept, revived = sum(counts[::2]), sum(counts[1::2])
+    if kept != keep or revived:
+        raise UserError(f"this pruning rule is wrong: it keeps {kept:,} weights, {revived:,} of them pruned before, "
+                        f"where {keep:,} of those that are left are to stay; `exact_k_masks` sees to that")
     set_masks(model, masks)
 
 
