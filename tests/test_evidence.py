@@ -198,6 +198,19 @@ def test_gradients_are_those_of_the_sparse_model_at_pruned_positions(monkeypatch
     assert record.layers["1"].indices.tolist() == best[0]
 
 
+def test_relative_gradients_take_the_size_of_the_filter_out_and_leave_dead_ones_for_last():
+    """Filters of norm 5, 0.1 and 0: |g| 1, 6, 100 count as 5, 0.6 and 0."""
+    weight = [[3.0, 4.0, 0.5], [0.1, 9.0, 9.0], [9.0, 9.0, 9.0]]
+    gradient = {"0": torch.tensor([[50.0, 50.0, -1.0], [0.0, 6.0, 2.0], [100.0, 0.0, 0.0]])}
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    model[0].weight.data = torch.tensor(weight)
+    set_masks(model, {"0": torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])})
+    ranking = SELECTORS["relative_gradient"]("0", model[0], Evidence(gradient=gradient))
+    torch.testing.assert_close(ranking.scores[model[0].weight_mask == 0], torch.tensor([5.0, 0.6, 0.2, 0.0, 0.0, 0.0]))
+    record = WeightRegrowth(model, "relative_gradient", Evidence(gradient=gradient)).apply_regrowth({"0": 2})
+    assert record.layers["0"].indices.tolist() == [2, 4]
+
+
 def test_a_rule_looks_at_what_it_needs_and_at_nothing_else(small_cnn):
     class Watched(Evidence):
         asked: set[str] = set()

@@ -179,7 +179,7 @@ def test_exactly_so_many_survive_whatever_the_rule_and_allocation(rule, allocati
                             drift={name: place for place, name in enumerate(layers)})
         plan = MaskPlan("bidirectional", 0, 0.9, regrow_rule=rule, regrow_allocation=allocation, exchange=0.4)
         before = get_masks(small_cnn)
-        returned, handed_back = move_masks(small_cnn, keep, 0.4, plan, evidence, seed=1, number=number)
+        returned, handed_back, to_dead = move_masks(small_cnn, keep, 0.4, plan, evidence, seed=1, number=number)
         after = get_masks(small_cnn)
         assert not any(bool((mask & ~(before[name] & after[name])).any()) for name, mask in handed_back.items())
         assert count_pruned_params(small_cnn).surviving == keep
@@ -318,6 +318,18 @@ def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():
     mover._gather()
     assert mover._sums[1]["0"].tolist() == [[3.0, 7.0]]
     assert model[0].weight_orig.grad.tolist() == [[3.0, 0.0]]  # what the optimizer sees
+
+
+@pytest.mark.parametrize("rule, returns, to_dead", [("gradient", [1, 0], 1), ("relative_gradient", [0, 1], 0)])
+def test_what_comes_to_a_filter_that_had_nothing_left_is_counted(rule, returns, to_dead):
+    """One of the first filter's two goes, 1; the second filter is dead, its gradients 90 and 20 times as large."""
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    model[0].weight.data = torch.tensor([[3.0, 1.0, 7.0], [7.0, 7.0, 7.0]])
+    set_masks(model, {"0": torch.tensor([[1, 1, 0], [0, 0, 0]])})
+    evidence = Evidence(gradient={"0": torch.tensor([[0.0, 0.1, 0.05], [9.0, 2.0, 0.0]])})
+    moved = move_masks(model, 2, 0.5, MaskPlan("rigl", 0.5, 0.5, regrow_rule=rule), evidence, seed=0, number=1)
+    assert get_masks(model)["0"].nonzero().tolist() == [[0, 0], returns]
+    assert int(moved.to_dead_filters["0"].sum()) == to_dead
 
 
 def test_gradients_and_saliency_are_gathered_apart(monkeypatch):

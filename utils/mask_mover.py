@@ -37,11 +37,12 @@ from utils.training import Trainer, TrainingHook
 
 
 class Moved(NamedTuple):
-    """Layer -> bool: where a weight is active now and was not before the update, and where one was given up by it and
-    came back at once, with the value that it had."""
+    """Layer -> bool: where a weight is active now and was not before the update, where one was given up by it and came
+    back at once, with the value that it had, and where one of either kind came to a filter that had none left."""
 
     returned: dict[str, Tensor]
     handed_back: dict[str, Tensor]
+    to_dead_filters: dict[str, Tensor]
 
 
 def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evidence: Evidence, *, seed: int,
@@ -69,8 +70,10 @@ def move_masks(model: nn.Module, keep: int, exchange: float, plan: MaskPlan, evi
         for name, layer in prunable_layers(model).items():
             layer.weight_orig.copy_(torch.where(before[name], weights[name], layer.weight_orig))
     grown = {name: mask & ~low[name] for name, mask in get_masks(model).items()}
+    dead = {name: ~mask.flatten(1).any(1).view(-1, *[1] * (mask.dim() - 1)) for name, mask in low.items()}
     return Moved({name: mask & ~before[name] for name, mask in grown.items()},
-                 {name: mask & before[name] for name, mask in grown.items()})
+                 {name: mask & before[name] for name, mask in grown.items()},
+                 {name: mask & dead[name] for name, mask in grown.items()})
 
 
 def _give_up(model: nn.Module, exchange: float) -> dict[str, int]:
@@ -142,7 +145,8 @@ class MaskMover(TrainingHook):
 
     Gradients at pruned positions are those of the training batches themselves. Weights that return have no momentum;
     pruned ones do not move. `history` has a dict per update: step, epoch, sparsity, survivors, pruned and regrown
-    (positions that changed), handed_back (of `Moved`), `came_back`, then the survivors of every layer.
+    (positions that changed), handed_back and to_dead_filters (of `Moved`), `came_back`, then the survivors of every
+    layer.
     `ever_regrown`: layer -> bool, True where a weight has come back at least once.
     """
 
@@ -215,16 +219,17 @@ class MaskMover(TrainingHook):
             raise RunFailed(f"weights are not finite after {trainer.step} steps: the training diverged; what was "
                             "saved before is kept. Try a lower learning rate or --precision fp32")
         keep, number = round((1.0 - move.sparsity) * self.total), len(self.history) + 1
-        returned, handed_back = move_masks(self.model, keep, move.exchange, self.plan, self._evidence(),
-                                           seed=derive_seed(self.seed, "mask update"), number=number)
+        returned, handed_back, to_dead = move_masks(
+            self.model, keep, move.exchange, self.plan, self._evidence(),
+            seed=derive_seed(self.seed, "mask update"), number=number)
         after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
         self.history.append({
             "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
             "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
             "pruned": _total({name: before[name] & ~mask for name, mask in after.items()}),
-            "regrown": _total(returned), "handed_back": _total(handed_back), "came_back": self.came_back,
-            **counts})
+            "regrown": _total(returned), "handed_back": _total(handed_back), "to_dead_filters": _total(to_dead),
+            "came_back": self.came_back, **counts})
         trainer.hold_pruned(returned)
 
     @property

@@ -226,7 +226,7 @@ def plot_mask_updates(updates: Rows, epochs: Rows, regrown: Mapping[str, tuple[f
     of the weights that have come back at least once, that of the final survivors which have, and the layer's share of
     all survivors.
 
-    updates: `utils.mask_schedule.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> the first two shares,
+    updates: `utils.mask_mover.MaskMover.history`; epochs: `Trainer.history`; regrown: layer -> the first two shares,
     in [0, 1] (`MaskMover.shares_regrown`).
     """
     figure, (left, right) = panels((12, max(4.5, 0.24 * len(regrown) + 1.2)), title, columns=2)

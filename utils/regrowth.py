@@ -243,6 +243,19 @@ def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     return Ranking(evidence.tensor("gradient", name).abs(), layer.weight_mask)
 
 
+@needs("gradient")
+def _by_relative_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
+    """|gradient| times the norm of what survives in the weight's filter: the gradient as to a filter of norm 1.
+
+    Batch normalisation takes the size out of a filter, so its gradients are inversely as large (van Laarhoven, arXiv
+    1706.05350), and those of a filter with no weight left up to 1 / sqrt(epsilon) times as large as others: plain
+    gradients prefer filters of which little is left. Here the dead ones come last.
+    """
+    norms = (layer.weight_orig * layer.weight_mask).detach().flatten(1).norm(dim=1)
+    shape = (-1, *[1] * (layer.weight_mask.dim() - 1))
+    return Ranking(evidence.tensor("gradient", name).abs() * norms.view(shape), layer.weight_mask)
+
+
 def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """|weight_orig|: what the weight was when it was pruned."""
     return Ranking(stored_weight(layer).abs(), layer.weight_mask)
@@ -253,6 +266,7 @@ SELECTORS: dict[str, Callable[[str, nn.Module, Evidence], Ranking | None]] = {
     "saliency": _by_saliency,
     "reference": _by_reference,
     "gradient": _by_gradient,
+    "relative_gradient": _by_relative_gradient,
     "magnitude": _by_magnitude,
     "random": lambda name, layer, evidence: None,  # no opinion on any position: all are drawn
 }
