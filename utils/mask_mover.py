@@ -262,4 +262,4 @@ class MaskMover(TrainingHook):
         self.history = list(state["history"])
         self.ever_regrown = {name: value.to(device) for name, value in state["ever_regrown"].items()}
         self._sums = {power: {name: value.to(device) for name, value in sums.items()}
-                      for power, sums in state["sums"].items()}
+                      for power, sums in state["sums"].items() if isinstance(sums, dict)}  # not of earlier versions
