@@ -86,6 +86,7 @@ def test_a_rule_says_whether_it_goes_by_the_order_of_the_layers(name):
     forth = allocate(name, problem_of((10, 30, 60), 9, fan=(5, 3, 2)))
     back = allocate(name, problem_of((60, 30, 10), 9, fan=(2, 3, 5)))
     assert forth == back[::-1] or "drift" in needed(ALLOCATORS[name])
+    assert (forth != back[::-1]) == (name == "greedy")
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (4, 0, 0), (3, 0, -1), (0, 0, 0), (0, 3, 0)])

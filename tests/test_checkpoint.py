@@ -103,8 +103,8 @@ def test_missing_truncated_and_foreign_files_are_one_line_errors(tmp_path):
     (tmp_path / "nothing.pth").touch()
     with pytest.raises(UserError, match="nothing.pth is empty"):
         checkpoint.load_checkpoint(tmp_path / "nothing.pth")
-    for number, damaged in enumerate([b"name,val_acc", b"hello", content[:100], content[:len(content) // 2], content[:-1],
-                                      b"\x00" * 500]):
+    for number, damaged in enumerate([b"name,val_acc", b"hello", content[:100], content[:len(content) // 2],
+                                      content[:-1], b"\x00" * 500]):
         path = tmp_path / f"damaged_{number}.pth"
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="not a readable PyTorch checkpoint") as error:

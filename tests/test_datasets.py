@@ -503,7 +503,8 @@ def test_out_of_reach_is_one_message_with_the_ways_on(archive: Path, tmp_path: P
         load_dataset("cifar10", tmp_path / "nothing")
     assert time.monotonic() - start < 20
     message = str(raised.value)
-    for part in (f"{tmp_path / 'nothing'} does not exist, so it has neither", "folder cifar-10-batches-py", "archive cifar-10-python.tar.gz",
+    for part in (f"{tmp_path / 'nothing'} does not exist, so it has neither", "folder cifar-10-batches-py",
+                 "archive cifar-10-python.tar.gz",
                  "<class>/*.png|jpg|jpeg", "download of http://127.0.0.1:9/nothing failed (", "refused",
                  "place the archive there", "place an image folder there", "--dataset photos"):
         assert part in message

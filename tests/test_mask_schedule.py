@@ -74,16 +74,22 @@ def test_cosine_exchange_by_hand():
     assert [cosine_exchange(t, 0.3) for t in (0, 1 / 3, 0.5, 1)] == pytest.approx([0.3, 0.225, 0.15, 0.0])
 
 
-@pytest.mark.parametrize("name, steps", [
+ASKED = [  # 20 steps, the mask moves until the 10th, every 5th: (step, sparsity, exchange)
     ("gradual", [(0, 0.5, 0.0), (5, 0.85, 0.0), (10, 0.9, 0.0), (14, 0.9, 0.0)]),
     ("late", [(0, 0.5, 0.0), (9, 0.5, 0.0), (10, 0.9, 0.0), (14, 0.9, 0.0)]),
     ("rigl", [(0, 0.9, 0.3), (5, 0.9, 0.15), (10, 0.9, 0.0)]),
     ("granet", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
     ("bidirectional", [(0, 0.5, 0.3), (5, 0.85, 0.15), (10, 0.9, 0.0)]),
     ("acdc", [(0, 0.9, 0.0), (5, 0.5, 0.0), (10, 0.9, 0.0)]),
-])
+]
+
+
+def test_every_schedule_is_worked_out_by_hand():
+    assert {name for name, _ in ASKED} == set(MASK_SCHEDULES)
+
+
+@pytest.mark.parametrize("name, steps", ASKED)
 def test_what_each_schedule_asks_for(name, steps):
-    """20 steps, the mask moves until the 10th, every 5th."""
     plan = MaskPlan(name, 0.5, 0.9, update_every=5, update_until=0.5)
     for step, sparsity, exchange in steps:
         assert plan.move(step, 20) == pytest.approx((sparsity, exchange)), step

@@ -224,12 +224,14 @@ class MaskMover(TrainingHook):
             seed=derive_seed(self.seed, "mask update"), number=number)
         after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
+        moved = {"pruned": {name: before[name] & ~mask for name, mask in after.items()}, "regrown": returned,
+                 "handed_back": handed_back, "to_dead_filters": to_dead, "came_back": self._stayed()}
+        totals = numbers(torch.stack([mask.count_nonzero() for mask in masks.values()]).sum()
+                         for masks in moved.values())
         self.history.append({
             "step": trainer.step, "epoch": trainer.step / max(1, len(trainer.train_loader)),
             "sparsity": 1.0 - sum(counts.values()) / self.total, "survivors": sum(counts.values()),
-            "pruned": _total({name: before[name] & ~mask for name, mask in after.items()}),
-            "regrown": _total(returned), "handed_back": _total(handed_back), "to_dead_filters": _total(to_dead),
-            "came_back": self.came_back, **counts})
+            **dict(zip(moved, totals, strict=True)), **counts})
         trainer.hold_pruned(returned)
 
     @property

@@ -113,7 +113,8 @@ def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidenc
     with torch.no_grad():  # rules may compute with the parameters themselves
         masks = dict(zip(layers.names, rule(layers, keep, seed), strict=True))
     alive = dict(zip(layers.names, layers.alive, strict=True))
-    counts = numbers(kind.count_nonzero() for name, mask in masks.items() for kind in (mask, mask.bool() & ~alive[name]))
+    counts = numbers(each.count_nonzero() for name, mask in masks.items()
+                     for each in (mask, mask.bool() & ~alive[name]))
     kept, revived = sum(counts[::2]), sum(counts[1::2])
     if kept != keep or revived:
         raise UserError(f"this pruning rule is wrong: it keeps {kept:,} weights, {revived:,} of them pruned before, "

@@ -247,13 +247,12 @@ def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
 def _by_relative_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     """|gradient| times the norm of what survives in the weight's filter: the gradient as to a filter of norm 1.
 
-    Batch normalisation takes the size out of a filter, so its gradients are inversely as large (van Laarhoven, arXiv
-    1706.05350), and those of a filter with no weight left up to 1 / sqrt(epsilon) times as large as others: plain
-    gradients prefer filters of which little is left. Here the dead ones come last.
+    Batch normalisation takes the size out of a filter, so that gradients are inversely as large (van Laarhoven, arXiv
+    1706.05350): plain ones prefer filters of which little is left. Here those with nothing left come last.
     """
-    norms = (layer.weight_orig * layer.weight_mask).detach().flatten(1).norm(dim=1)
-    shape = (-1, *[1] * (layer.weight_mask.dim() - 1))
-    return Ranking(evidence.tensor("gradient", name).abs() * norms.view(shape), layer.weight_mask)
+    kernel = tuple(range(1, layer.weight_mask.dim()))
+    norms = torch.linalg.vector_norm(layer.weight_orig.detach() * layer.weight_mask, dim=kernel, keepdim=True)
+    return Ranking(evidence.tensor("gradient", name).abs() * norms, layer.weight_mask)
 
 
 def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:

@@ -128,7 +128,7 @@ class Stage:
         elif self.progress.exists():
             self._load_progress(resume)
         elif self.artifact.exists():
-            if checkpoint.was_changed(self.artifact):
+            if card is None and checkpoint.was_changed(self.artifact):
                 card_name = checkpoint.card_path(self.artifact).name
                 raise UserError(f"{self.artifact} is not the file that {card_name} beside it describes: it was damaged "
                                 "or replaced. Restore it, remove that card to have the file taken as it is with "

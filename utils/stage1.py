@@ -35,8 +35,7 @@ from utils.training import Recipe, Trainer, evaluate
 SUMMARY = ("pruner", "schedule", "iteration", "sparsity", "effective_sparsity", "surviving", "total",
            "val_acc_after_pruning", "val_acc", "test_acc", "best_epoch", "epochs", "seed", "dataset", "precision",
            "seconds", "checkpoint")  # columns of ``pruning_results.csv``
-DRIFT_IMAGES = 500  # over which a mask schedule measures drift
-GRADIENT_BATCH = 128  # images; 50 batches are averaged over for pruning rules that look at gradients
+DRIFT_IMAGES, GRADIENT_BATCH = 500, 128  # images: a mask schedule's for drift; pruning rules', which look at 50 batches
 
 
 @dataclass

@@ -390,13 +390,11 @@ def evidence_maker(run: Run, args: argparse.Namespace, dense: nn.Module) -> Call
 
     def about(pruned: nn.Module) -> Evidence:
         pruned_pass = cache(partial(pass_over, pruned, "pruned"))
-
-        def of_gradients(kind: str) -> dict[str, Tensor]:
-            dense_one = args.saliency_source == "dense" and kind != "gradient"
-            return (dense_pass if dense_one else pruned_pass)()[kind]
+        from_dense = getattr(args, "saliency_source", "dense") == "dense"
+        passes = {kind: dense_pass if from_dense and kind != "gradient" else pruned_pass for kind in GRADIENT_KINDS}
         return Evidence(reference=reference, magnitude=partial(reference_magnitudes, reference),
                         drift=lambda: compute_block_ssim(dense_maps(), maps(pruned)),
-                        **{kind: partial(of_gradients, kind) for kind in GRADIENT_KINDS})
+                        **{kind: lambda kind=kind, made=made: made()[kind] for kind, made in passes.items()})
     return about
 
 
