@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages, bars = benchmark.stage_rows(seconds), benchmark.bars(run, comparisons + schedules)
     weights = sum(next(iter(episodes.values())).allocation.values())
     setting = {"m_name": args.m_name, "data": run.data_label, "start_sparsity": args.start_sparsity,
-               "target_sparsity": args.target_sparsity, "regrown": weights, "num_images": args.num_images,
+               "target_sparsity": args.target_sparsity, "regrown": weights, "num_images": len(run.data.train_images),
                "precision": run.precision, "threads": environment(run.device)["threads"]}
     checkpoint.save_csv(stages, folder / "stages.csv")
     checkpoint.save_csv(comparisons, folder / "comparisons.csv")

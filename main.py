@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparsity", type=fraction, nargs="+",
                         help="target sparsity, default 0.99; several values are a one-shot sweep from one dense model")
     parser.add_argument("--size_budget", type=export.byte_size, metavar="SIZE", help="instead of --sparsity: the "
-                        "one at which the compact file of the model just fits into so much (64KB, KiB, MB, MiB)")
+                        "lowest at which the sparse file of the model fits into this size (64KB, KiB, MB, MiB)")
     add_iteration_options(parser, iter_end=1, amount="prune rate of each iteration, instead of --sparsity")
     add_recipe_options(parser)
     add_mask_options(parser)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.sparsity = [export.safe_sparsity(run.new_model(), args.pruner, args.size_budget)]
         steps = plan(args, finetune_recipe)
     tried_out = args.size_budget and args.iter_end == 1 and args.mask_schedule == "fixed"
-    stage1.check_steps(run, steps, "--amount" if args.amount else "--sparsity")
+    stage1.check_steps(run, steps, "--amount" if args.amount else "--sparsity", finetune_recipe)
     stage = stage1.dense_stage(run, pretrain_recipe)
     stage1.check_stages(run, stage, [] if tried_out else steps, finetune_recipe)
     outcomes = [stage1.pretrain(run, pretrain_recipe, stage)]
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     outcomes += stage1.prune_steps(run, outcomes[0], steps, finetune_recipe)
     stage1.report(run, outcomes)
     if args.size_budget:
-        print(f"compact file: {export.write_within(outcomes[-1], args.size_budget)}")
+        print(f"sparse file: {export.write_within(outcomes[-1], args.size_budget)}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [benchmark.update_row(name, episode, run.device, args.num_runs) for name, episode in episodes.items()]
     hardware = environment(run.device)
     print(f"{args.m_name} on {hardware['device']}, {run.precision}, torch {hardware['torch']}, "
-          f"{hardware['threads']} threads; {run.data_label}, {args.num_images:,} images")
+          f"{hardware['threads']} threads; {run.data_label}, {len(run.data.train_images):,} images")
     benchmark.print_stages(benchmark.stage_rows(seconds))
     benchmark.print_comparisons(rows)
     benchmark.print_bars(benchmark.bars(run, rows))

@@ -21,6 +21,8 @@ from torch import nn
 
 from utils import checkpoint, plots, stage1, stage2
 from utils.analysis_utils import clone_model
+from utils.common import UserError
+from utils.methods import check_start
 from utils.regrowth import Evidence, WeightRegrowth, layer_capacities, regrowth_budget, target_layers
 from utils.run import (
     Run,
@@ -55,7 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="its learning rate (AdamW)")
     parser.add_argument("--ssim_batches", type=positive_int, default=10, help="batches of 500 images for the drift")
     parser.add_argument("--save_dir", type=Path, help="default: single_layer_savedir/{m_name} under --root")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_start(args, parser)
+    return args
 
 
 def configuration(run: Run, args: argparse.Namespace, start: Path, dense: Path) -> dict[str, Any]:
@@ -90,6 +94,8 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     """A row for every layer with capacity and every seed that the table does not have yet."""
     capacities = layer_capacities(start, target_layers(start, args.layers))
     capacities = {name: capacity for name, capacity in capacities.items() if capacity}
+    if not capacities:
+        raise UserError(f"--layers {' '.join(args.layers)}: no weight is pruned there, so none can return; name others")
     evidence = stage2.evidence_maker(run, args, dense)(start)
     drift = evidence.make("drift")
     budget = regrowth_budget(start, target_sparsity=args.target_sparsity)

@@ -69,10 +69,11 @@ class Model:
 def models_under(root: Path, m_name: str) -> tuple[list[Model], list[Model]]:
     """The dense and pruned models under a root that have run cards, and one for each row of its regrowth tables."""
     dense, folder = checkpoint.dense_path(root, m_name), checkpoint.pruned_path(root, m_name, 0.5).parent
+    others = {path.parents[2] for path in root.rglob(str(dense.relative_to(root))) if path != dense}  # roots below
     pruned = [Model(row, root, _card(dense if row["pruner"] == "none" else folder / row["checkpoint"]))
               for row in stage1.summary_rows(root, m_name)]
     regrown = [Model(row, table.parent, _card(table.parent / row["checkpoint"]))
-               for table in sorted(root.rglob("regrowth_results.csv"))
+               for table in sorted(root.rglob("regrowth_results.csv")) if not others.intersection(table.parents)
                for row in checkpoint.read_csv(table, REGROWTH_COLUMNS)
                if row["checkpoint"].startswith(f"regrown_{m_name}_")]
     return pruned, regrown
@@ -137,8 +138,7 @@ def _unique(models: Sequence[Model]) -> list[Model]:
 def name_runs(models: Sequence[Model], base: Path) -> None:
     """Fills the column `run`: the folders, from `base`, where models of one key were made in several ways, else ''."""
     cards = {model.card["sha256"]: model.card for model in models if "sha256" in model.card}
-    lines: dict[tuple[Any, ...], list[Model]] = {}
-    taken = set()
+    lines, taken = {}, set()  # the first: way -> its models
     for model in models:
         made = _made(model.card, cards) if model.card else [model.row.get(name) for name in ("epochs", "search_epochs")]
         way = model.key, json.dumps(made, sort_keys=True)

@@ -56,8 +56,9 @@ def sparse_products(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def multiplications(network: nn.Module) -> int:
-    """Multiply-accumulate operations of convolutions and linear layers for one image; in CSR, of weights not zero."""
+def multiplications(network: nn.Module, side: int = SIDE) -> int:
+    """Multiply-accumulate operations of convolutions and linear layers for one image of `side` pixels a side; in CSR,
+    of weights not zero."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
@@ -65,7 +66,7 @@ def multiplications(network: nn.Module) -> int:
         counts.append(weights.numel() * math.prod(output.shape[2:]))
     handles = [layer.register_forward_hook(count) for layer in network.modules()
                if isinstance(layer, (SparseProduct, nn.Conv2d, nn.Linear))]
-    network(torch.zeros(1, 3, SIDE, SIDE))
+    network(torch.zeros(1, 3, side, side))
     for handle in handles:
         handle.remove()
     return sum(counts)

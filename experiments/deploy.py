@@ -28,7 +28,7 @@ from utils.channels import effective_sparsity  # noqa: E402
 from utils.common import SIDE, UserError, generator  # noqa: E402
 from utils.compact import compact, content, largest_difference  # noqa: E402
 from utils.inspection import guess_model, load_artifact  # noqa: E402
-from utils.model_loader import load_model_state, model_loader  # noqa: E402
+from utils.model_loader import model_loader  # noqa: E402
 from utils.models import MODELS  # noqa: E402
 from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
 from utils.run import ArgumentParser, cpu_name, positive_int, script  # noqa: E402
@@ -47,8 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS_MEASURED, metavar="FILE|NAME:PRUNER:SPARSITY",
-                        help="pruned checkpoints, default: those that are shipped; or models pruned untrained, of "
-                        "which only the speed says something, as their logits hardly depend on the image")
+                        help="pruned checkpoints, default: those that are shipped; or untrained models to prune, "
+                        "of which only the speed is meaningful")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, 2])
     parser.add_argument("--num_runs", type=positive_int, default=7, help="repeats, of which the median counts")
@@ -56,8 +56,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def pruned_model(word: str) -> tuple[str, nn.Module]:
-    """What to call a model, and the pruned model itself. UserError for what is neither a file nor a description."""
+def pruned_model(word: str) -> tuple[str, nn.Module, int]:
+    """What to call a model, the pruned model itself, the side of its images in pixels. UserError for what is neither a
+    file nor a description."""
     name, _, rest = word.partition(":")
     pruner, _, sparsity = rest.partition(":")
     if name in MODELS and pruner in PRUNERS:
@@ -68,23 +69,20 @@ def pruned_model(word: str) -> tuple[str, nn.Module]:
                             "vgg16:lamp:0.99") from error
         model = model_loader(name, seed=0)
         weight_pruner_loader(pruner)(model, wanted)
-        return f"{name} untrained, {pruner} {sparsity}", model
-    weights = load_artifact(Path(word)).weights
-    guess = guess_model(weights)
-    if guess is None:
-        raise UserError(f"{word} fits none of this project's models")
-    model = model_loader(guess[0], num_classes=guess[1], seed=0)
-    load_model_state(model, weights, word)
-    return f"{guess[0]} {checkpoint.format_sparsity(count_pruned_params(model).sparsity)}", model
+        return f"{name} untrained, {pruner} {sparsity}", model, SIDE
+    artifact = load_artifact(Path(word))
+    model, name = export.network_of(artifact), guess_model(artifact.weights)[0]
+    sparsity = checkpoint.format_sparsity(count_pruned_params(model).sparsity)
+    return f"{name} {sparsity}", model, export.side_of(artifact)
 
 
-def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> list[Row]:
-    """A row for each form, engine, number of threads and batch size of a pruned model.
+def measure_forms(label: str, model: nn.Module, side: int, args: argparse.Namespace) -> list[Row]:
+    """A row for each form, engine, number of threads and batch size of a pruned model for images of `side` pixels.
 
     bytes: of the file, for CSR of its tensors in memory (values float32, indices int64); macs: for one image;
     difference: to the masked model's logits, in units of the largest; speedup: over the dense model in the same engine.
     """
-    made = compact(model)
+    made = compact(model, side)
     forms = {"dense": without_masks(model), "masked": model.eval(), "compact": made.network,
              "CSR": sparse_products(model)}
     files = {"dense": forms["dense"].state_dict(), "masked": model.state_dict(),
@@ -96,15 +94,17 @@ def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> lis
                        "effective_sparsity": effective_sparsity(model), "form": form,
                        "parameters": sum(tensor.numel() for tensor in tensors),
                        "bytes": len(checkpoint.checkpoint_bytes(files[form])) if form in files else
-                       sum(tensor.nbytes for tensor in tensors), "macs": multiplications(network),
-                       "difference": largest_difference(model, network, images(8))}
+                       sum(tensor.nbytes for tensor in tensors), "macs": multiplications(network, side),
+                       "difference": largest_difference(model, network, images(8, side))}
     has_onnx = all(map(find_spec, export.ONNX_PACKAGES))
-    exported = {form: export.onnx_bytes(clone_model(forms[form]), SIDE)[0] for form in ("dense", "compact") if has_onnx}
+    both = ("dense", "compact") if has_onnx else ()
+    exported = {form: export.onnx_bytes(clone_model(forms[form]), side)[0] for form in both}
     before, rows = torch.get_num_threads(), []
     for threads, batch in product(args.threads, args.batch_sizes):
         torch.set_num_threads(threads)
-        works = {(form, EAGER): torch.no_grad()(partial(network, images(batch))) for form, network in forms.items()}
-        works |= {(form, ONNX): onnx_work(file, threads, images(batch)) for form, file in exported.items()}
+        inputs = images(batch, side)
+        works = {(form, EAGER): torch.no_grad()(partial(network, inputs)) for form, network in forms.items()}
+        works |= {(form, ONNX): onnx_work(file, threads, inputs) for form, file in exported.items()}
         seconds = dict(zip(works, median_seconds(list(works.values()), args.num_runs), strict=True))
         rows += [{**facts[form], "engine": engine, "threads": threads, "batch": batch, "images_per_s": batch / taken,
                   "speedup": seconds["dense", engine] / taken} for (form, engine), taken in seconds.items()]
@@ -112,9 +112,9 @@ def measure_forms(label: str, model: nn.Module, args: argparse.Namespace) -> lis
     return rows
 
 
-def images(count: int) -> Tensor:
-    """(count, 3, SIDE, SIDE), always the same."""
-    return torch.randn(count, 3, SIDE, SIDE, generator=generator(0, "deploy")).to(memory_format=torch.channels_last)
+def images(count: int, side: int) -> Tensor:
+    """(count, 3, side, side), always the same."""
+    return torch.randn(count, 3, side, side, generator=generator(0, "deploy")).to(memory_format=torch.channels_last)
 
 
 def onnx_work(file: bytes, threads: int, inputs: Tensor) -> Callable[[], Any]:
@@ -177,10 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint.ensure_writable(args.save_dir, "--save_dir")
     models = [pruned_model(word) for word in args.models]
-    rows = []
-    for number, (label, model) in enumerate(models, 1):
-        print(f"measuring {label} ({number} of {len(models)})", flush=True)
-        rows += measure_forms(label, model, args)
+    labels, rows = [label for label, *_ in models], []
+    for number, (label, model, side) in enumerate(models, 1):
+        name = label if labels.count(label) == 1 else f"{label}, model {number}"  # two of one kind and sparsity
+        print(f"measuring {name} ({number} of {len(models)})", flush=True)
+        rows += measure_forms(name, model, side, args)
     checkpoint.save_csv(rows, args.save_dir / "deploy.csv")
     plot(rows, args.save_dir / "deploy.png", f"{cpu_name()}, medians of {args.num_runs} runs")
     print_table(rows)

@@ -21,22 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from experiments.rows import make_rows, trained  # noqa: E402
 from utils import checkpoint, plots, stage1, stage2  # noqa: E402
 from utils.allocation import ALLOCATORS  # noqa: E402
-from utils.common import UserError, epoch_count, needed  # noqa: E402
+from utils.common import UserError, count, epoch_count, fraction, needed, positive_int  # noqa: E402
 from utils.controller import SearchConfig  # noqa: E402
 from utils.mask_schedule import MASK_SCHEDULES, plan_fields  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.pruning import PRUNERS  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
-from utils.run import (  # noqa: E402
-    Run,
-    add_recipe_numbers,
-    count,
-    fraction,
-    positive_int,
-    recipe_changes,
-    run_parser,
-    script,
-)
+from utils.run import Run, add_recipe_numbers, recipe_changes, run_parser, script  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
 from utils.statistics import compare_arms  # noqa: E402
 from utils.training import RECIPES, Recipe  # noqa: E402
@@ -104,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if once and not 0 < round(args.before_share * args.finetune_epochs) < args.finetune_epochs:
         raise UserError(f"arms that regrow once, such as {once[0]}, train before and after; --finetune_epochs "
                         f"{args.finetune_epochs} with --before_share {args.before_share} leaves a part without epochs")
+    if any(REGROWN[arm][0] == "rl" for arm in once):  # raises where the budget pays no batch
+        SearchConfig(rungs=tuple(args.mini_finetune_epochs), search_budget=args.search_budget or None).ladder()
     return args
 
 
@@ -117,6 +110,17 @@ def dense_model(run: Run, args: argparse.Namespace) -> Outcome:
     """The dense model of the run's seed; if it is made already, it is reused."""
     pretrain = RECIPES[args.recipe].pretrain
     return stage1.pretrain(run, replace(pretrain, epochs=args.max_epochs or pretrain.epochs))
+
+
+def common_models(run: Run, args: argparse.Namespace) -> None:
+    """What the rows of a seed begin with; UserError, before anything is trained, where one of them cannot be made."""
+    once = not {*args.arms}.isdisjoint(REGROWN)
+    steps = [PruneStep(args.pruner or "magnitude", "", 1, sparsity, mask=MOVING.get(arm))
+             for arm, sparsity in product(args.arms, [*args.sparsity, *[args.start_sparsity] * once])]
+    stage1.check_steps(run, steps, "--sparsity", finetuning(args, 1))
+    dense_model(run, args)
+    if once:
+        pruned_model(run, args, args.start_sparsity, round(args.before_share * args.finetune_epochs))
 
 
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int, arm: str = CONTROL) -> Outcome:
@@ -184,10 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config["schedules"] = {arm: MOVING[arm] for arm in args.arms if arm in MOVING}  # so do their defaults
     keys = [(arm, sparsity, seed) for seed in range(args.seed, args.seed + args.num_seeds) for sparsity in args.sparsity
             for arm in args.arms if arm not in REGROWN or sparsity < args.start_sparsity]
-    before = round(args.before_share * args.finetune_epochs)
     rows = make_rows(args, folder, config, ("arm", "target", "seed"), [[key] for key in keys],
-                     lambda run: pruned_model(run, args, args.start_sparsity, before) if {*args.arms} & {*REGROWN}
-                     else dense_model(run, args), lambda run, *key: measure(run, args, *key))
+                     lambda run: common_models(run, args), lambda run, *key: measure(run, args, *key))
     if not rows:  # the leader has them
         return
     report(rows, args.against, folder, f"{args.m_name}, {args.finetune_epochs} epochs after pretraining")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Reads a compact file (`inspect_checkpoint.py --export sparse`) with NumPy alone: an example for other programs.
+"""Reads a sparse file (`inspect_checkpoint.py --export sparse`) with NumPy alone: an example for other programs.
 
 `utils/sparse_file.py` describes the layout, and checks what this example takes on trust.
 """
@@ -16,7 +16,7 @@ def read(path: str) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         content = file.read()
     if content[:12] != b"\x93SPARSE\n\x01\x00\x00\x00":
-        raise ValueError("it is no compact file of version 1")
+        raise ValueError("it is no sparse file of version 1")
     start = 48 + int.from_bytes(content[12:16], "little")
     tensors = {}
     for entry in json.loads(zlib.decompress(content[48:start])):

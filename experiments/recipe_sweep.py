@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     schedules = [MASK_SCHEDULES[name] for name in args.mask_schedule if name != "fixed"]
     for name in MASK_FIELDS:
         if getattr(args, name) and all(name in schedule.ignores for schedule in schedules):
-            raise UserError(f"--{name} means nothing to --mask_schedule {' '.join(args.mask_schedule)}; leave it out")
+            raise UserError(f"--{name} does nothing with --mask_schedule {' '.join(args.mask_schedule)}; leave it out")
     return args
 
 
@@ -107,6 +107,14 @@ class WeightAverage:
         return accuracy_with_new_statistics(self.model, trainer.train_loader, trainer.val, trainer.precision)
 
 
+def roots_of(args: argparse.Namespace) -> dict[int, Path]:
+    """Seed -> folder of its dense model: ``seed_{n}`` under `--root`, or for the first seed also `--root` itself."""
+    own = {seed: args.root / f"seed_{seed}" for seed in range(args.seed, args.seed + args.num_seeds)}
+    if not checkpoint.dense_path(own[args.seed], args.m_name).is_file():
+        own[args.seed] = args.root
+    return own
+
+
 def start_of(run: Run, table: ResumableTable, known: dict[str, str]) -> Outcome:
     """The dense model that the finetunings of the run's seed start from. UserError where earlier rows had another.
 
@@ -149,20 +157,23 @@ def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, A
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing, combination by combination, and prints the best of each sparsity and length."""
     args = parse_args(argv)
-    folder, first, root = args.save_dir or args.root / "recipe_sweep" / args.m_name, args.seed, args.root
+    folder, roots = args.save_dir or args.root / "recipe_sweep" / args.m_name, roots_of(args)
     config = {name: getattr(args, name) for name in ("m_name", "dataset", "image_size", "val_split")}
     config["precision"] = resolve_precision(args.precision, resolve_device(args.device))
     table = ResumableTable(folder / "sweep.csv", (*KEYS, "seed"), config, resume=args.resume, overwrite=args.overwrite)
     card = table.path.with_suffix(".json")
     known = json.loads(card.read_bytes()).get("dense", {}) if table.rows else {}
-    for seed in range(first, first + args.num_seeds):
-        args.seed, args.root = seed, root if seed == first == 0 else root / f"seed_{seed}"
+    missing = {seed: [asked for asked in combinations(args) if not table.has(*asked.values(), seed)] for seed in roots}
+    starts = [checkpoint.dense_path(roots[seed], args.m_name) for seed, rows in missing.items()
+              if any(asked["sparsity"] for asked in rows)]
+    if lacking := [start for start in starts if not start.is_file()]:
+        raise UserError(f"no dense model at {lacking[0]}; main.py --pruner none makes it, with the seed and --root")
+    for args.seed, args.root in roots.items():
         run = open_run(args)
         table.check_data(run.data_label)
-        missing = [asked for asked in combinations(args) if not table.has(*asked.values(), seed)]
-        dense = start_of(run, table, known) if any(asked["sparsity"] for asked in missing) else None
-        for asked in missing:
-            table.add({**asked, "seed": seed, **train(run, asked, dense)}, run.card(dense=known))
+        dense = start_of(run, table, known) if any(asked["sparsity"] for asked in missing[run.seed]) else None
+        for asked in missing[run.seed]:
+            table.add({**asked, "seed": run.seed, **train(run, asked, dense)}, run.card(dense=known))
     for row in sorted(table.rows, key=lambda row: (row["sparsity"], row["epochs"], -row["val_acc"])):
         told = ", ".join(f"{name} {row[name]}" for name in KEYS[1:] if row[name] != "" and name != "epochs")
         print(f"{row['sparsity']:<6} {row['epochs']:>3} epochs {row['val_acc']:6.2f} % validation  seed {row['seed']}, "

@@ -116,8 +116,8 @@ def allocations(problem: AllocationProblem, number: int, seed: int) -> list[tupl
 
 
 def compare(rows: Sequence[dict[str, Any]], rungs: Sequence[float]) -> list[dict[str, Any]]:
-    """Per rung: Spearman's rho with the last rung over all and over 'near' allocations, and how many of the last
-    rung's best third are among the rung's own best third, which is who a ladder promotes."""
+    """Per rung: Spearman's rho with the last rung over all and over 'near' allocations, and the fraction of
+    the last rung's best third that is in the rung's own best third, which a ladder promotes."""
     last, results = f"after_{rungs[-1]}", []
     near, third = [row for row in rows if row["source"] == "near"], max(1, len(rows) // 3)
     best = {row["number"] for row in sorted(rows, key=lambda row: -row[last])[:third]}

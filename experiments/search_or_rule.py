@@ -25,7 +25,7 @@ from utils.controller import WARM_START, RegrowthPolicyGradient, SearchConfig  #
 from utils.distributed import world  # noqa: E402
 from utils.methods import regrowth_arguments  # noqa: E402
 from utils.run import DATA_OPTIONS, Run, open_run, run_parser, script  # noqa: E402
-from utils.stage import ResumableTable, check_same_files  # noqa: E402
+from utils.stage import ResumableTable, check_same_files, kept  # noqa: E402
 from utils.statistics import paired_difference  # noqa: E402
 from utils.training import FINETUNE_FINAL  # noqa: E402
 
@@ -67,7 +67,8 @@ def run_search(step: stage2.Step, folder: Path, config: dict[str, Any]) -> Regro
                                     world())
     stem = folder / "search_checkpoint"
     if step.args.resume:
-        stage2.load_search(search, [*stage2.saved_searches(stem).values()], config)
+        stage2.load_search(search, [path for path in stage2.saved_searches(stem).values()
+                                    if kept(path, step.run.overwrite)], config)
     stage2.run_search(search, stem, config, save_freq=1, sparsity=step.sparsity_after)
     return search
 
@@ -109,11 +110,16 @@ def train_again(step: stage2.Step, table: ResumableTable, allocations: dict[str,
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The controller's allocation against every rule, paired by repeat, in points of validation accuracy."""
-    rows = sorted(rows, key=lambda row: row["repeat"])  # several processes finish in any order
-    of = {name: [row["val_acc"] for row in rows if row["allocation"] == name]
-          for name in dict.fromkeys(row["allocation"] for row in rows)}
-    return [{"against": name, **paired_difference(of[CONTROLLER], of[name])} for name in of if name != CONTROLLER]
+    """The controller's allocation against every rule, paired by the repeats of both, in points of validation accuracy.
+    """
+    of: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["repeat"]):  # several processes finish in any order
+        of.setdefault(row["allocation"], {})[row["repeat"]] = row["val_acc"]
+    results, own = [], of.pop(CONTROLLER)
+    for name, rule in of.items():
+        both = [repeat for repeat in own if repeat in rule]
+        results.append({"against": name, **paired_difference([own[key] for key in both], [rule[key] for key in both])})
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -43,7 +43,7 @@ Row = dict[str, Any]
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = run_parser(__doc__, resumable=False)
-    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], help="to measure, 1 among them")
+    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], help="to measure; 1 always is")
     parser.add_argument("--trials", type=positive_int, default=8, help="of each length in a measured round")
     parser.add_argument("--mini_finetune_epochs", type=epoch_count, nargs=2, default=[0.1, 0.3],
                         help="lengths of the measured trials")
@@ -54,7 +54,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target_sparsity", type=fraction, default=0.97, help="of the measured trials")
     parser.add_argument("--save_dir", type=Path, help="default: search_scaling/{m_name} under --root")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)  # one measured round, under torchrun
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.processes = sorted({1, *args.processes})  # trials of one process alone give the times that are simulated
+    return args
 
 
 # --- measured ------------------------------------------------------------------------------------------------------

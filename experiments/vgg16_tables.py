@@ -48,7 +48,7 @@ def chosen_entries(words: Sequence[str]) -> list[str]:
     for word in words:
         if word not in (*ENTRIES, *PUBLISHED):
             raise UserError(f"--rows {word} is no row; take {', '.join(PUBLISHED)} or one of "
-                            f"{', '.join((*ENTRIES, *PUBLISHED))}")
+                            f"{', '.join(ENTRIES)}")
     return [entry for entry, (setting, _) in ENTRIES.items() if entry in words or setting in words]
 
 
@@ -74,7 +74,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--search_budget is for the search, which --allocation {args.allocation} does without; leave "
                         "it out, or take --allocation rl")
     args.entries, args.seeds = chosen_entries(args.rows), sorted(set(args.seeds))
+    if any(ENTRIES[entry][0] == "R" for entry in args.entries):
+        options_of_regrowth(args, START - 0.01)  # raises on what contradicts itself, before anything is trained
     return args
+
+
+def options_of_regrowth(args: argparse.Namespace, sparsity: float, **more: Any) -> argparse.Namespace:
+    """What the script of `--method` would read for regrowth from 0.99 to this sparsity; more: of one run."""
+    return regrowth_arguments(
+        args.method, m_name=args.m_name, allocation=args.allocation, start_sparsity=START, target_sparsity=sparsity,
+        finetune_epochs=args.finetune_epochs, finetune_lr=args.finetune_lr, search_budget=args.search_budget, **more)
 
 
 # --- one row: the models on the way to its own, which is the last ---------------------------------------------------
@@ -97,12 +106,8 @@ def iterative(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: floa
 
 def regrown(run: Run, args: argparse.Namespace, dense: Outcome, sparsity: float) -> list[Outcome]:
     """Regrowth from the one-shot 0.99 model."""
-    options = regrowth_arguments(
-        args.method, m_name=args.m_name, allocation=args.allocation,
-        start_sparsity=START, target_sparsity=sparsity, finetune_epochs=args.finetune_epochs,
-        finetune_lr=args.finetune_lr, search_budget=args.search_budget, root=run.root, seed=run.seed,
-        save_dir=run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}")
-    return stage2.regrow(run, options)
+    folder = run.root / f"regrown_{checkpoint.format_sparsity(sparsity)}"
+    return stage2.regrow(run, options_of_regrowth(args, sparsity, root=run.root, seed=run.seed, save_dir=folder))
 
 
 SETTINGS = {"A": iterative, "B": one_shot, "R": regrown}
@@ -118,8 +123,8 @@ def prepare(run: Run, args: argparse.Namespace) -> Outcome:
 
 
 def measure(run: Run, args: argparse.Namespace, entry: str) -> dict[str, Any]:
-    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy; epochs and seconds are since
-    the dense model."""
+    """Makes (or reuses) the model of a row with the run's seed and reads its test accuracy; epochs and seconds count
+    from the dense model."""
     setting, sparsity = ENTRIES[entry]
     models = SETTINGS[setting](run, args, prepare(run, args), sparsity)
     training, card = trained(models), models[-1].card

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Iterative layerwise pruning (LAMP, Lee et al., ICLR 2021): prune a share of the surviving weights, finetune, repeat.
 
-Starts from ./{model}/checkpoint/ckpt.pth (pretrained first if it is missing; any recipe will do, unless options of this
-command ask for another) and removes the model's `amount` of `tools/modelloaders.py` in each iteration; ten iterations
+Starts from ./{model}/checkpoint/ckpt.pth (pretrained first if it is missing; any recipe will do, unless --max_epochs,
+--lr and the like ask for another) and removes the model's `amount` of `tools/modelloaders.py` in each iteration; ten iterations
 of resnet20 end at a sparsity of exactly 0.99.
 """
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = stage1.iterative_steps(args.pruner, amount, args.iter_start, args.iter_end, mask)
     run = open_run(args)
     opt_pre, resume = dense_settings(run, args, opt_pre)
-    stage1.check_steps(run, steps, "--amount")
+    stage1.check_steps(run, steps, "--amount", opt_post)
     stage = stage1.dense_stage(run, opt_pre, resume)
     stage1.check_stages(run, stage, steps, opt_post)
     dense = stage1.pretrain(run, opt_pre, stage)

@@ -197,3 +197,12 @@ def test_a_regrowth_table_from_a_spreadsheet(tmp_path, drawn):
         table.write_text(text.replace(old, new))
         with pytest.raises(UserError, match=f"regrowth_results.csv is damaged: .*{said}"):
             collect(tmp_path, root)
+
+
+def test_what_lies_under_another_root_is_not_of_this_one(tmp_path, drawn):
+    """Such as the demo's folder in the repository."""
+    root = sweep(tmp_path / "root", 0, 0.0)
+    add_regrown(root / "savedir", 0, 50.0)
+    add_regrown(sweep(root / "demo", 0, 0.0, data=("photos", "other")) / "savedir", 0, 60.0, dataset="photos")
+    collect(tmp_path, root)
+    assert len(checkpoint.read_csv(tmp_path / "out/bidirectional_regrowth.csv", {})) == 1

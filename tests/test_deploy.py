@@ -34,7 +34,7 @@ def test_counts_by_hand(monkeypatch):
     assert script.multiplications(model) == 4 * 27 * 16 * 16 + 8
     sparse = sparse_products(model)
     assert script.multiplications(sparse) == 3 * 16 * 16 + 2
-    rows = script.measure_forms("small", model, argparse.Namespace(threads=[1], batch_sizes=[1], num_runs=1))
+    rows = script.measure_forms("small", model, 32, argparse.Namespace(threads=[1], batch_sizes=[1], num_runs=1))
     found = {row["form"]: row["parameters"] for row in rows if row["engine"] == script.EAGER}
     assert (found["dense"], found["masked"]) == (108 + 4 + 8 + 2, 2 * 108 + 4 + 2 * 8 + 2)
     assert found["CSR"] == (3 + 3 + 5) + 4 + (2 + 2 + 3) + 2
@@ -68,5 +68,5 @@ def test_models_that_are_none_are_refused(word, said):
 
 
 def test_the_shipped_model_is_named_by_its_sparsity():
-    label, model = script.pruned_model(script.MODELS_MEASURED[0])
-    assert label == "resnet20 0.99" and script.multiplications(model) == 40_813_184
+    label, model, side = script.pruned_model(script.MODELS_MEASURED[0])
+    assert (label, side) == ("resnet20 0.99", 32) and script.multiplications(model) == 40_813_184

@@ -110,7 +110,7 @@ def test_an_error_of_a_process_that_does_not_lead_ends_all_with_its_line(toy):
 def test_a_lost_process_ends_the_others_with_a_line_on_how_to_go_on(toy):
     codes, _, err = toy("first", "die")
     assert codes == [130, -signal.SIGKILL] and len(err) == 1
-    assert re.fullmatch("stopped, for another process of this run has ended; what was finished is saved. Continue "
+    assert re.fullmatch("stopped: another process of this run ended; what was finished is saved. Continue "
                         "with: torchrun --standalone --nproc_per_node 2 .*toy.py first die --resume", err[0])
 
 
@@ -164,7 +164,7 @@ def test_two_processes_end_in_the_same_bytes_as_one_also_after_a_kill(search, tm
         os.kill(worker(process.pid, 1), signal.SIGKILL)
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert len(re.findall("^stopped, for another process .* --resume$", err, re.MULTILINE)) == 1
+    assert len(re.findall("^stopped: another process .* --resume$", err, re.MULTILINE)) == 1
     assert_same_end(one, tmp_path)
     assert "continuing the search" in out
     rows = read_csv(tmp_path / "search.csv", {"seconds": "number"}, "")
@@ -227,3 +227,13 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match="8 processes on a machine with 4 GPUs"):
         distributed.use_own_part(torch.device("cuda"))
+
+
+def test_the_command_that_goes_on_names_where_several_machines_meet(monkeypatch):
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("MASTER_ADDR", "node1"),
+                        ("TORCHELASTIC_RUN_ID", "job"), ("TORCHELASTIC_MAX_RESTARTS", "3")):
+        monkeypatch.setenv(name, value)
+    assert " ".join(distributed.launcher()) == ("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_id job --rdzv_endpoint "
+                                                "node1:29500 --nproc_per_node 4 --max_restarts 3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.launcher()[:2] == ["torchrun", "--standalone"]

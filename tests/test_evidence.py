@@ -266,7 +266,7 @@ def test_another_kind_of_evidence_is_one_line(monkeypatch):
     (["--selection", "gradient", "--saliency_source", "pruned"], "saliency_source"),
     (["--selection", "magnitude", "--saliency_max_batches", "3"], "saliency_max_batches")])
 def test_an_option_about_evidence_that_nothing_looks_at_is_refused(words, option):
-    with pytest.raises(UserError, match=f"--{option} means nothing to --selection {words[1]}"):
+    with pytest.raises(UserError, match=f"--{option} does nothing with --selection {words[1]}"):
         parse_regrowth_args("saliency", "", ["--m_name", "resnet20", *words])
 
 

@@ -214,7 +214,7 @@ def test_a_checkpoint_that_lies_about_its_images_is_refused(side, tmp_path, monk
         export_file(tmp_path / "a.pth", "onnx", tmp_path / "a.onnx")
 
 
-# --- who reads a compact file --------------------------------------------------------------------------------------
+# --- who reads a sparse file --------------------------------------------------------------------------------------
 
 
 def test_every_reader_takes_a_compact_file(start, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_every_reader_takes_a_compact_file(start, tmp_path, monkeypatch):
 
 
 def take_the_place_of(file: Path, folder: Path) -> None:
-    """Puts a compact file, with its card, where the checkpoint was that it was made from."""
+    """Puts a sparse file, with its card, where the checkpoint was that it was made from."""
     compact = export_file(file, "sparse", folder / f"{file.stem}.sparse")
     checkpoint.card_path(compact).replace(checkpoint.card_path(file))
     compact.replace(file)
@@ -304,7 +304,7 @@ def test_float64_is_rounded_in_a_line_and_never_to_infinity(tmp_path, capsys):
 
 def test_a_model_too_large_for_a_compact_file_is_refused_in_a_line(start, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse_file, "LARGEST_MODEL", 270_000)
-    with pytest.raises(UserError, match="pruned.pth: a compact file cannot hold it: .*more than 270,000 elements$"):
+    with pytest.raises(UserError, match="pruned.pth: a sparse file cannot hold it: .*more than 270,000 elements$"):
         export_file(start, "sparse", tmp_path / "a.sparse")
     assert not (tmp_path / "a.sparse").exists()
 

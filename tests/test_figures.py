@@ -220,3 +220,18 @@ def test_a_notebooks_backend_is_not_needed(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "f.png"], cwd=REPOSITORY, check=True,
                    env={**os.environ, "MPLBACKEND": "module://no_such_package.backend", "OMP_NUM_THREADS": "1"})
     assert (tmp_path / "f.png").stat().st_size > 100
+
+
+def test_a_figure_without_data_has_no_legend(drawn, tmp_path):
+    plots.plot_bidirectional([], [], tmp_path / "e.png", "title")
+    assert not drawn[0].legends
+
+
+def test_few_pairs_have_no_bootstrap_interval(drawn, tmp_path):
+    """Of three pairs it goes from the smallest to the largest difference, which is no interval of 95 %."""
+    for pairs in (3, 8):
+        values = [float(value % 3) for value in range(pairs)]
+        row = {"arm": "gradual", **paired_difference(values, [0.0] * pairs)}
+        plots.plot_differences([row], tmp_path / "d.png", "title")
+    assert [any("bootstrap" in text for text in legend(figure)) for figure in drawn] == [False, True]
+    assert [len(figure.axes[0].lines) for figure in drawn] == [1 + 2 + 2, 1 + 3 + 3]

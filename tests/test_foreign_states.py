@@ -148,7 +148,7 @@ def test_masks_on_some_layers_and_of_biases(capsys):
     inputs = torch.randn(3, 2)
     assert torch.equal(model(inputs), source(inputs))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: tutorial.pth") and line.endswith("2.bias") and "multiplied out" in line
+    assert line.startswith("note: tutorial.pth") and line.endswith("2.bias") and "applied once" in line
 
 
 def changed(**entries) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from utils.agent import Ladder
+from utils.common import UserError
 
 
 def climb(ladder: Ladder, next_trials, reward) -> list:
@@ -74,6 +75,12 @@ def test_new_candidates_leave_the_way_to_the_top_open():
 @pytest.mark.parametrize(("budget", "rungs"), [(None, (1, 3, 9)), (13, (1, 3, 9)), (12, (1, 3)), (3, (1,))])
 def test_rungs_that_the_budget_cannot_reach_are_left_out(budget, rungs):
     assert Ladder((1, 3, 9), 3, budget).rungs == rungs
+
+
+def test_a_budget_that_pays_exactly_is_enough_whatever_floating_point_makes_of_it():
+    assert 100 * 0.07 > 7 and Ladder((0.07, 1), 3, 7, batch=100).rungs == (0.07,)
+    with pytest.raises(UserError, match="100 candidates for 0.07 epochs take 7;"):
+        Ladder((0.07, 1), 3, 6, batch=100)
 
 
 def test_equal_rewards_are_ranked_by_arrival():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from utils.analysis_utils import get_masks, set_masks
+from utils.analysis_utils import set_masks
 from utils.channels import count_live
-from utils.regrowth import Evidence, WeightRegrowth, dead_positions_taken, layer_capacities
+from utils.regrowth import Evidence, WeightRegrowth, free_positions, layer_capacities
 
 
 def net() -> nn.Module:
@@ -17,15 +17,12 @@ def net() -> nn.Module:
     return model
 
 
-def test_capacities_by_hand_and_masks_are_given_back():
+def test_capacities_by_hand():
     model = net()
-    before = get_masks(model)
     assert layer_capacities(model, ["2", "4"]) == {"2": 6, "4": 4}
-    with pytest.raises(ZeroDivisionError), dead_positions_taken(model):
-        # into hidden 0 (3) and 2 (2), which are read; from hidden 1 (2) and 2 (1), which depend on the image
-        assert layer_capacities(model, ["2", "4"]) == {"2": 5, "4": 3}
-        raise ZeroDivisionError
-    assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
+    # into hidden 0 (3) and 2 (2), which are read; from hidden 1 (2) and 2 (1), which depend on the image
+    assert layer_capacities(model, ["2", "4"], only_live=True) == {"2": 5, "4": 3}
+    assert free_positions(model, ["4"], only_live=True)["4"].tolist() == [[False, True, True], [False, True, False]]
 
 
 @pytest.mark.parametrize("rule", ["saliency", "random", "magnitude"])
@@ -40,8 +37,20 @@ def test_every_weight_that_returns_is_on_a_live_path(rule):
         assert rule != "saliency" or record.layers["2"].indices.tolist() == [1, 2, 6, 8]
 
 
+def test_a_rule_that_looks_at_masks_sees_the_true_ones():
+    """A filter without weights has norm 0, whatever is stored at its pruned positions, dead ones included."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.1, 0, 0], [0, 0, 10.0]]).view(2, 3, 1, 1))
+    set_masks(model, {"0": torch.tensor([[1, 0, 0], [0, 0, 0]]).view(2, 3, 1, 1), "3": torch.ones(2, 2)})
+    ones = {"0": torch.ones(2, 3, 1, 1)}
+    for only_live in (False, True):
+        chosen = WeightRegrowth(model, "relative_gradient", Evidence(gradient=ones), only_live=only_live).select({"0": 1})
+        assert chosen["0"][0].tolist() == [1]
+
+
 def test_more_than_can_live_is_refused():
     model = net()
-    with pytest.raises(ValueError, match="cannot return"):
+    with pytest.raises(ValueError, match="4 weights cannot return, its capacity is 3"):
         WeightRegrowth(model, "random", Evidence(), only_live=True).apply_regrowth({"4": 4})
     assert layer_capacities(model, ["4"]) == {"4": 4}

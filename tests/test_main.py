@@ -131,11 +131,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, wh
     (["--dataset", "mnist"], ["mnist", "photos"]),
     (["--sparsity", "1.0"], ["--sparsity", "between 0 and 1"]),
     (["--sparsity", "ninety"], ["--sparsity", "between 0 and 1"]),
-    (["--sparsity", "0.9999999"], ["--sparsity 0.9999999", "0 of 270,896 weights", "one is 0.9999963"]),
+    (["--sparsity", "0.9999999"], ["--sparsity 0.9999999", "0 of 270,896 weights", "; 0.9999963 leaves one"]),
     (["--sparsity", "0.0000001"], ["--sparsity 1e-07", "none of the 270,896 weights", "by 3.7e-06"]),
     (["--amount", "0.999", "--iter_end", "2"], ["--amount: iteration 2", "0 of 270,896", "0.9999963"]),
     (["--sparsity", "0.95", "0.99", "0.99001"], ["0.99 and 0.99001", "mask_0.99.pth", "--sparsity"]),
-    (["--amount", "0.9", "--iter_end", "6"], ["iteration 6 would leave 0", "one is 0.9999963"]),
+    (["--amount", "0.9", "--iter_end", "6"], ["iteration 6 would leave 0", "; 0.9999963 leaves one"]),
     (["--amount", "0.00002", "--iter_end", "2"], ["would share the file", "mask_0.pth", "fewer iterations"]),
     (["--amount", "0", "--iter_end", "3"], ["--amount", "between 0 and 1"]),
     (["--amount", "0.4", "--sparsity", "0.9"], ["--sparsity and --amount"]),
@@ -404,8 +404,32 @@ def test_images_of_ones_own(flowers, image_folder, tmp_path, capsys):
             main_script.main([*own, *words, "--resume"])
 
 
-def test_the_highest_sparsity_of_the_message_leaves_a_weight():
+def test_the_sparsity_of_the_message_leaves_a_weight():
     """1 - 1/30 is 0.96667, cut to one digit more than the number of weights has."""
-    with pytest.raises(UserError, match=r"would leave 0 of 30 weights; the highest .* is 0\.966$"):
+    with pytest.raises(UserError, match=r"would leave 0 of 30 weights; 0\.966 leaves one$"):
         weights_left(30, 30, 0.99, "--sparsity 0.99")
     assert weights_left(30, 30, 0.966, "") == 1
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--finetune_padding", "32"], "a padding of 32 pixels is too much"),
+    (["--pruner", "unifplus", "--sparsity", "0.9975", "--mask_schedule", "rigl", "--regrow_allocation", "proportional"],
+     "reaches a sparsity of at most 0.9979"),  # 0.9975 it reaches, but not the margin past it
+    (["--mask_schedule", "rigl", "--regrow_rule", "random", "--evidence_steps", "8"],
+     "--evidence_steps is for rules that look at gradients"),
+])
+def test_what_only_the_finetuning_would_refuse_is_refused_before_anything_is_trained(words, said, image_folder, tmp_path):
+    with pytest.raises(UserError, match=said):
+        main_script.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), *words])
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_models_without_run_cards_are_taken_and_reported(image_folder, tmp_path):
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--max_epochs", "1",
+             "--finetune_epochs", "0", "--finetune_schedule", "cosine"]
+    main_script.main(words)
+    for card in tmp_path.rglob("*.json"):
+        card.unlink()
+    main_script.main([*words, "--resume"])
+    table = (tmp_path / "resnet20/pruning_results.csv").read_text()
+    assert "unknown" in table and "pruned_finetuned_mask_0.99.pth" in table

@@ -17,6 +17,7 @@ from torch import nn
 
 import main
 from tests.conftest import REPOSITORY, assert_user_error, run_here
+from utils import training
 from utils.allocation import ALLOCATORS
 from utils.analysis_utils import (
     add_masks,
@@ -406,7 +407,7 @@ SMALL = ["--m_name", "resnet20", "--pruner", "magnitude", "--sparsity", "0.97", 
 
 @pytest.mark.parametrize("words, message", [
     (["--exchange", "0.2"], "--exchange needs a --mask_schedule: gradual, late, rigl"),
-    (["--mask_schedule", "gradual", "--regrow_rule", "random"], "--regrow_rule means nothing to --mask_schedule grad"),
+    (["--mask_schedule", "gradual", "--regrow_rule", "random"], "--regrow_rule does nothing with --mask_schedule grad"),
     (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
     (["--mask_schedule", "rigl", "--pruner", "none"], "--pruner none prunes nothing; leave --sparsity out"),
 ])
@@ -442,3 +443,30 @@ def test_the_script_moves_the_mask_and_goes_on_after_a_kill_to_the_same_bytes(im
     assert card["config"]["schedule"] == "granet" and card["config"]["mask"]["exchange"] == 0.3
     refused = run_here("main.py", *words[:-4], "--root", tmp_path / "straight")
     assert_user_error(refused, "was made with other arguments", "schedule granet (asked: one-shot)")
+
+
+def test_what_came_back_is_told_of_the_best_epoch_though_more_came_back_later(small_cnn, tiny_loaders, monkeypatch):
+    each_epoch = len(tiny_loaders[0].with_batch_size(RECIPE.batch_size))
+    plan = MaskPlan("rigl", 0.0, 0.8, update_every=each_epoch, update_until=1.0, exchange=0.9, regrow_rule="random")
+    seen, real = [], MaskMover.on_best
+
+    def noted(mover, trainer):
+        seen.append(mover.history[-1]["came_back"])
+        real(mover, trainer)
+    monkeypatch.setattr(MaskMover, "on_best", noted)
+    mover = MaskMover(small_cnn, plan, 0)
+    trainer = Trainer(small_cnn, *tiny_loaders[:2], replace(RECIPE, epochs=6), seed=0, hook=mover)
+    accuracies = iter([50.0, 40.0, 30.0, 30.0, 30.0, 30.0])
+    monkeypatch.setattr(training, "evaluate", lambda *_: training.Evaluation(1.0, next(accuracies)))
+    assert trainer.run(show=False).best_epoch == 1 and len(seen) == 1
+    assert mover.came_back == seen[0] > 0
+    counts = surviving_by_layer(small_cnn)
+    assert sum(round(share * counts[name]) for name, (_, share) in mover.shares_regrown().items()) == seen[0]
+    ever = sum(int((mask & mover.ever_regrown[name]).sum()) for name, mask in get_masks(small_cnn).items())
+    assert ever > seen[0]  # weights that were in the best model, and went and came back after it
+
+
+def test_the_least_density_is_that_before_weights_return():
+    assert MaskPlan("gradual", 0.0, 0.9).least_density() == pytest.approx(0.1)
+    assert MaskPlan("rigl", 0.9, 0.9).least_density() == pytest.approx(0.1)  # each layer gives up and gets back its own
+    assert MaskPlan("rigl", 0.9, 0.9, exchange=0.3, regrow_allocation="erk").least_density() == pytest.approx(0.07)

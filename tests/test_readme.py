@@ -140,3 +140,18 @@ def test_the_example_in_python_does_what_it_says(tmp_path, monkeypatch, capsys):
     printed = re.search(r"# (PruneCounts.*)", code)[1]
     assert capsys.readouterr().out.strip() == printed
     assert scope["count_pruned_params"](scope["model"]).surviving == 2709 and (tmp_path / "regrown.pth").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_links_lead_to_files_and_headings_that_are_there(name):
+    page = REPOSITORY / name
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    headings = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.*)$", text, re.M)}  # as GitHub makes anchors of them
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) >= 3
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (page.parent / target).is_file(), target

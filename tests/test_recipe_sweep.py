@@ -83,7 +83,7 @@ def test_an_option_of_the_mask_schedules_multiplies_only_those_that_read_it(imag
         ("fixed", "", 2), ("fixed", "", 4), ("gradual", "", 2), ("gradual", "", 4), ("bidirectional", 0.1, 2),
         ("bidirectional", 0.1, 4), ("bidirectional", 0.3, 2), ("bidirectional", 0.3, 4)]
     assert {row["update_until"] for row in found} == {"", 0.6}
-    with pytest.raises(UserError, match="--exchange means nothing"):
+    with pytest.raises(UserError, match="--exchange does nothing"):
         sweep.parse_args([*words[:-1], "--exchange", "0.1"])
     found = sweep.combinations(sweep.parse_args([*words, "--pruner", "magnitude", "lamp"]))
     assert [(row["pruner"], row["mask_schedule"]) for row in found] == [
@@ -145,3 +145,17 @@ def test_a_wrong_number_of_a_recipe_is_one_line(image_folder, tmp_path, capsys):
 def test_a_mask_schedule_needs_a_sparsity(image_folder, tmp_path):
     with pytest.raises(UserError, match="give a --sparsity"):
         sweep.main([*options(image_folder, tmp_path), "--mask_schedule", "gradual"])
+
+
+def test_the_dense_model_of_one_seed_lies_under_the_root_or_in_a_folder_of_the_seed(tmp_path):
+    args = SimpleNamespace(root=tmp_path, m_name="resnet20", seed=1, num_seeds=2)
+    assert sweep.roots_of(args) == {1: tmp_path, 2: tmp_path / "seed_2"}
+    checkpoint.save_checkpoint({}, checkpoint.dense_path(tmp_path / "seed_1", "resnet20"))
+    assert sweep.roots_of(args) == {1: tmp_path / "seed_1", 2: tmp_path / "seed_2"}
+
+
+def test_a_missing_dense_model_of_a_later_seed_is_found_before_the_first_is_trained(image_folder, tmp_path, monkeypatch):
+    checkpoint.save_checkpoint({}, checkpoint.dense_path(tmp_path, "resnet20"))
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(UserError, match="no dense model at .*seed_1"):
+        sweep.main([*options(image_folder, tmp_path), "--sparsity", "0.9", "--num_seeds", "2"])

@@ -537,3 +537,12 @@ def test_a_hundred_times_faster_than_a_loop_and_with_the_same_result():
     element_by_element(slow, saliency, allocation)
     assert time.process_time() - started >= 100 * min(seconds)
     assert_same(dict(fast.state_dict()), dict(slow.state_dict()))
+
+
+def test_a_rule_without_scores_leaves_a_random_fill_and_says_so(monkeypatch):
+    monkeypatch.setitem(regrowth.SELECTORS, "silent", lambda name, layer, evidence: None)
+    for rule, filled in (("silent", 2), ("random", 0)):
+        model = nn.Sequential(nn.Linear(4, 1))
+        set_masks(model, {"0": torch.tensor([[1, 0, 0, 0]])})
+        record = WeightRegrowth(model, rule, Evidence()).apply_regrowth({"0": 2}, step=40_000)
+        assert (record.count, record.filled) == (2, filled) and record.layers["0"].steps.tolist() == [40_000] * 2

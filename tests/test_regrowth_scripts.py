@@ -402,7 +402,7 @@ def test_an_entropy_bonus_is_a_number_from_0_on(words, capsys):
 def test_max_ratio_is_exact(monkeypatch):
     """0.29 of 100 is 29, though 0.29 * 100 is just below it in floating point; 0.29 of 99 is 28.71: at most 28."""
     monkeypatch.setattr(stage2, "target_layers", lambda model, patterns: ["a", "b"])
-    monkeypatch.setattr(stage2, "layer_capacities", lambda model, layers: {"a": 100, "b": 99})
+    monkeypatch.setattr(stage2, "layer_capacities", lambda *_: {"a": 100, "b": 99})
     args = rl_regrowth_nas.parse_args(["--m_name", "resnet20", "--max_ratio", "0.29"])
     assert stage2.capacities(None, args) == {"a": 29, "b": 28}
 
@@ -413,9 +413,9 @@ def test_max_ratio_is_exact(monkeypatch):
 @pytest.mark.parametrize("words, said", [
     (["--exchange", "0.2"], "--exchange needs a --mask_schedule: "),
     (["--mask_schedule", "rigl", "--finetune_epochs", "0"], "--finetune_epochs 0 leaves none"),
-    (["--mask_schedule", "gradual"], "--mask_schedule gradual only leads from one sparsity to another, and a regrown "
-     "model has the target's already; schedules that exchange weights at one sparsity are rigl, granet, bidirectional"),
-    (["--mask_schedule", "acdc"], "--mask_schedule acdc only leads from one sparsity to another"),
+    (["--mask_schedule", "gradual"], "--mask_schedule gradual only changes the sparsity, and a regrown model already "
+     "has the target's; schedules that work at constant sparsity are rigl, granet, bidirectional"),
+    (["--mask_schedule", "acdc"], "--mask_schedule acdc only changes the sparsity, and a regrown model"),
     (["--mask_schedule", "granet", "--ramp_until", "0.2"], "--ramp_until is about the way to a sparsity"),
     (["--mask_schedule", "granet", "--only_live"], "--only_live says where weights may return, and --mask_schedule"),
     (["--mask_schedule", "rigl", "--target_layers", "linear"], "--target_layers says where weights may return"),
@@ -488,3 +488,34 @@ def test_rules_of_a_moving_mask_look_at_the_dense_model(rule, values, options, t
     assert (same == moved) == (values == "reference") and moved >= BACK
     with open(folder / "regrown_resnet20_0.97_mask_updates.csv", newline="") as file:
         assert sum(int(row["regrown"]) for row in csv.DictReader(file)) > 0
+
+
+# --- what is refused before anything is trained ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--allocation", "uniform", "--resume", "some.pth"], "--resume FILE is for the search"),
+    (["--allocation", "uniform", "--save_freq", "5"], "--save_freq is for the search"),
+    (["--regrow_iterations", "2", "--resume", "elsewhere/some.pth"], "lies in no folder of a step, such as .*step_1"),
+    (["--starting_checkpoint", "some.pth", "--start_sparsity", "0.9"], "leave one of them out"),
+    (["--max_ratio", "0.000001"], "no weight can return: --target_layers or --max_ratio leave no room"),
+])
+def test_options_without_effect_are_refused(words, said, options, tmp_path):
+    before = sorted(tmp_path.rglob("*.pth"))
+    with pytest.raises(UserError, match=said):
+        rl_regrowth_nas.main([*options, *words])
+    assert sorted(tmp_path.rglob("*.pth")) == before
+
+
+def test_a_dense_model_that_is_pruned_is_refused(options, tmp_path):
+    dense, pruned = checkpoint.dense_path(tmp_path, "resnet20"), checkpoint.pruned_path(tmp_path, "resnet20", 0.99)
+    dense.write_bytes(pruned.read_bytes())
+    with pytest.raises(UserError, match="ckpt.pth is pruned; regrowth needs the dense model there"):
+        rl_saliency_regrowth.main(options)
+
+
+def test_a_target_that_is_sparser_than_the_start_is_named_as_it_was_asked_for(options, tmp_path):
+    pruned = checkpoint.pruned_path(tmp_path, "resnet20", 0.99)
+    with pytest.raises(UserError, match=r"target sparsity 0\.995 is not below"):
+        rl_regrowth_nas.main([*options, "--starting_checkpoint", str(pruned), "--target_sparsity", "0.995",
+                              "--regrow_iterations", "2"])

@@ -56,6 +56,18 @@ def test_rungs_are_compared_by_hand():
     assert first["spearman"] == pytest.approx(1) and (bn["best_third_kept"], first["best_third_kept"]) == (0, 1)
 
 
+def test_allocations_are_compared_by_the_repeats_of_both():
+    rows = [{"allocation": name, "repeat": repeat, "val_acc": value} for name, repeat, value in [
+        ("controller", 3, 70.0), ("controller", 1, 60.0), ("uniform", 1, 59.0), ("controller", 2, 65.0),
+        ("uniform", 3, 66.0)]]
+    found, = search_or_rule.compare(rows)
+    assert (found["against"], found["pairs"], found["mean"]) == ("uniform", 2, 2.5)
+
+
+def test_one_process_is_always_measured():
+    assert search_scaling.parse_args(["--m_name", "resnet20", "--processes", "4", "2"]).processes == [1, 2, 4]
+
+
 def test_rung_fidelity_goes_on_where_it_was_interrupted(image_folder, tmp_path, monkeypatch):
     make_start(tmp_path)
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",

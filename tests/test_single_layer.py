@@ -9,6 +9,7 @@ import pytest
 
 import single_layer_regrowth_analysis as study
 from tests.test_regrowth_scripts import BACK, make_start
+from utils import checkpoint
 from utils.common import UserError
 from utils.stage import ResumableTable
 from utils.statistics import correlate, verdict
@@ -163,3 +164,16 @@ def test_the_script_measures_every_layer_and_continues_after_a_stop(tmp_path, im
         assert int(row["regrown"]) == min(BACK, capacity) and int(row["capped"]) == (capacity < BACK)
     assert (folder / "single_layer.png").stat().st_size > 1000 and (folder / "correlations.csv").exists()
     assert "SSIM" in capsys.readouterr().out
+
+
+def test_layers_without_a_pruned_weight_are_refused_before_anything_is_trained(tmp_path, image_folder):
+    make_start(tmp_path)
+    path = checkpoint.pruned_path(tmp_path, "resnet20", 0.99)
+    start = checkpoint.load_checkpoint(path)
+    start["conv1.weight_mask"].fill_(1)
+    checkpoint.save_checkpoint(start, path)
+    words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path)]
+    with pytest.raises(UserError, match="--layers conv1: no weight is pruned there"):
+        study.main([*words, "--layers", "conv1"])
+    with pytest.raises(UserError, match="--start_sparsity finds the checkpoint under --root.*leave one"):
+        study.main([*words, "--starting_checkpoint", str(path), "--start_sparsity", "0.9"])

@@ -1,4 +1,4 @@
-"""`--size_budget`: the size of the compact file decides how many weights survive."""
+"""`--size_budget`: the size of the sparse file decides how many weights survive."""
 from __future__ import annotations
 
 import argparse
@@ -25,7 +25,7 @@ def test_sizes_and_their_units(text, expected):
     assert export.byte_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["64", "64kb", "64 GB", "0KB", "-3KB", "KB", "nanKB", "1e3KB", "6,4KB"])
+@pytest.mark.parametrize("text", ["64", "64kb", "64 GB", "0KB", "-3KB", "KB", "nanKB", "1e3KB", "6,4KB", "0.0001KB"])
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="KB, KiB, MB, MiB"):
         export.byte_size(text)

@@ -1,4 +1,4 @@
-"""The compact file: what every bit of it says, exact round trips, and what is refused."""
+"""The sparse file: what every bit of it says, exact round trips, and what is refused."""
 from __future__ import annotations
 
 import hashlib
@@ -122,7 +122,7 @@ def test_what_could_never_be_read_is_not_written(limit, make, largest, said, mon
     monkeypatch.setattr(sparse_file, limit, 100)
     assert_same(decode(encode(make(largest))), make(largest))
     for size in range(largest + 1, 100):
-        with pytest.raises(ValueError, match=f"^a compact file cannot hold it: {said}"):
+        with pytest.raises(ValueError, match=f"^a sparse file cannot hold it: {said}"):
             encode(make(size))
 
 
@@ -153,7 +153,7 @@ def refused(content: bytes, folder: Path) -> str:
 
 def test_truncated_lengthened_or_changed_files_are_refused(content, tmp_path):
     for end in [*range(len(MAGIC), 60), *np.linspace(60, len(content) - 1, 60).astype(int)]:
-        assert "not a readable compact file" in refused(content[:end], tmp_path)
+        assert "not a readable sparse file" in refused(content[:end], tmp_path)
     assert "checksum" in refused(content + b"\0", tmp_path)
     for place in np.linspace(len(MAGIC), len(content) - 1, 150).astype(int):
         changed = bytearray(content)
@@ -213,7 +213,7 @@ def test_hostile_files_are_refused_before_anything_large_is_made(name, tmp_path,
     made = []
     zeros = torch.zeros
     monkeypatch.setattr(sparse_file.torch, "zeros", lambda *shape: made.append(shape) or zeros(*shape))
-    assert "not a readable compact file" in refused(HOSTILE[name], tmp_path)
+    assert "not a readable sparse file" in refused(HOSTILE[name], tmp_path)
     assert all(np.prod(shape) <= 100 for shape in made)
 
 

@@ -408,3 +408,18 @@ def test_a_trained_network_loses_at_most_a_third_of_a_point_by_new_statistics():
     val = train.unaugmented(500)
     before = evaluate(model, val, precision).accuracy
     assert before > 80 and accuracy_with_new_statistics(model, train, val, precision) > before - 0.3
+
+
+def test_every_module_has_its_own_mode_back(small_cnn, tiny_loaders):
+    norms = [module for module in small_cnn.modules() if isinstance(module, nn.BatchNorm2d)]
+    small_cnn.train()
+    norms[0].eval()
+    evaluate(small_cnn, tiny_loaders[1])
+    reestimate_batch_norm(small_cnn, tiny_loaders[0])
+    assert [module.training for module in (small_cnn, *norms)] == [True, False, *[True] * (len(norms) - 1)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_epochs_are_no_training_by_any_schedule(schedule, small_cnn, tiny_loaders):
+    recipe = Recipe("sgd", lr=0.1, epochs=0, batch_size=8, schedule=schedule)
+    assert Trainer(small_cnn, *tiny_loaders[:2], recipe, seed=0).run(show=False).epochs == 0

@@ -71,3 +71,9 @@ def test_every_setting_runs_and_is_continued(image_folder, tmp_path, monkeypatch
     assert before and before.keys() == after.keys() and all(after[path] > before[path] for path in before)
     out = capsys.readouterr().out
     assert "B:0.95" in out and "B:0.96" not in out and (folder / "tables.png").stat().st_size > 1000
+
+
+def test_a_search_that_cannot_be_is_refused_before_anything_is_trained():
+    with pytest.raises(UserError, match="does not pay one batch"):
+        tables.parse_args(["--search_budget", "1"])
+    assert tables.parse_args(["--search_budget", "1", "--rows", "B"]).search_budget == 1

@@ -23,12 +23,12 @@ from utils.common import UserError, generator
 
 Allocation = tuple[int, ...]
 Trial = tuple[Allocation, float]  # what is trained, for how many epochs
-SPREAD = 1.0  # standard deviation, in factors of two, of what a fresh `share` controller chooses around a factor of 1
+SPREAD = 1.0  # standard deviation, in octaves, of a fresh `share` controller's factors around 1
 ZERO_LOGIT = -3.0  # of the factor 0, before anything is learned; a factor of 1 has 0
 LENGTHS = (0.3, 0.5, 1.0, 2.0)  # of the kernel, in root mean square differences of features
 NOISES = (0.1, 0.3, 1.0)  # standard deviation of a reward's error, in those of the process
-WORST = -2.0  # rewards further below the median than so many standard deviations count as that
-ROUNDED = 9  # decimals of sums of fractions of an epoch, which floating point has not exactly
+WORST = -2.0  # lower limit of a reward, in standard deviations from the median
+ROUNDED = 9  # decimals that sums of fractional epochs are rounded to (floating-point error)
 
 # --- the network -----------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ def most_promising(seen: Sequence[Sequence[float]], rewards: Sequence[float], ca
                    number: int) -> list[int]:
     """The candidates with the highest expected improvement over the best expected reward so far.
 
-    One after the other, each as if those before had given what the process expects (Ginsbourger et al., 2010).
+    Greedily, with the predicted mean as reward of earlier picks (kriging believer, Ginsbourger et al., 2010).
 
     Args:
         seen, candidates: features, (n, dimensions) and (m, dimensions).
@@ -252,10 +252,10 @@ class Ladder:
     """Rewards per candidate and rung, the epochs they cost, and who goes on to the next rung.
 
     Once there are no new candidates, the best 1/eta of each rung go on to the next (successive halving, Jamieson and
-    Talwalkar, AISTATS 2016). While a search still improves, every new leader would earn more epochs at once, and use up
-    those of candidates to come. A trial is trained from the start, so it costs its epochs whatever the candidate had
-    before. `rewards` holds every paid trial, {epochs: {allocation: reward}}, in the order of
-    payment: it is the cache and the whole state of the ladder.
+    Talwalkar, AISTATS 2016). Promoting each new leader while the search still improves would use up the budget of later
+    candidates. A trial is trained from the start, so it costs its epochs whatever the candidate had before. `rewards`
+    holds every paid trial, {epochs: {allocation: reward}}, in the order of payment: it is the cache and the whole state
+    of the ladder.
 
     rungs: training lengths in epochs, increasing. eta: see above. budget: epochs over all trials, None for no limit.
     batch: candidates that arrive together. Rungs that the best of one batch could not climb to within the budget are
@@ -265,11 +265,11 @@ class Ladder:
     def __init__(self, rungs: Sequence[float], eta: int, budget: int | None = None, batch: int = 1):
         """An empty ladder."""
         limit = math.inf if budget is None else budget
-        if batch * rungs[0] > limit:
+        costs = [round(batch * rungs[0] + sum(rungs[1:level + 1]), ROUNDED) for level in range(len(rungs))]
+        if costs[0] > limit:
             raise UserError(f"a search budget of {budget} epochs does not pay one batch: {batch} candidates for "
-                            f"{rungs[0]} epochs take {batch * rungs[0]}; raise the budget or lower the others")
-        self.rungs = tuple(rung for level, rung in enumerate(rungs)
-                           if batch * rungs[0] + sum(rungs[1:level + 1]) <= limit)
+                            f"{rungs[0]} epochs take {costs[0]:g}; raise the budget or lower the others")
+        self.rungs = tuple(rung for rung, cost in zip(rungs, costs) if cost <= limit)
         self.eta = eta
         self.budget = budget
         self.rewards: dict[float, dict[Allocation, float]] = {epochs: {} for epochs in self.rungs}
@@ -309,12 +309,12 @@ class Ladder:
     def promotions(self, standards: Collection[Allocation] = ()) -> list[Trial]:
         """The next trials once no new candidates come, of one rung, the lowest first; none when the ladder is done.
 
-        At least one candidate of every rung goes on, and the reserve is spent: all but what the climb from the next
-        rung to the top takes. What is then left of a budget goes to the leaders too: the share of a rung that goes on
-        grows from 1/eta to 2/eta and so on, until the budget is spent or everybody has been at the top.
+        At least one candidate of every rung is promoted. The reserve may be spent, but for one candidate's epochs from
+        the next rung to the top. Budget left over promotes more: the promoted share of a rung grows from 1/eta to 2/eta
+        and so on, until the budget is spent or all candidates have reached the top.
 
-        standards: candidates to be compared with, of which the two best at the first rung go on behind its leader, and
-        the best one at each rung after it, as far as the budget pays them.
+        standards: baselines; the best two at the first rung and the best one at each later rung are promoted right
+        after the leader, as far as the budget allows.
         """
         for part in range(1, self.eta + 1 if self.budget is not None else 2):
             for level in range(len(self.rungs) - 1):
@@ -326,9 +326,8 @@ class Ladder:
         return []
 
     def _affordable(self, first: Sequence[Allocation], share: Sequence[Allocation], level: int) -> list[Trial]:
-        """New trials at the rung after `level` that the budget pays, with what is left for the way to the top: that of
-        one candidate after those who go first, a leader and standards; that of two, if there are any, after others.
-        """
+        """Unpaid trials at rung `level + 1` that the budget affords with a reserve for the rungs above: one candidate's
+        after a trial in `first` (leader, standards), two after others if there are standards."""
         trials: list[Trial] = []
         climb = sum(self.rungs[level + 2:])
         for trial in self._unpaid(dict.fromkeys([*first, *share]), level + 1):

@@ -154,8 +154,8 @@ def erk(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, .
 
 @needs("lacking")
 def magnitude(problem: AllocationProblem, _generator: torch.Generator) -> tuple[int, ...]:
-    """In proportion to what a layer lacks to its part in global magnitude pruning of the reference to the sparsity
-    after regrowth, so that the layers end with about these numbers; proportional where that was not counted."""
+    """In proportion to `lacking`, so that layers end with about the counts that global magnitude pruning of the
+    reference to the final sparsity gives; in proportion to capacity where that is None."""
     return tuple(apportion(problem.lacking or problem.capacities, problem.budget, problem.capacities))
 
 
@@ -165,7 +165,7 @@ def random(problem: AllocationProblem, generator: torch.Generator) -> tuple[int,
     return tuple(apportion(shares.tolist(), problem.budget, problem.capacities))
 
 
-# A rule that looks at what `AllocationProblem` may lack needs it; a mask schedule, at every update, makes no more
+# Rules declare optional fields of `AllocationProblem` they read by `@needs`; mask schedules compute only those
 ALLOCATORS: dict[str, Callable[[AllocationProblem, torch.Generator], tuple[int, ...]]] = {
     "proportional": proportional, "uniform": uniform, "greedy": greedy, "erk": erk, "magnitude": magnitude,
     "random": random,

@@ -175,8 +175,8 @@ def hold_pruned_weights(model: nn.Module, optimizer: Optimizer) -> RemovableHand
 
 @torch.no_grad()
 def forget_momentum(model: nn.Module, optimizer: Optimizer, returned: Mapping[str, Tensor]) -> None:
-    """Weights that return (layer -> bool) get no momentum. Adam's second moment becomes the layer's mean: with one of
-    zero, whose bias nothing would correct so late, their steps would be the larger the later they return."""
+    """Zeroes the momentum of regrown weights (layer -> bool). Adam's second moment is set to the mean over the layer's
+    other active weights: after zero, which bias correction no longer offsets, steps would be too large."""
     layers = prunable_layers(model)
     for name, new in returned.items():
         weight, mask = layers[name].weight_orig, layers[name].weight_mask
@@ -197,8 +197,8 @@ def stored_weight(layer: nn.Module) -> Tensor:
     return (layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight).detach()
 
 
-# What comes from gradients: the power of each batch's dL/dw (as to effective weights, pruned ones included) that is
-# averaged over batches, and what is made of that mean and of the stored weight. A new kind is a line here.
+# Evidence from gradients: the power of each batch's dL/dw (with respect to the effective weights, pruned ones
+# included) to average over batches, and a function of that mean and the stored weight. A new kind is a line here.
 GRADIENT_KINDS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "saliency": (2, lambda mean, weight: mean * weight.square()),  # the method's, s of `SaliencyComputer`
     "gradient": (1, lambda mean, weight: mean.abs()),  # what RigL grows by (Evci et al., ICML 2020)
@@ -208,10 +208,10 @@ GRADIENT_KINDS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
 class Evidence:
     """What rules and initialisers look at besides the model that they change; made when first needed, then kept.
 
-    reference: a dense or pruned model of the same architecture. By layer name, each given as a mapping or as a function
-    that makes it: the `GRADIENT_KINDS`, of the weight's shape, of the model to be changed or, but for gradient, of the
-    dense one; magnitude, the reference's |w|; drift, the SSIM to the dense model (1: none). A rule says which of these
-    `KINDS` it `needs`; no other is made.
+    reference: a dense or pruned model of the same architecture. Each kind is a mapping by layer name or a function that
+    returns one. `GRADIENT_KINDS`: tensors of the weight's shape, from the model to be changed or (all but gradient) the
+    dense one; magnitude: the reference's |w|; drift: SSIM to the dense model (1: none). Rules declare the `KINDS` that
+    they need by `@needs`; only those are computed.
     """
 
     KINDS = (*GRADIENT_KINDS, "magnitude", "drift")
@@ -225,7 +225,7 @@ class Evidence:
     def make(self, kind: str) -> Mapping[str, Any] | None:
         """The evidence of a kind, made if it is not there yet; None without a source for it.
 
-        For what is not a rule: a rule may be asked about several layers at once, by as many threads, and uses `get`.
+        Not for use in rules: these may run in one thread per layer at the same time, and use `get`.
         """
         source = self._sources.get(kind)
         self._sources[kind] = source() if callable(source) else source
@@ -291,7 +291,7 @@ class SaliencyComputer:
         layers, count = prunable_layers(self.model), 0
         sums = {power: [torch.zeros_like(layer.weight.detach()) for layer in layers.values()]
                 for power, _ in GRADIENT_KINDS.values()}
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for inputs, targets in islice(self.loader, self.max_batches):
                 gradients = self._gradients(layers.values(), inputs, targets)
                 for power, totals in sums.items():
@@ -326,7 +326,7 @@ def gradient_evidence(model: nn.Module, means: Mapping[int, Mapping[str, Tensor]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module has its own mode back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -368,7 +368,7 @@ class BlockwiseFeatureExtractor:
             sums[name] = sums.get(name, 0.0) + normalised_maps(output.float()).sum(0, dtype=torch.float64)
         handles = [module.register_forward_hook(partial(add, name)) for name, module in self.modules.items()]
         try:
-            with _evaluating(self.model), autocast(device, self.precision):
+            with evaluating(self.model), autocast(device, self.precision):
                 for inputs, _ in islice(loader, max_batches):
                     self.model(inputs)
                     seen += len(inputs)

@@ -34,7 +34,7 @@ from utils.regrowth import SELECTORS, WeightRegrowth, stored_weight
 from utils.run import Run, add_model_option, add_run_options, fraction, open_run, positive_int
 from utils.training import FINETUNE_FINAL, PRETRAIN, Trainer
 
-FAIR_IMAGES = 2_000  # fewer are over before a loader or an epoch is in its stride: no bar is judged by them
+FAIR_IMAGES = 2_000  # with fewer, start-up time dominates, and no bar is judged
 EPOCH_IMAGES = 40_000  # training images of CIFAR-10 after the split
 EPOCH_SECONDS = {"resnet20": 1, "vgg16": 2}  # of these images, on a GPU
 TOTAL = "end to end"
@@ -385,7 +385,7 @@ def schedule_row(run: Run, name: str, target: float) -> Row:
 
 
 def bars(run: Run, rows: Sequence[Row]) -> list[Row]:
-    """The bars that apply to this model, device and precision, each with its figure and whether it is met."""
+    """Speed targets for this model, device and precision: measured value, limit, whether it is met."""
     gpu, enough = run.device.type == "cuda", len(run.data.train_images) >= FAIR_IMAGES
     found = []
     for row in rows:

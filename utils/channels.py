@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from utils.analysis_utils import clone_model, get_masks, remove_masks
 from utils.common import SIDE, UserError
 
-PLACE = 1 << 24  # numbers of one channel: position in its map, row * ROW + column
+PLACE = 1 << 24  # ids per channel; in it, the position is row * ROW + column
 ROW = 1 << 12
 
 # What only moves channels, run on numbers; dropout does nothing in evaluation.
@@ -240,11 +240,11 @@ def on_paths(layers: Sequence[Layer], joined: Mapping[str, Tensor]) -> tuple[Ten
 
 
 class Split(NamedTuple):
-    """What a convolution, or a linear layer as one of a single tap, reads: what depends on the image and what does not.
+    """The inputs of a convolution (or linear layer, as a 1x1 one), split into image-dependent and constant ones.
 
     weight: (outputs, inputs per group, height, width), float64. varies: bool (outputs, inputs per group), where a
     weight reads a channel that depends on the image. folded: (outputs, height, width), by output and tap the sum of
-    weight * constant. border: bool (outputs,), whether that makes an output which differs near the border of a map.
+    weight * constant. border: bool (outputs,), whether zero padding makes it differ near a map's border.
     """
 
     weight: Tensor
@@ -304,7 +304,7 @@ def _constant(layer: Layer, operands: list[Tensor]) -> Tensor:
     options = layer.options
     if layer.kind == "avg_pool" and (options.get("padding", 0) not in (0, (0, 0)) or options.get("ceil_mode")
                                      or options.get("divisor_override") is not None):
-        return first.masked_fill(first != 0, torch.nan)  # its windows average more than pixels
+        return first.masked_fill(first != 0, torch.nan)  # its windows average padding, too
     return first
 
 

@@ -144,7 +144,7 @@ def _allow_numpy() -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Loads a checkpoint without executing anything in it (``weights_only=True``), or the state dict of a compact file.
+    """Loads a checkpoint without executing anything in it (``weights_only=True``), or the state dict of a sparse file.
 
     Raises UserError in one line that names the reason when the file is missing, may not be read, is no checkpoint, is
     truncated, or holds anything but tensors, numpy values and plain containers.
@@ -177,7 +177,7 @@ def _compact_state(content: bytes, path: Path, device: str | torch.device) -> di
     try:
         state = sparse_file.decode(content)
     except ValueError as error:
-        raise UserError(f"{path} is not a readable compact file (truncated or damaged): {error}") from error
+        raise UserError(f"{path} is not a readable sparse file (truncated or damaged): {error}") from error
     except (MemoryError, RuntimeError) as error:  # what PyTorch raises
         raise UserError(f"{path} holds tensors for which there is not enough memory") from error
     return {key: value.to(device) for key, value in state.items()}

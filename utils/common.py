@@ -1,4 +1,4 @@
-"""What every other file may use: errors and notes, whole files, seeds, work on many tensors, precision, progress."""
+"""Shared helpers: errors and notes, atomic file writes, seeds, work on many tensors, precision, progress."""
 from __future__ import annotations
 
 import argparse
@@ -68,7 +68,7 @@ def flattened(nested: Mapping[str, Any], joint: str = " ") -> dict[str, Any]:
 
 
 def needs(*kinds: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Marks a rule with what it looks at besides the weights, which is made before it is asked, and no more.
+    """Declares what a rule reads besides the weights; only that is computed, before the rule is called.
 
     kinds: of `Evidence.KINDS`; of an allocation 'drift' and 'lacking', fields of `AllocationProblem`.
     """
@@ -220,9 +220,10 @@ class Progress:
         self.label, self.total, self.done, self._first = label, total, done, done
         self._plain, self._start = show and not terminal, time.perf_counter()
         times = "{percentage:3.0f}% {elapsed}<{remaining}" if total else "{elapsed}"
+        # a bar of no width, since older versions of tqdm cut only lines with a bar to ncols
         self._bar = tqdm(total=total, initial=done, desc=text or None, disable=not (show and terminal),
                          ncols=shutil.get_terminal_size().columns - 1, mininterval=0.5,
-                         bar_format=f"{{desc}}  {times}  {label.replace('{', '').replace('}', '')}")
+                         bar_format=f"{{desc}}  {times}  {label.replace('{', '').replace('}', '')}{{bar:0}}")
 
     def __enter__(self) -> Progress:
         return self

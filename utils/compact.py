@@ -8,8 +8,8 @@ Three analyses over the layers of `utils.channels`, none of which knows an archi
 2. Needs. Backwards from the logits: which channels a later layer reads. What nobody reads goes.
 3. Folding. Constants that a layer reads go into its bias where that is exact. Where padding forbids it, all constants
    that a convolution reads become one: sum of v_c * w_c over the constants c, divided by the v of the one that stays.
-   A sum of which one operand is constant keeps a vector; constants beside computed channels in a sum stay, made by a
-   filter of zeros. Removing these would not be exact, or would cost copies.
+   A sum with one constant operand keeps it as a vector; single constant channels in a sum stay, as filters of zeros.
+   Removing these would not be exact, or would cost copies.
 
 Channel shuffles, slices and concatenations disappear into the order in which weights are stored.
 
@@ -42,7 +42,7 @@ TOLERANCE = 1e-6  # of the largest logit, in float64
 CONV_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 PADDINGS = ("same", "valid", "zeros", "reflect", "replicate", "circular")
-FRESH = ("conv", "batch_norm", "add", "mul")  # kinds whose result nobody else holds, to be overwritten by an activation
+FRESH = ("conv", "batch_norm", "add", "mul")  # kinds whose result an activation may overwrite in place
 
 
 class Compact(NamedTuple):
@@ -129,14 +129,14 @@ class _Plan:
         self.kept[reads[used]] = True
 
     def computed(self, layer: Layer) -> list[Tensor]:
-        """The operands that are computed: all but those of which everything that is read is constant, unless the map
-        has its size from them (a gate of one pixel has none)."""
+        """The operands to compute: all but those that are constant wherever they are read, unless they set the map's
+        size (a gate of 1x1 does not)."""
         stays = self.kept[layer.span]
         varying = [operand for operand in layer.reads
                    if self.constant[sources(layer, operand)[stays]].isnan().any()]
         for chosen in [varying] if varying else [[operand] for operand in layer.reads]:
             spatial = torch.broadcast_shapes(*(self.spatial[int(operand[0])] for operand in chosen))
-            if spatial == layer.spatial != (1, 1):  # one pixel may be more of other images
+            if spatial == layer.spatial != (1, 1):  # 1x1 maps may grow with the image
                 return chosen
         return layer.reads
 

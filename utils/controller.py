@@ -242,7 +242,7 @@ class RegrowthPolicyGradient:
         self._settle()
 
     def _settle(self) -> None:
-        """Marks where a saved search is taken up: only here do the controller and its random numbers change."""
+        """Marks where a saved search resumes; only between such marks do controller and generator change."""
         self._settled, self._settled_sampler = len(self.history), self._sampler.get_state()
 
     def _update(self) -> bool:

@@ -78,11 +78,11 @@ class BatchLoader:
     def with_padding(self, padding: int) -> BatchLoader:
         """The same with so many pixels of zeros on each side before the random crop.
 
-        UserError for more than an image has pixels, where a crop could miss it.
+        UserError for as many as an image has or more, where a crop could miss it.
         """
-        if padding > self.images.shape[1]:
-            raise UserError(f"a padding of {padding} pixels would leave crops without their image, which has "
-                            f"{self.images.shape[1]} pixels a side; use less, such as {PADDING}")
+        if padding >= self.images.shape[1]:
+            raise UserError(f"a padding of {padding} pixels is too much for images of {self.images.shape[1]} pixels a "
+                            f"side: a crop could miss the image; use less, such as {self.images.shape[1] // 8}")
         other, less = self._with(padding=padding), self.padding - padding
         if self.augment and less > 0:  # the crops in the middle are the ones: nothing is copied
             middle = slice(less, less + 2 * padding + 1)
@@ -101,7 +101,7 @@ class BatchLoader:
         return self.unaugmented(batch_size)._with(images=self.images[where], targets=self.targets[where])
 
     def part(self, num_images: int | None, seed: int = 0) -> BatchLoader:
-        """So many of the images, as many of each class as there are, augmented and shuffled as all are; None: all."""
+        """A class-balanced subset of `num_images` images, augmented and shuffled like the whole; None: all images."""
         if num_images is None or num_images >= self.num_images:
             return self
         where = torch.from_numpy(balanced_indices(self.images, self.targets, num_images, seed)).to(self.device)

@@ -85,7 +85,7 @@ def load_dataset(name: str, data_dir: str | Path = "./data", image_size: int = S
     if image_size != SIDE and name != "folder":
         raise UserError(f"--image_size {image_size}: the images of --dataset {name} are {SIDE}x{SIDE}; other sizes "
                         "are for --dataset folder")
-    data_dir = Path(data_dir).expanduser()
+    data_dir = Path(os.path.expanduser(data_dir))
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"{data_dir} is a file; --data_dir needs a folder, such as its parent {data_dir.parent}")
     return load_folder(data_dir, image_size) if name == "folder" else DATASETS[name](data_dir)
@@ -297,7 +297,7 @@ def _list_class(folder: Path, place: str, left_out: list[str]) -> list[_File]:
 def _cached_or_decoded(data_dir: Path, files: list[_File], side: int, resize: bool) -> np.ndarray:
     """The images of `files`, uint8 (N, S, S, 3): from the cache where that is whole and of this listing, else decoded.
 
-    UserError naming a file that cannot be decoded. A place where no cache can be written costs the next start time.
+    UserError naming a file that cannot be decoded. If no cache can be written, the next start decodes again.
     """
     cache = data_dir / f".image_cache_{side}x{side}{'_resized' if resize else ''}.npz"
     lines = "".join(f"{path}\0{size}\0{mtime_ns}\n" for path, size, mtime_ns in files)
@@ -308,7 +308,7 @@ def _cached_or_decoded(data_dir: Path, files: list[_File], side: int, resize: bo
             return images
     try:
         images = np.empty((len(files), side, side, 3), np.uint8)
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:
         raise UserError(f"{len(files):,} images of {side}x{side} pixels do not fit in memory; take a smaller "
                         "--image_size") from error
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # PIL releases the interpreter lock while it decodes

@@ -24,7 +24,7 @@ from torch import distributed
 
 from utils.common import UserError
 
-POLL, BEAT, SILENCE = 0.05, 2.0, 30.0  # seconds between looks at the store, and signs of life; without one: lost
+POLL, BEAT, SILENCE = 0.05, 2.0, 30.0  # seconds: polling interval, heartbeat interval, heartbeat timeout
 Function = Callable[..., Any]
 OnResult = Callable[[int, Any, float], None]  # number of the job in its round, what it gave, seconds it took
 
@@ -84,9 +84,9 @@ class Processes(World):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _join(self, store: distributed.Store) -> distributed.Store:
-        """Waits for all others; gives the part of the store that is theirs, for torchrun keeps it over restarts."""
+        """Waits for all others; returns this attempt's part of the store, which outlives restarts."""
         start = seat = 0
-        while not (start and seat < self.size and store.check([f"begun {start}"])):  # without a seat: an earlier start
+        while not (start and seat < self.size and store.check([f"begun {start}"])):  # no seat: a stale attempt
             time.sleep(POLL)
             if self.leads:
                 start = start or store.add("starts", 1)
@@ -187,8 +187,8 @@ def world() -> World:
 
 
 def use_own_part(device: torch.device) -> None:
-    """Makes 'cuda' this process's own GPU, 'cuda:N' the current one, or leaves it its share of the processor's cores;
-    alone it has everything.
+    """Selects this process's GPU ('cuda': by local rank), or limits it to its share of the CPU cores; a lone process
+    uses all.
 
     UserError where a machine has fewer GPUs than processes.
     """
@@ -218,8 +218,13 @@ def launcher() -> list[str]:
     size, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if size == 1:
         return ["python"]
-    place = ["--nnodes", str(size // here)] if size > here else ["--standalone"]
-    return ["torchrun", *place, "--nproc_per_node", str(here)]
+    place = ["--standalone"]
+    if size > here:  # the port of the meeting is not told; any free one will do
+        place = ["--nnodes", str(size // here), "--rdzv_backend", "c10d", "--rdzv_id",
+                 os.environ.get("TORCHELASTIC_RUN_ID", "1"), "--rdzv_endpoint", f"{os.environ['MASTER_ADDR']}:29500"]
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return ["torchrun", *place, "--nproc_per_node", str(here),
+            *(["--max_restarts", restarts] if restarts != "0" else [])]
 
 
 def restarted() -> bool:

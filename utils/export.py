@@ -1,6 +1,6 @@
-"""Models for use outside of this repository: dense state dicts, compact files (`utils.sparse_file`), ONNX; of the model
+"""Models for use outside of this repository: dense state dicts, sparse files (`utils.sparse_file`), ONNX; of the model
 as it is, or of the smaller network that does the same (`utils.compact`). And `--size_budget`: how many weights may
-survive so that the compact file just fits.
+survive so that the sparse file just fits.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LARGEST_SIDE = 1024  # pixels of an image; what asks for more can only be damage
 ONNX_BATCHES = (1, 2, 5)  # images, on which PyTorch and onnxruntime are compared
 UNITS = {"KB": 1000, "KiB": 1024, "MB": 1000**2, "MiB": 1024**2}
 WEIGHT = 4  # bytes of a float32
-LAYER = 32  # bytes of a layer, at most, for longer numbers in the index and for bits that fill no byte
+LAYER = 32  # at most so many bytes a layer for longer index entries and byte padding
 
 Export = tuple[bytes, str]  # what becomes a file, and what there is to say about it
 
@@ -53,11 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of exports, None unless given."""
     group = parser.add_argument_group("export")
     group.add_argument("--export", choices=list(FORMATS), help="dense: a state dict for plain PyTorch; sparse: a "
-                       "compact file, which every script reads; onnx: for other programs")
+                       "sparse file, which every script reads; onnx: for other programs")
     group.add_argument("--out", type=Path, metavar="FILE", help="the file to write")
     group.add_argument("--compact", action="store_true", help="with dense or onnx: the smaller network that is left "
                        "when all is removed that the masks have killed; dense is then a description and a state dict")
-    group.add_argument("--dtype", choices=list(sparse_file.FLOATS), help="of the weights in a compact file, default: "
+    group.add_argument("--dtype", choices=list(sparse_file.FLOATS), help="of the weights in a sparse file, default: "
                        "float32, which keeps every bit")
 
 
@@ -83,7 +83,7 @@ def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", ove
            smaller: bool = False) -> str:
     """Writes the model of an artifact to `out` in a form of `FORMATS`, with its run card, if it has one, beside it.
 
-    dtype: of a compact file's weights, 'float32' or 'float16', which rounds them: its card then lacks `ACCURACIES`,
+    dtype: of a sparse file's weights, 'float32' or 'float16', which rounds them: its card then lacks `ACCURACIES`,
     measured on other weights, so that they are measured when needed; smaller: write the compact network in its place,
     in a form of `COMPACT`. Returns a line that says what was written. Raises UserError for an artifact without a sound
     model, for files that are there already unless `overwrite`, and where packages are missing; RunFailed when the model
@@ -165,14 +165,14 @@ def _onnx(artifact: Artifact, dtype: str, smaller: bool = False) -> Export:
         made, counts = _compact(artifact)
         model = made.network
     else:
-        model, counts = _model(artifact), _counts(artifact.weights)
+        model, counts = network_of(artifact), _counts(artifact.weights)
         remove_masks(model)
-    content, difference = onnx_bytes(model, _side(artifact), artifact.input)
+    content, difference = onnx_bytes(model, side_of(artifact), artifact.input)
     return content, (f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); onnxruntime's logits are "
                      f"PyTorch's within {difference:.1g}")
 
 
-def _model(artifact: Artifact) -> nn.Module:
+def network_of(artifact: Artifact) -> nn.Module:
     """The artifact's network, with masks where it has them. UserError if it is none of this project's."""
     guess = guess_model(artifact.weights)
     if guess is None:
@@ -183,7 +183,7 @@ def _model(artifact: Artifact) -> nn.Module:
     return model
 
 
-def _side(artifact: Artifact) -> int:
+def side_of(artifact: Artifact) -> int:
     """Pixels of the images that the model was trained on. UserError for what cannot be a size."""
     side = artifact.input.get("image_size", SIDE)
     if type(side) is not int or not 0 < side <= LARGEST_SIDE:
@@ -267,7 +267,7 @@ def _compact_dense(artifact: Artifact, dtype: str) -> Export:
 
 def _compact(artifact: Artifact) -> tuple[Compact, str]:
     """The compact network, and what it has of the model's weights, in words."""
-    model, side = _model(artifact), _side(artifact)
+    model, side = network_of(artifact), side_of(artifact)
     made = compact(model, side)
     images = torch.randn(8, 3, side, side, generator=generator(0, "compact"))
     difference = largest_difference(model, made.network, images)
@@ -291,13 +291,13 @@ COMPACT = {"dense": _compact_dense, "onnx": partial(_onnx, smaller=True)}
 def byte_size(text: str) -> int:
     """An argparse type: the bytes of ``64KB``, ``1.2MiB`` and the like."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
-    if not found or not float(found[1]):
+    if not found or float(found[1]) * UNITS[found[2]] < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no size in {', '.join(UNITS)}, such as 64KB or 1.2MiB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
 def worst_sizes(model: nn.Module) -> Callable[[int], int]:
-    """The bytes, at most, that the compact file of the model takes with so many surviving weights, wherever they lie.
+    """An upper bound on the sparse file's bytes by the number of surviving weights, wherever they lie.
 
     With one shift l for all layers, n survivors of N weights take n (l + 1) + (N - n) / 2^l bits or fewer, as the gaps
     of all layers add up to N - n at most; with the shift that is best for each layer they take no more.
@@ -314,7 +314,7 @@ def worst_sizes(model: nn.Module) -> Callable[[int], int]:
 
 
 def safe_sparsity(model: nn.Module, pruner: str, budget: int) -> float:
-    """The least sparsity at which the compact file fits into `budget` bytes, whichever weights survive.
+    """The least sparsity at which the sparse file fits into `budget` bytes, whichever weights survive.
 
     UserError where the fewest weights that the pruner can leave take more, with the smallest budget that works, and
     where all weights fit.
@@ -362,7 +362,7 @@ def fit(run: Run, dense: Outcome, step: PruneStep, budget: int) -> PruneStep:
 
 
 def write_within(outcome: Outcome, budget: int) -> str:
-    """Writes the compact file of a finished model beside it; returns a line about it.
+    """Writes the sparse file of a finished model beside it; returns a line about it.
 
     RunFailed when it does not fit, as when another model was there already and taken as it is.
     """

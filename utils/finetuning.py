@@ -6,7 +6,6 @@ are active in it and pruned in the checkpoint that regrowth started from. All ot
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,7 +162,7 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
     stage = stage1.open_stage(run, path, config)
     if stage.finished:
         return stage1.reuse(run, stage)
-    started, model = time.perf_counter(), source.model
+    model = source.model
     facts = {"val_acc_before": evaluate(model, run.val, run.precision).accuracy}
     print(f"validation before finetuning {facts['val_acc_before']:.2f} %")
     if reset:
@@ -180,8 +179,7 @@ def _run_phase(run: Run, source: Source, phase: Phase, number: int, path: Path, 
     trained, _ = stage1.train(run, stage, model, phase.recipe, f"finetune {phase.trained}",
                               seed=stage1.finetuning_seed(run, number), params=params, constrain=constrain)
     model.requires_grad_(True)
-    facts = {**trained, **facts, "starting_checkpoint": source.start, "seconds": time.perf_counter() - started}
-    return stage1.finish(run, stage, model, facts)
+    return stage1.finish(run, stage, model, {**trained, **facts, "starting_checkpoint": source.start})
 
 
 # --- where the model comes from ------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ CARD_FACTS = ("val_acc", "test_acc", "val_acc_before", "val_acc_after_regrowth",
               "regrown_live", "came_back", "starting_checkpoint", "epochs", "best_epoch", "seconds", "finished",
               "command")
 LISTED = 12  # longer lists are summarised
-LEVELS = 32  # of mappings and lists in each other, at most
+LEVELS = 32  # maximum nesting of mappings and lists
 ROUNDED = 9  # decimals of sums of fractions of an epoch
-ANY = 1009  # classes, in place of every other number of them: no layer of a model has so many channels
+ANY = 1009  # placeholder for the number of classes: no layer has as many channels
 
 # --- what a file is ------------------------------------------------------------------------------------------------
 
@@ -63,8 +63,8 @@ class Artifact:
     def weights(self) -> dict[str, Tensor]:
         """The `model_state` of a model artifact. UserError for any other kind, saying what would be right."""
         if not self.kind.is_model:
-            raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint "
-                            "or a best allocation")
+            raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint"
+                            f"{', or make one of it with --finetune' if self.kind.is_best else ''}")
         return model_state(self.content, self.path, say=lambda text: note(f"{self.path}: {text}"))
 
     @property
@@ -134,7 +134,7 @@ def layer_rows(state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=len(MODELS))
 def _layout(name: str) -> dict[str, torch.Size]:
-    """Names and shapes of a dense model's state dict, if it told `ANY` classes apart."""
+    """Names and shapes of a dense model's state dict, with `ANY` classes."""
     return {key: value.shape for key, value in model_loader(name, num_classes=ANY, seed=0).state_dict().items()}
 
 

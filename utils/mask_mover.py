@@ -27,9 +27,9 @@ from utils.analysis_utils import (
 )
 from utils.common import RunFailed, derive_seed, generator, needed, numbers
 from utils.data_loader import BatchLoader
-from utils.mask_schedule import MASK_SCHEDULES, MaskPlan, Move
+from utils.mask_schedule import MaskPlan, Move
 from utils.pruning import lacking_weights, prune_to
-from utils.regrowth import INITIALISERS, SELECTORS, WeightRegrowth, layer_capacities, reference_magnitudes
+from utils.regrowth import SELECTORS, WeightRegrowth, layer_capacities, reference_magnitudes
 from utils.selection import Positions, Ranking, exact_k_masks, top_indices
 from utils.training import Trainer, TrainingHook
 
@@ -37,8 +37,8 @@ from utils.training import Trainer, TrainingHook
 
 
 class Moved(NamedTuple):
-    """Layer -> bool: where a weight is active now and was not before the update, where one was given up by it and came
-    back at once, with the value that it had, and where one of either kind came to a filter that had none left."""
+    """Bool masks by layer, for one update: weights that became active; weights that it pruned and regrew at once, with
+    their old values; and weights of either kind in filters that pruning had emptied."""
 
     returned: dict[str, Tensor]
     handed_back: dict[str, Tensor]
@@ -159,11 +159,9 @@ class MaskMover(TrainingHook):
         add_masks(model)
         self.total = count_pruned_params(model).total
         self.ever_regrown = {name: ~torch.ones_like(mask) for name, mask in get_masks(model).items()}
+        self._at_best: dict[str, Tensor] = {}  # `ever_regrown` when the epoch ended that is the best
         self.history: list[dict[str, Any]] = []
-        ignored = MASK_SCHEDULES[plan.schedule].ignores
-        looks_at = {kind for field, registry in (("regrow_rule", SELECTORS), ("regrow_values", INITIALISERS))
-                    if field not in ignored for kind in needed(registry[getattr(plan, field)])}
-        self._powers = {power for kind, (power, _) in GRADIENT_KINDS.items() if kind in looks_at}
+        self._powers = {power for kind, (power, _) in GRADIENT_KINDS.items() if kind in plan.looks_at}
         self._sums: dict[int, dict[str, Tensor]] = {}  # power -> layer -> sum of the batches' gradients to this power
 
     def begin(self, trainer: Trainer) -> None:
@@ -200,7 +198,7 @@ class MaskMover(TrainingHook):
                 sums[name] = sums.get(name, 0.0) + grad ** power
 
     def _evidence(self) -> Evidence:
-        """All of the sparse model; at pruned positions by the values that the weights had."""
+        """Evidence about the sparse model; pruned positions use their stored values."""
         @cache
         def gradients() -> dict[str, dict[str, Tensor]]:
             return gradient_evidence(self.model, self._sums)
@@ -225,7 +223,7 @@ class MaskMover(TrainingHook):
         after, counts = get_masks(self.model), surviving_by_layer(self.model)
         self.ever_regrown = {name: ever | returned[name] for name, ever in self.ever_regrown.items()}
         moved = {"pruned": {name: before[name] & ~mask for name, mask in after.items()}, "regrown": returned,
-                 "handed_back": handed_back, "to_dead_filters": to_dead, "came_back": self._stayed()}
+                 "handed_back": handed_back, "to_dead_filters": to_dead, "came_back": self._stayed(self.ever_regrown)}
         totals = numbers(torch.stack([mask.count_nonzero() for mask in masks.values()]).sum()
                          for masks in moved.values())
         self.history.append({
@@ -236,32 +234,38 @@ class MaskMover(TrainingHook):
 
     @property
     def came_back(self) -> int:
-        """How many weights are active now that were pruned earlier in the training."""
-        return _total(self._stayed())
+        """Of the trained model, that of the best epoch: how many of its weights had been pruned before."""
+        return _total(self._stayed(self._at_best or self.ever_regrown))
 
-    def _stayed(self) -> dict[str, Tensor]:
+    def _stayed(self, regrown: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layer -> bool, True where a weight is active that has come back."""
-        return {name: mask & self.ever_regrown[name] for name, mask in get_masks(self.model).items()}
+        return {name: mask & regrown[name] for name, mask in get_masks(self.model).items()}
 
     def shares_regrown(self) -> dict[str, tuple[float, float]]:
-        """Of each layer's weights the share, in [0, 1], that has come back at least once; and of those that are active
-        now, the share that has."""
-        active = surviving_by_layer(self.model)
-        return {name: (self.ever_regrown[name].float().mean().item(), stayed.sum().item() / max(1, active[name]))
-                for name, stayed in self._stayed().items()}
+        """By layer, the fractions in [0, 1] of all weights that were regrown at least once, and of the active weights,
+        which are those of the best epoch after the training."""
+        active, stayed = surviving_by_layer(self.model), self._stayed(self._at_best or self.ever_regrown)
+        return {name: (self.ever_regrown[name].float().mean().item(), mask.sum().item() / max(1, active[name]))
+                for name, mask in stayed.items()}
 
     def counts(self, trainer: Trainer) -> bool:
         """Only epochs that end at the target's sparsity may be the best."""
         return self.history[-1]["survivors"] == round((1.0 - self.plan.target) * self.total)
 
+    def on_best(self, trainer: Trainer) -> None:
+        """Remembers where weights had come back by then."""
+        self._at_best = self.ever_regrown
+
     def state_dict(self) -> dict[str, Any]:
         """Rows so far, gathered gradients, where weights have come back."""
-        return {"history": self.history, "sums": self._sums, "ever_regrown": self.ever_regrown}
+        return {"history": self.history, "sums": self._sums, "ever_regrown": self.ever_regrown,
+                "at_best": self._at_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; the masks themselves come with the model."""
         device = next(self.model.parameters()).device
         self.history = list(state["history"])
-        self.ever_regrown = {name: value.to(device) for name, value in state["ever_regrown"].items()}
+        self.ever_regrown, self._at_best = ({name: value.to(device) for name, value in state.get(key, {}).items()}
+                                            for key in ("ever_regrown", "at_best"))  # earlier versions lack the second
         self._sums = {power: {name: value.to(device) for name, value in sums.items()}
                       for power, sums in state["sums"].items() if isinstance(sums, dict)}  # not of earlier versions

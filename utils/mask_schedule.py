@@ -2,8 +2,8 @@
 past the target with regrowth.
 
 At every update a schedule, one function and one line in `MASK_SCHEDULES`, says how sparse the model is to be and which
-fraction of its survivors changes places. `utils.mask_mover` carries that out, by a pruning rule of `PRUNERS`, a
-selection rule of `SELECTORS`, an allocation and values of `INITIALISERS`.
+fraction of its survivors is exchanged: pruned, and as many regrown. `utils.mask_mover` carries that out, by a pruning
+rule of `PRUNERS`, a selection rule of `SELECTORS`, an allocation and values of `INITIALISERS`.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from utils.allocation import ALLOCATORS
+from utils.analysis_utils import GRADIENT_KINDS
 from utils.common import UserError, fraction, needed, positive_int, steps_or_share
 from utils.pruning import PRUNERS
 from utils.regrowth import INITIALISERS, SELECTORS
@@ -23,8 +24,7 @@ from utils.regrowth import INITIALISERS, SELECTORS
 
 
 class Move(NamedTuple):
-    """What a schedule wants of an update: the sparsity after it, and the fraction of the survivors that changes places.
-    """
+    """What a schedule wants of an update: the sparsity after it, and the fraction of survivors that is exchanged."""
 
     sparsity: float
     exchange: float = 0.0
@@ -36,9 +36,9 @@ class MaskPlan:
 
     schedule: name in `MASK_SCHEDULES`. start, target: sparsity before training and after the last update. pruner:
     which weights go, of `PRUNERS`. update_every: steps from one update to the next (of acdc: of a phase), below 1 a
-    fraction of the training. update_until: fraction of it after which the mask stays. ramp_until: fraction of it after
-    which the sparsity is the target's and weights only change places; None: update_until. exchange: fraction of the
-    survivors that changes places in the first update. regrow_rule, regrow_values: which weights return, and how.
+    fraction of the training. update_until: fraction of it after which the mask is fixed. ramp_until: fraction of it
+    after which the sparsity is the target's and weights are only exchanged; None: update_until. exchange: fraction of
+    the survivors that is exchanged in the first update. regrow_rule, regrow_values: which weights return, and how.
     regrow_allocation: 'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the
     network), or a name of `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are
     averaged.
@@ -56,6 +56,19 @@ class MaskPlan:
     regrow_allocation: str = "layer"
     regrow_values: str = "zero"
     evidence_steps: int = 1
+
+    @property
+    def looks_at(self) -> set[str]:
+        """The kinds of evidence that its rule and its values for what returns need."""
+        ignored = MASK_SCHEDULES[self.schedule].ignores
+        return {kind for field, registry in (("regrow_rule", SELECTORS), ("regrow_values", INITIALISERS))
+                if field not in ignored for kind in needed(registry[getattr(self, field)])}
+
+    def least_density(self) -> float:
+        """The smallest fraction of the weights that an update prunes to before any of them returns, in (0, 1)."""
+        moves = [MASK_SCHEDULES[self.schedule].move(self, step / 1000, step) for step in range(1001)]
+        return min((1.0 - move.sparsity) * (1.0 if self.regrow_allocation == "layer" else 1.0 - move.exchange)
+                   for move in moves)
 
     def every(self, total_steps: int) -> int:
         """Steps from one update to the next."""
@@ -114,7 +127,7 @@ class MaskSchedule(NamedTuple):
 
     @property
     def exchanges(self) -> bool:
-        """Whether weights change places where the sparsity is the target's from the start."""
+        """Whether weights are exchanged where the sparsity is the target's from the start."""
         plan = MaskPlan("", 0.9, 0.9)
         return any(self.move(plan, t, 1).exchange > 0 for t in (0.0, 0.5))
 
@@ -170,10 +183,10 @@ def add_mask_options(parser: argparse.ArgumentParser, text: str = "fixed prunes 
     add("--mask_schedule", choices=["fixed", *MASK_SCHEDULES], default=["fixed"] if several else "fixed", help=text)
     add("--update_every", type=steps_or_share, metavar="STEPS",
         help="steps from one update of the mask to the next (acdc: of a phase); below 1: as a fraction of the training")
-    add("--update_until", type=fraction, help="fraction of the training after which the mask stays")
+    add("--update_until", type=fraction, help="fraction of the training after which the mask is fixed")
     add("--ramp_until", type=fraction, help="fraction of the training after which the sparsity is the target's and "
-        "weights only change places (default: that of --update_until)")
-    add("--exchange", type=fraction, help="fraction of the survivors that changes places at first, falling to 0")
+        "weights are only exchanged (default: that of --update_until)")
+    add("--exchange", type=fraction, help="initial fraction of the survivors that is pruned and regrown, falling to 0")
     add("--regrow_rule", choices=list(SELECTORS), help="which weights return")
     add("--regrow_allocation", choices=["layer", "global", *ALLOCATORS],
         help="how many return to each layer: as many as it gave up, the best of the network, or a rule")
@@ -197,18 +210,23 @@ def mask_options(args: argparse.Namespace, finetune_epochs: int, pruner: str, at
     schedule = MASK_SCHEDULES[args.mask_schedule]
     if at_target and not schedule.exchanges:
         able = ", ".join(name for name, row in MASK_SCHEDULES.items() if row.exchanges)
-        raise UserError(f"--mask_schedule {args.mask_schedule} only leads from one sparsity to another, and a regrown "
-                        f"model has the target's already; schedules that exchange weights at one sparsity are {able}")
+        raise UserError(f"--mask_schedule {args.mask_schedule} only changes the sparsity, and a regrown model already "
+                        f"has the target's; schedules that work at constant sparsity are {able}")
     if at_target and "ramp_until" in given:
         raise UserError("--ramp_until is about the way to a sparsity, and a regrown model has the target's already; "
                         "leave it out")
     unused = [name for name in given if name in schedule.ignores]
     if unused:
-        raise UserError(f"--{unused[0]} means nothing to --mask_schedule {args.mask_schedule}; leave it out")
+        raise UserError(f"--{unused[0]} does nothing with --mask_schedule {args.mask_schedule}; leave it out")
     if needed(PRUNERS.get(pruner)):
         raise UserError(f"--pruner {pruner} looks at data once, before the finetuning; with --mask_schedule take "
                         "magnitude or another rule of the weights")
     if not finetune_epochs:
         raise UserError(f"--mask_schedule {args.mask_schedule} moves the mask during finetuning, of which "
                         "--finetune_epochs 0 leaves none")
-    return plan_fields(args.mask_schedule, **given)
+    fields = plan_fields(args.mask_schedule, **given)
+    looks_at = MaskPlan(start=0.0, target=0.5, **fields).looks_at
+    if "evidence_steps" in given and not looks_at.intersection(GRADIENT_KINDS):
+        raise UserError(f"--evidence_steps is for rules that look at gradients; leave it out with --regrow_rule "
+                        f"{fields['regrow_rule']}")
+    return fields

@@ -86,13 +86,35 @@ def parse_regrowth_args(name: str, description: str, argv: Sequence[str] | None)
     """Reads the command line of a method's script; UserError for values that contradict each other."""
     parser = regrowth_parser(description, METHODS[name])
     args = parser.parse_args(argv)
-    changed = [option for option in SEARCH_OPTIONS if getattr(args, option) != parser.get_default(option)]
+    changed = [option for option in (*SEARCH_OPTIONS, "save_freq")
+               if getattr(args, option) != parser.get_default(option)]
+    changed += ["resume FILE"] if args.resume not in (None, "latest") else []
     if changed and args.allocation != "rl":
         option = changed[0].replace("warm_start", "no_warm_start")
         raise UserError(f"--{option} is for the search, which --allocation {args.allocation} does without; leave it "
                         "out, or take --allocation rl")
+    check_start(args, parser)
     _check_evidence_options(args, METHODS[name], parser)
-    return complete(args, METHODS[name])
+    complete(args, METHODS[name])
+    _check_resumed(args)
+    return args
+
+
+def check_start(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """UserError for a `--start_sparsity` beside a file, which has a sparsity of its own."""
+    if args.starting_checkpoint not in KINDS and args.start_sparsity != parser.get_default("start_sparsity"):
+        raise UserError("--start_sparsity finds the checkpoint under --root, and --starting_checkpoint gives a file; "
+                        "leave one of them out")
+
+
+def _check_resumed(args: argparse.Namespace) -> None:
+    """UserError for a `--resume FILE` that is none of the steps'."""
+    if args.resume in (None, "latest") or args.regrow_iterations == 1:
+        return
+    steps = {(args.save_dir / f"step_{number}").resolve() for number in range(1, args.regrow_iterations + 1)}
+    if Path(args.resume).resolve().parent not in steps:
+        raise UserError(f"--resume {args.resume} lies in no folder of a step, such as {args.save_dir / 'step_1'}; "
+                        "without a name the latest checkpoint is taken")
 
 
 def _check_evidence_options(args: argparse.Namespace, method: Method, parser: argparse.ArgumentParser) -> None:
@@ -102,7 +124,7 @@ def _check_evidence_options(args: argparse.Namespace, method: Method, parser: ar
     readers = {"saliency_source": looks_at - {"gradient"}, "saliency_max_batches": looks_at}  # gradient: of the pruned
     for option, found in readers.items():
         if option in method.options and not found and getattr(args, option) != parser.get_default(option):
-            raise UserError(f"--{option} means nothing to --selection {selection}; leave it out")
+            raise UserError(f"--{option} does nothing with --selection {selection}; leave it out")
 
 
 def regrowth_arguments(name: str, **given: Any) -> argparse.Namespace:
@@ -160,7 +182,7 @@ def regrowth_parser(description: str, *methods: Method) -> argparse.ArgumentPars
     _add_search(parser)
     group = parser.add_argument_group("final finetuning")
     group.add_argument("--recipe", choices=list(RECIPES), default="published",
-                       help="what the options below leave out; short: much in few epochs, for a laptop")
+                       help="defaults of the options below; short: few epochs, for a laptop")
     group.add_argument("--finetune_epochs", type=count, help="epochs after the weights have returned")
     add_recipe_numbers(group, "finetune_", "final")
     group.add_argument("--finetune_batch_size", type=positive_int, help="images, default: the recipe's")
@@ -205,8 +227,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
                        help="how many weights each layer gets: the controller's search, or a rule")
     group.add_argument("--search_budget", type=count, help="training epochs over all episodes; 0 for no limit")
     group.add_argument("--mini_finetune_epochs", type=epoch_count, nargs="+", default=list(SearchConfig.rungs),
-                       help="epochs of an episode, fractions allowed; several: all episodes get the first, the best "
-                       "third the next, ... (published: 50)")
+                       help="epochs of an episode (fractions allowed); several: rungs of successive halving, by 3 "
+                       "(published: 50)")
     group.add_argument("--no_warm_start", dest="warm_start", action="store_false",
                        help="do not try the deterministic rules as first candidates (published)")
     group.add_argument("--num_epochs", type=positive_int, help="controller updates")
@@ -215,8 +237,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hidden_size", type=positive_int, help="of its LSTM cell")
     group.add_argument("--action_space_size", type=positive_int, help="actions that it chooses from for each layer")
     group.add_argument("--action_space", choices=list(ACTION_SPACES),
-                       help="what an action is: share, a factor around the layer's share by the best rule, or ratio, "
-                       "of what the layer could take (published)")
+                       help="share: an action scales the layer's share under the best rule; ratio: it is a fraction of "
+                       "what the layer can take (published)")
     group.add_argument("--reward_temperature", type=positive_float,
                        help="accuracy (fraction) above the baseline that counts as an advantage of 1")
     group.add_argument("--start_beta", type=not_negative, help="entropy bonus at the start")

@@ -102,7 +102,7 @@ def _last(key: str) -> str:
 
 
 def _without_prefixes(state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
-    """Names as the model itself has them: the module that all names start with is none of the model's.
+    """Drops wrapper prefixes: a first name component that all keys share and the model does not have.
 
     Where the model's layers are unknown, only `WRAPPERS` are dropped.
     """
@@ -136,8 +136,8 @@ def _multiply_out(state: dict[str, Tensor], layers: Collection[str] | None,
         if name != key and mask is not None and mask.shape == value.shape and not is_maskable(key, value, layers):
             plain[name] = value * mask
     if plain:
-        say(one_line("only weights of Conv2d and Linear keep masks; these are multiplied out, and what they prune is 0 "
-                     f"but trains on: {', '.join(plain)}"))
+        say(one_line("only Conv2d and Linear weights keep masks; these are applied once, and their zeros are trained "
+                     f"again: {', '.join(plain)}"))
     masked = {f"{name}{suffix}" for name in plain for suffix in ("_orig", "_mask")}
     return {key: value for key, value in state.items() if key not in masked} | plain
 

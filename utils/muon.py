@@ -10,11 +10,10 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """Momentum whose step on a convolution's kernel is made orthogonal; SGD with Nesterov momentum for the rest.
 
-    A kernel (out, in, h, w) counts as the matrix (out, in * h * w), of which the step has singular values near 1 times
-    `KERNEL_RATE` times the learning rate. Kernels do not decay; they keep the norm that they begin with (one of zeros
-    is free), and steps shrink by as much as they would have grown. For batch normalisation, which undoes their scale,
-    that is the same; not for pruning by magnitude: grown two to four times as large, they would leave nothing of a
-    classifier at 0.99.
+    A kernel (out, in, h, w) is treated as a matrix (out, in * h * w); the singular values of its step are near
+    `KERNEL_RATE` * lr. Kernels have no weight decay; each step rescales them to their initial norm (unless that is 0),
+    and steps shrink by the same factor. Batch normalisation makes this equivalent to no rescaling, but for magnitude
+    pruning kernels two to four times as large would leave nothing of a classifier at 0.99.
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. PyTorch's own (2.9) takes matrices
     only and is not in the oldest version that we support.
     """

@@ -58,6 +58,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 def legend_below(figure: Figure, title: str | None = None) -> None:
     """A legend of every label in the figure, each once, under its axes; the figure (constrained layout) grows by it."""
     entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    if not entries:
+        return
     columns = max(1, int(figure.get_figwidth() / (0.6 + 0.06 * max(map(len, entries)))))  # by the widest, in inches
     lines = math.ceil(len(entries) / columns) + len((title or "").splitlines())
     figure.set_figheight(figure.get_figheight() + 0.18 * (lines + 1))
@@ -302,7 +304,8 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
         values, fastest, slowest = np.array([[row[key] for row in rows if row["method"] == method]
                                              for key in ("median_s", "fastest_s", "slowest_s")])
         for color, (stage, start, seconds) in enumerate(zip(stages, values.cumsum() - values, values)):
-            left.barh(method, seconds, left=start, color=f"C{color}", label=stage)
+            left.barh(method, seconds, left=start, color=f"C{color}", label=stage, edgecolor="w",
+                      hatch=("", "//", "..", "xx", "--", "\\\\")[color % 6])  # told apart in grey, too
         places = np.arange(len(stages)) + 0.3 * (number - (len(methods) - 1) / 2)
         drawn = np.where(values < 1e-4, np.nan, values)  # a stage that takes less has nothing to do
         ends = [values - fastest, slowest - values] if repeats > 1 else None
@@ -317,22 +320,20 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
 
 
 def plot_differences(results: Rows, path: Path, title: str, against: str = "one-shot pruning") -> None:
-    """A line per arm: mean paired difference with its t interval (thin) and bootstrap interval (thick).
-
-    results: rows of `utils.statistics.compare_arms`, against what they are compared; intervals that are not finite (one
-    seed) are not drawn.
+    """A line per arm: mean paired difference with its t interval; from eight pairs on, since it is too narrow with
+    fewer, also the bootstrap interval (thick). results: rows of `utils.statistics.compare_arms`.
     """
     figure, axes = panels((8.5, 0.42 * len(results) + 1.2))
     axes.axvline(0, color="0.3", linewidth=0.8)
     lines = {"mean": {"marker": "o", "linestyle": "none"},
              "95 % t interval (not adjusted)": {"linewidth": 1, "marker": "|"},
              "95 % bootstrap interval": {"linewidth": 5, "alpha": 0.5, "solid_capstyle": "butt"}}
-    for label, style in lines.items():
-        axes.plot([], [], color="k", label=label, **style)
     colors = {"better": "C2", "worse": "C3"}
+    for label, style in list(lines.items())[:3 if any(row["pairs"] >= 8 for row in results) else 2]:
+        axes.plot([], [], color="k", label=label, **style)
     for position, row in enumerate(results):
-        ends = row["mean"], (row["t_low"], row["t_high"]), (row["bootstrap_low"], row["bootstrap_high"])
-        for values, style in zip(ends, lines.values()):
+        ends = [row["mean"], (row["t_low"], row["t_high"]), (row["bootstrap_low"], row["bootstrap_high"])]
+        for values, style in zip(ends if row["pairs"] >= 8 else ends[:2], lines.values()):
             axes.plot(values, np.full_like(values, position), color=colors.get(row["verdict"], "0.4"), **style)
     _name_layers(axes, [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, seeds: {row['pairs']})"
                         for row in results])
@@ -434,14 +435,14 @@ def plot_heat_map(rows: Rows, path: Path, title: str) -> None:
     scale = means.mean(axis=1, keepdims=True)
     relative = np.divide(means, scale, out=np.full_like(means, np.nan), where=scale > 0)
     figure, axes = panels((max(6, 0.5 * len(classes) + 3.5), max(3.5, 0.2 * len(layers) + 2)))
-    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    image = axes.imshow(relative, aspect="auto", cmap="cividis", vmin=0, vmax=2)
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     axes.set_title(title, fontsize=10)
     for (line, column), value in np.ndenumerate(relative if relative.size <= CELLS_WITH_NUMBERS else np.empty(0)):
         text = f"{value:.1f}" if value >= 0.95 else f"{value + 0.0:.2g}"  # small values told apart; no minus at zero
         axes.text(column, line, text, ha="center", va="center", fontsize=6,
-                  color="w" if abs(value - 1) > 0.65 else "k")  # white on the dark ends of the scale
+                  color="w" if value < 1 else "k")  # white on the dark half of the scale
     figure.colorbar(image, label="class mean / layer mean (1: the average class)",
                     extend="max" if (relative > 2).any() else "neither")
     save_figure(figure, path)

@@ -98,7 +98,7 @@ def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: 
 
 
 def check_reach(model: nn.Module, keep: int, pruner: str) -> None:
-    """UserError where the rule of `PRUNERS` cannot leave so few weights; `model` is pruned to see, by counts alone."""
+    """UserError if the rule cannot prune to `keep` weights; tried on `model`, which changes, with dummy evidence."""
     equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
     prune_to(model, keep, pruner, evidence=Evidence(**dict.fromkeys(GRADIENT_KINDS, equal)))
 
@@ -128,8 +128,7 @@ def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int
     if keep < 1:
         scale = 10 ** (len(str(total)) + 1)
         highest = math.floor((1 - 1 / total) * scale) / scale
-        raise UserError(f"{asked} would leave 0 of {total:,} weights; the highest sparsity that leaves one is "
-                        f"{highest:.12g}")
+        raise UserError(f"{asked} would leave 0 of {total:,} weights; {highest:.12g} leaves one")
     if keep >= surviving:
         raise UserError(f"{asked} would prune none of the {surviving:,} weights that are left; each pruning must raise "
                         f"the sparsity by {1 / total:.2g}, one of {total:,} weights, or more")
@@ -137,8 +136,8 @@ def weights_left(total: int, surviving: int, sparsity: float, asked: str) -> int
 
 
 def lacking_weights(model: nn.Module, reference: nn.Module, keep: int) -> dict[str, int]:
-    """Layer -> how many weights a pruned model lacks to the `keep` that global magnitude pruning of a reference, of the
-    same architecture, would leave at once (all that it has, if these are fewer); 0 where it has as many or more."""
+    """Layer -> how many more weights than the model has one-shot global magnitude pruning of a reference of the same
+    architecture to `keep` weights (or all it has, if fewer) would leave there; 0 where it would not leave more."""
     layers, known = prunable_layers(reference), get_masks(reference)
     magnitudes = [stored_weight(layer).abs() for layer in layers.values()]
     masks = exact_k_masks(magnitudes, min(keep, count_pruned_params(reference).surviving), list(known.values()))

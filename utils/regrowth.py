@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,9 +20,7 @@ from utils.analysis_utils import (  # noqa: F401  (the computer of saliency is p
     Evidence,
     SaliencyComputer,
     count_pruned_params,
-    get_masks,
     prunable_layers,
-    set_masks,
     stored_weight,
 )
 from utils.channels import live_positions
@@ -48,7 +45,7 @@ class LayerRecord(NamedTuple):
 
     indices: Tensor  # int64, flat (row-major) in the weight
     sources: Tensor  # uint8, which of `RegrowthRecord.source_names` chose it
-    steps: Tensor  # int16, in which step it returned
+    steps: Tensor  # int32, in which step it returned
     values: Tensor  # written to `weight_orig`
     previous: Tensor  # stood there before
 
@@ -89,7 +86,7 @@ class RegrowthRecord:
 
     @property
     def filled(self) -> int:
-        """How many of them were drawn at random since the rule had no opinion on enough positions."""
+        """How many were drawn at random because the rule ranked too few positions."""
         return sum(numbers((layer.sources == self.source_names.index(FILL)).sum() for layer in self.layers.values()))
 
     def replay(self, model: nn.Module) -> None:
@@ -163,10 +160,21 @@ def target_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
     return [name for name in names if name in chosen]
 
 
-def layer_capacities(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
-    """Pruned weights of each named layer. Raises ValueError for an unknown name or a layer without a mask."""
-    found = masked_layers(model, layers)
-    return dict(zip(found, numbers((layer.weight_mask == 0).sum() for layer in found.values()), strict=True))
+def free_positions(model: nn.Module, layers: Iterable[str], only_live: bool = False) -> dict[str, Tensor]:
+    """Layer -> bool of the weight's shape, True where a weight may return: pruned, and with `only_live` on a path of
+    active weights from the image to the output (`utils.channels.live_positions`).
+
+    Raises ValueError for an unknown name or a layer without a mask, UserError for a model that cannot be followed.
+    """
+    pruned = {name: layer.weight_mask == 0 for name, layer in masked_layers(model, layers).items()}
+    live = live_positions(model) if only_live else {}
+    return {name: mask & live[name].to(mask.device) if only_live else mask for name, mask in pruned.items()}
+
+
+def layer_capacities(model: nn.Module, layers: Iterable[str], only_live: bool = False) -> dict[str, int]:
+    """How many weights may return to each named layer; arguments and errors as of `free_positions`."""
+    free = free_positions(model, layers, only_live)
+    return dict(zip(free, numbers(mask.sum() for mask in free.values()), strict=True))
 
 
 def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, regrow_step: float | None = None,
@@ -200,20 +208,6 @@ def regrowth_budget(model: nn.Module, *, target_sparsity: float | None = None, r
     return budget
 
 
-@contextmanager
-def dead_positions_taken(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the masks of a pruned model are 1 also where a weight would be dead: nothing may return there.
-
-    The model must not run meanwhile. UserError for a model that cannot be followed (`utils.channels.trace`).
-    """
-    masks, live = get_masks(model), live_positions(model)
-    try:
-        set_masks(model, {name: mask | ~live[name].to(mask.device) for name, mask in masks.items()})
-        yield
-    finally:
-        set_masks(model, masks)
-
-
 # ---- which weights: a rule is one function and one line in SELECTORS -------------------------------------------------
 
 
@@ -245,7 +239,7 @@ def _by_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
 
 @needs("gradient")
 def _by_relative_gradient(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
-    """|gradient| times the norm of what survives in the weight's filter: the gradient as to a filter of norm 1.
+    """|gradient| times the norm of the filter's active weights: the gradient for a filter scaled to norm 1.
 
     Batch normalisation takes the size out of a filter, so that gradients are inversely as large (van Laarhoven, arXiv
     1706.05350): plain ones prefer filters of which little is left. Here those with nothing left come last.
@@ -260,16 +254,16 @@ def _by_magnitude(name: str, layer: nn.Module, evidence: Evidence) -> Ranking:
     return Ranking(stored_weight(layer).abs(), layer.weight_mask)
 
 
-# A rule says which kinds of evidence it `needs`. Where it has no opinion, the rest of a layer's budget is drawn.
+# A rule says which kinds of evidence it `needs`. Where it ranks too few, the rest of a layer's budget is drawn.
 SELECTORS: dict[str, Callable[[str, nn.Module, Evidence], Ranking | None]] = {
     "saliency": _by_saliency,
     "reference": _by_reference,
     "gradient": _by_gradient,
     "relative_gradient": _by_relative_gradient,
     "magnitude": _by_magnitude,
-    "random": lambda name, layer, evidence: None,  # no opinion on any position: all are drawn
+    "random": lambda name, layer, evidence: None,  # ranks nothing: all are drawn
 }
-FILL = "random fill"  # the source of what another rule had no opinion on
+FILL = "random fill"  # the source of what another rule did not rank
 
 
 # ---- with which values: an initialiser is one function and one line in INITIALISERS, and says what it `needs`, too ---
@@ -337,7 +331,7 @@ class WeightRegrowth:
 
     def __init__(self, model: nn.Module, rule: str, evidence: Evidence, init_strategy: str = "zero", seed: int = 0,
                  only_live: bool = False):
-        """only_live: weights return only where `dead_positions_taken` leaves room. ValueError for an unknown name."""
+        """only_live: as of `free_positions`. ValueError for an unknown name."""
         for kind, name, registry in (("rule", rule, SELECTORS), ("initialisation", init_strategy, INITIALISERS)):
             if name not in registry:
                 raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(registry)}")
@@ -361,45 +355,47 @@ class WeightRegrowth:
         rule = SELECTORS[self.rule]
         for kind in needed(rule):
             self.evidence.make(kind)
-        rankings = [partial(rule, name, layers[name], self.evidence) for name in counts]
-        with dead_positions_taken(self.model) if self.only_live else nullcontext():
-            best = top_indices(rankings, list(counts.values()), next(self.model.parameters()).device)
-            ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
-            drawn = self._draw(counts, layers, ranked, step)
+        live = free_positions(self.model, counts, only_live=True) if self.only_live else {}
+
+        def ranking(name: str) -> Ranking | None:
+            found = rule(name, layers[name], self.evidence)
+            return Ranking(found.scores, (found.taken != 0) | ~live[name]) if live and found else found
+        best = top_indices([partial(ranking, name) for name in counts], list(counts.values()),
+                           next(self.model.parameters()).device)
+        ranked = {name: indices for name, indices in zip(counts, best, strict=True) if indices is not None}
+        taken = {name: ~live[name] if live else layers[name].weight_mask != 0
+                 for name, count in counts.items() if len(ranked.get(name, ())) < count}
+        drawn = self._draw(counts, taken, ranked, step)
         return {name: self._chosen(ranked.get(name), drawn.get(name)) for name in counts}
 
-    def _draw(self, counts: Mapping[str, int], layers: Mapping[str, nn.Module], ranked: Mapping[str, Tensor],
+    def _draw(self, counts: Mapping[str, int], taken: Mapping[str, Tensor], ranked: Mapping[str, Tensor],
               step: int) -> dict[str, Tensor]:
-        """Random pruned positions of the layers where fewer are ranked than return, as many as are missing.
+        """Random free positions of the layers where fewer are ranked than return, as many as are missing.
 
-        Drawn on the CPU: all masks go there in one transfer, and all positions back in one.
+        taken: bool, of these layers, True where no weight may return; what is ranked is added. Drawn on the CPU: all
+        masks go there in one transfer, and all positions back in one.
         """
-        def still_taken(name: str) -> Tensor:
-            taken = layers[name].weight_mask != 0
-            if name in ranked:
-                Positions(ranked[name]).write(taken, True)
-            return taken
+        missing = {name: counts[name] - len(ranked.get(name, ())) for name in taken}
+        for name in ranked.keys() & taken.keys():
+            Positions(ranked[name]).write(taken[name], True)
 
         def draw(name: str, count: int, taken: Tensor) -> Tensor:
             try:
                 return random_indices(taken, count, generator(self.seed, "positions", name, step))
             except ValueError as error:
-                capacity = layer_capacities(self.model, [name])[name]
+                capacity = layer_capacities(self.model, [name], self.only_live)[name]
                 raise ValueError(f"{name}: {counts[name]} weights cannot return, its capacity is {capacity}") from error
 
-        missing = {name: count - len(ranked.get(name, ())) for name, count in counts.items()}
-        missing = {name: count for name, count in missing.items() if count}
         device, host = next(self.model.parameters()).device, torch.device("cpu")
-        taken = move_all(map_tensors(still_taken, device, missing), host)
-        drawn = map_tensors(draw, host, missing, missing.values(), taken)
+        drawn = map_tensors(draw, host, missing, missing.values(), move_all(list(taken.values()), host))
         return dict(zip(missing, move_all(drawn, device), strict=True))
 
     def _chosen(self, ranked: Tensor | None, drawn: Tensor | None) -> Chosen:
-        """What the rule ranked (None: it had no opinion), and what was drawn where that is too little."""
+        """What the rule ranked (None: it has no scores), and what was drawn where that is too little."""
         own, fill = (_source_names().index(source) for source in (self.rule, FILL))
         if ranked is None or drawn is None:
-            indices = drawn if ranked is None else ranked
-            return indices, torch.full_like(indices, own, dtype=torch.uint8)
+            indices, by_rule = (ranked, True) if drawn is None else (drawn, self.rule == "random")
+            return indices, torch.full_like(indices, own if by_rule else fill, dtype=torch.uint8)
         indices, order = torch.cat([ranked, drawn]).sort()
         return indices, torch.where(order < len(ranked), own, fill).to(torch.uint8)
 
@@ -421,7 +417,7 @@ class WeightRegrowth:
         previous = positions.read(layer.weight_orig)
         site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
         values = INITIALISERS[self.init_strategy](site)
-        steps = torch.full_like(sources, step, dtype=torch.int16)
+        steps = torch.full_like(sources, step, dtype=torch.int32)
         return positions, LayerRecord(indices, sources, steps, values, previous)
 
 

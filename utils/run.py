@@ -156,7 +156,7 @@ def add_start_options(parser: Any) -> None:
     """The pruned checkpoint that regrowth starts from: `--start_sparsity` and `--starting_checkpoint`."""
     parser.add_argument("--start_sparsity", type=fraction, default=0.99, help="sparsity of the starting checkpoint")
     parser.add_argument("--starting_checkpoint", metavar="{oneshot,iterative,FILE}",
-                        help="insist on a kind of starting checkpoint, or name a file; default: the one that is there")
+                        help="require a kind of starting checkpoint, or give a file; default: whichever exists")
 
 
 def add_overwrite_options(parser: argparse.ArgumentParser) -> None:
@@ -164,8 +164,8 @@ def add_overwrite_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", "-r", action="store_true",
                        help="continue an interrupted stage, and take finished ones as they are")
-    group.add_argument("--overwrite", action="store_true", help="redo stages whose artifacts exist already; "
-                       "=TIME: those made before, and continue the others")
+    group.add_argument("--overwrite", action="store_true", help="redo stages whose artifacts exist; =TIME: only "
+                       "those older than that, and continue the others")
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def prerequisite(args: argparse.Namespace, missing: Path, *words: str) -> str:
     script, dense = Path(__file__).resolve().parents[1] / "main.py", dense_path(args.root, args.m_name)
     command = ["python", script.name if script.parent == Path.cwd() else str(script), "--m_name", args.m_name, *words]
     for name, default in (("dataset", "cifar10"), ("data_dir", Path("data")), ("image_size", SIDE), ("root", Path(".")),
-                          ("seed", 0), ("val_split", 0.2)):
+                          ("seed", 0), ("val_split", 0.2), ("device", "auto"), ("precision", "auto")):
         if getattr(args, name) != default:
             command += [f"--{name}", str(getattr(args, name))]
     iterations = int(words[words.index("--iter_end") + 1]) if "--iter_end" in words else 1
@@ -358,10 +358,10 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
         main(None)
     except (KeyboardInterrupt, *LOST) as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing any more
-        what = "interrupted; every finished epoch is saved" if isinstance(stop, KeyboardInterrupt) else \
-            "stopped, for another process of this run has ended; what was finished is saved"
+        what = "interrupted" if isinstance(stop, KeyboardInterrupt) else "stopped: another process of this run ended"
         again = shlex.join(resumed(shlex.split(command_line()), began))
-        line, code = f"\n{what}. {f'Continue with: {again}' if resumable else 'Run the same command again'}", 130
+        line, code = f"\n{what}; " + (f"what was finished is saved. Continue with: {again}" if resumable else
+                                      "run the same command again"), 130
     except Exception as error:
         line, code = _line_and_code(error)
     processes.end(line)
@@ -392,7 +392,7 @@ def check_iterations(args: argparse.Namespace) -> None:
         raise UserError(f"--iter_end {args.iter_end} lies before --iter_start {args.iter_start}")
 
 
-RECIPE_NUMBERS = {  # of a recipe, beside epochs, batch size and patience -> what it is, and what argparse is to accept
+RECIPE_NUMBERS = {  # recipe fields besides epochs, batch size, patience -> help text, argparse keywords
     "optimizer": ("optimizer", {"choices": list(OPTIMIZERS)}),
     "lr": ("learning rate", {"type": positive_float}),
     "schedule": ("learning rate over the epochs", {"choices": list(SCHEDULES)}),
@@ -421,7 +421,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, note: str | None = None)
     """
     group = parser.add_argument_group("training", note)
     group.add_argument("--recipe", choices=list(RECIPES), default="published",
-                       help="what the options below leave out; short: much in few epochs, for a laptop")
+                       help="defaults of the options below; short: few epochs, for a laptop")
     group.add_argument("--max_epochs", type=positive_int,
                        help=f"epochs of pretraining {_values_of('pretrain', 'epochs')}")
     add_recipe_numbers(group, "", "pretrain")

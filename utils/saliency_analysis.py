@@ -220,8 +220,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--measure", choices=list(MEASURES), nargs="+", default=list(MEASURES), metavar="MEASURE",
                         help="gradient: first order |g|; fisher: g^2 theta^2")
     parser.add_argument("--samples_per_class", type=count, default=1000,
-                        help="un-augmented training images of each class, drawn by --seed; 0 takes all; a hundred say "
-                        "little, squared gradients being those of the few that are classified wrongly")
+                        help="un-augmented training images of each class, drawn by --seed; 0: all; a hundred are too "
+                        "few, since a few misclassified images dominate squared gradients")
     parser.add_argument("--chunk", type=positive_int,
                         help="images whose gradients are held at a time; default: as many as fit in 1 GB")
     parser.add_argument("--threshold_percentile", type=positive_float, default=90.0,
@@ -273,10 +273,10 @@ def print_table(measure: str, by_class: Sequence[Row], by_layer: Sequence[Row], 
     for layer in by_layer:
         rows = [row for row in by_class if row["layer"] == layer["layer"]]
         top, mean = max(rows, key=lambda row: row["mean"]), np.mean([row["mean"] for row in rows])
-        times = f" ({top['mean'] / mean:.1f}x)" if mean > 0 else ""
+        most_for = "-" if np.isnan(mean) else top["class"] + (f" ({top['mean'] / mean:.1f}x)" if mean > 0 else "")
         share = f"{layer['few_class'] / layer['important']:.1%}" if layer["important"] else "-"
         print(f"{layer['layer']:>30} {layer['weights']:10,} {layer['pruned']:10,} {mean:10.3g}  "
-              f"{top['class'] + times:<20} {share:>12}")
+              f"{most_for:<20} {share:>12}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -143,7 +143,7 @@ def _sampled_bound(values: list[np.ndarray], taken: list[np.ndarray | None], k: 
 
 
 def _sample_rank(expected: float) -> int:
-    """A rank in a sample that is hardly ever too high when `expected` of the best scores are expected in it."""
+    """Sample rank whose score rarely exceeds the threshold, given the `expected` number of top scores in the sample."""
     return int(expected + 4 * math.sqrt(expected) + 8)
 
 

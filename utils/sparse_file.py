@@ -1,4 +1,4 @@
-r"""The compact file of a model: of pruned layers only what survived, with positions in few bits; all else as it is.
+r"""The sparse file of a model: of pruned layers only what survived, with positions in few bits; all else as it is.
 
 Layout, numbers little-endian:
 
@@ -62,7 +62,7 @@ class Gaps(NamedTuple):
 
 
 def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
-    """The compact file of a state dict, as `utils.checkpoint.model_state` gives it; equal content gives equal bytes.
+    """The sparse file of a state dict, as `utils.checkpoint.model_state` gives it; equal content gives equal bytes.
 
     dtype: 'float32' or 'float16', of tensors with two and more dimensions; float64 is rounded. Raises ValueError where
     a mask holds anything but 0 and 1, a value is too large for its dtype, or the file is one that `decode` refuses.
@@ -77,7 +77,7 @@ def encode(state: Mapping[str, Tensor], dtype: str = "float32") -> bytes:
     try:
         _read_index(packed)
     except ValueError as error:
-        raise ValueError(f"a compact file cannot hold it: {error}") from error
+        raise ValueError(f"a sparse file cannot hold it: {error}") from error
     body = b"".join([packed, *(part.tobytes() for part in data)])
     return HEADER.pack(MAGIC, VERSION, len(packed), hashlib.sha256(body).digest()) + body
 
@@ -123,7 +123,7 @@ def _bytes(bits: int) -> int:
 
 
 def decode(content: bytes) -> dict[str, Tensor]:
-    """The state dict in a compact file, on the CPU; masked weights as `weight_orig` and `weight_mask`, floats float32.
+    """The state dict in a sparse file, on the CPU; masked weights as `weight_orig` and `weight_mask`, floats float32.
 
     Raises ValueError, which says what is wrong, for a damaged file. Nothing is made for the tensors before all that the
     index says of their sizes agrees with the size of the file.

@@ -89,7 +89,7 @@ class Stage:
     """An artifact on disk that is new, interrupted or finished.
 
     config: JSON-able arguments that determine the artifact; resume: continue an interrupted stage, take a finished one
-    as it is; overwrite: redo it, or, with a time, continue or take what is no older and of these very arguments.
+    as it is; overwrite: redo it; with a time: redo only what is older or was made with other arguments.
     Raises UserError when what is on disk does not match and neither was asked for.
     """
 
@@ -205,7 +205,7 @@ class Stage:
 
 
 def kept(path: Path, overwrite: bool | float) -> bool:
-    """Whether there is a file that is not to be redone: with True none, with a time what is no older."""
+    """Whether the file exists and is kept: with True none is, with a time those that are at least as new."""
     return overwrite is not True and path.exists() and path.stat().st_mtime >= overwrite
 
 
@@ -233,8 +233,8 @@ class ResumableTable:
     """Rows by key in ``{path}``, and in ``{path stem}.json`` the configuration that they were made with.
 
     resume, overwrite: as of `Stage`. Raises UserError when the file exists and neither is asked for, or when it was
-    made with another configuration. A part of that which is a mapping has an entry for each kind of row; new kinds come
-    to those that are there.
+    made with another configuration. A mapping in the configuration has an entry for each kind of row; entries of new
+    kinds are added.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], config: Mapping[str, Any], *, resume: bool,

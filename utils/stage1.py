@@ -35,7 +35,7 @@ from utils.training import Recipe, Trainer, evaluate
 SUMMARY = ("pruner", "schedule", "iteration", "sparsity", "effective_sparsity", "surviving", "total",
            "val_acc_after_pruning", "val_acc", "test_acc", "best_epoch", "epochs", "seed", "dataset", "precision",
            "seconds", "checkpoint")  # columns of ``pruning_results.csv``
-DRIFT_IMAGES, GRADIENT_BATCH = 500, 128  # images: a mask schedule's for drift; pruning rules', which look at 50 batches
+DRIFT_IMAGES, GRADIENT_BATCH = 500, 128  # images: drift of mask schedules; a batch of pruning rules (50 batches)
 
 
 @dataclass
@@ -81,44 +81,42 @@ def iterative_steps(pruner: str, amount: float, start: int, end: int,
 
     Raises UserError if two would share a file, or the first that of the iteration before.
     """
-    def after(iteration: int) -> float:
-        return 1.0 - (1.0 - amount) ** iteration
-    _check_names([after(i) for i in range(max(1, start - 1), end + 1)], "take fewer iterations or another rate")
+    after = [1.0 - (1.0 - amount) ** iteration for iteration in range(end + 1)]
+    _check_names(after[max(1, start - 1):], "take fewer iterations or another rate")
     schedule = f"iterative {mask['schedule']}" if mask else "iterative"
-    return [PruneStep(pruner, schedule, i, after(i), after(i - 1), mask) for i in range(start, end + 1)]
+    return [PruneStep(pruner, schedule, i, after[i], after[i - 1], mask) for i in range(start, end + 1)]
 
 
 def _check_names(sparsities: Sequence[float], remedy: str) -> None:
-    files = [(sparsity, checkpoint.pruned_path(Path(), "", sparsity).name) for sparsity in sparsities]
-    for (first, first_name), (second, second_name) in pairwise(files):
-        if first_name == second_name:
-            raise UserError(f"sparsity {first:.12g} and {second:.12g} would share the file {first_name}, whose name "
-                            f"has four decimals; {remedy}")
+    for first, second in pairwise(sparsities):
+        if (name := checkpoint.pruned_path(Path(), "", first).name) == checkpoint.pruned_path(Path(), "", second).name:
+            raise UserError(f"sparsity {first:.12g} and {second:.12g} would share the file {name}, whose name has four "
+                            f"decimals; {remedy}")
 
 
-def check_steps(run: Run, steps: Sequence[PruneStep], option: str) -> None:
-    """Raises UserError before anything is trained: a missing starting checkpoint or an unreachable sparsity.
-
-    option: what chose the sparsities on the command line, for the message.
-    """
+def check_steps(run: Run, steps: Sequence[PruneStep], option: str, recipe: Recipe) -> None:
+    """Raises UserError before anything is trained: a missing starting checkpoint, an unreachable sparsity, a padding of
+    the finetuning `recipe` that its images do not allow. option: what chose the sparsities, for the message."""
     if not steps:
         return
     if steps[0].previous and not _parent_path(run, steps[0]).is_file():
         raise UserError(f"iteration {steps[0].iteration} starts from {_parent_path(run, steps[0])}, which does not "
                         f"exist; run iterations 1 to {steps[0].iteration - 1} first (--iter_start 1)")
     model = run.new_model()
-    total = count_pruned_params(model).total
+    total, least = count_pruned_params(model).total, []
     for step in steps:
         asked = f"{option}: iteration {step.iteration}" if step.previous else f"{option} {step.sparsity:.12g}"
-        keep = weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked)
-    check_reach(model, keep, steps[-1].pruner)
+        least.append(weights_left(total, round((1.0 - step.previous) * total), step.sparsity, asked))
+        if step.mask:
+            plan = MaskPlan(start=step.previous, target=step.sparsity, pruner=step.pruner, **step.mask)
+            least.append(max(1, round(plan.least_density() * total)))
+    check_reach(model, min(least), steps[-1].pruner)
+    run.train.with_padding(recipe.padding)
 
 
 def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Recipe) -> None:
-    """Raises the UserError with which a stage of `steps` would stop once it is its turn; before anything is trained.
-
-    dense: of `dense_stage`; recipe: of finetuning.
-    """
+    """Raises, before anything is trained, the UserError that a stage of `steps` would raise later; dense: of
+    `dense_stage`; recipe: of finetuning."""
     stages = {dense.artifact: dense}
     for step in [] if run.overwrite else steps:
         parent, artifact = _parent_path(run, step), checkpoint.pruned_path(run.root, run.m_name, step.sparsity)
@@ -130,7 +128,7 @@ def check_stages(run: Run, dense: Stage, steps: Sequence[PruneStep], recipe: Rec
 
 
 def _config_of_follower(run: Run, step: PruneStep, recipe: Recipe, artifact: Path, parent: Stage) -> dict[str, Any]:
-    """The configuration of a step whose parent is still to be made, for which the one that the artifact names is taken.
+    """The configuration of a step whose parent is not made yet; the one that its artifact records is assumed.
 
     UserError for a finished artifact that cannot be kept then, not even by --resume.
     """
@@ -222,8 +220,8 @@ def prune_and_finetune(run: Run, parent: Outcome, step: PruneStep, recipe: Recip
         keep = weights_left(counts.total, counts.surviving, step.sparsity, f"sparsity {step.sparsity:.12g}")
         prune_to(model, keep, step.pruner, pruning_seed(run, step), pruning_evidence(run, model))
         if empty := empty_layers(model):
-            print(one_line(f"warning: no weight is left at sparsity {step.sparsity:.5g} in {', '.join(empty)}; what "
-                           "passes through there alone is lost"))
+            print(one_line(f"warning: no weight is left at sparsity {step.sparsity:.5g} in {', '.join(empty)}; "
+                           "signals that need it are lost"))
         facts["val_acc_after_pruning"] = evaluate(model, run.val, run.precision).accuracy
         print(f"{label}: {keep} weights kept, validation after pruning {facts['val_acc_after_pruning']:.2f} %")
     trained, _ = train(run, stage, model, recipe, label, seed=finetuning_seed(run, step.iteration), mover=mover)
@@ -320,6 +318,8 @@ def load_models(run: Run, args: argparse.Namespace) -> tuple[Outcome, Outcome]:
     if not start.is_file():
         raise UserError(f"no pruned checkpoint at {start}" + (f"; {prerequisite(args, start, *words)}" if ours else ""))
     models = load_outcome(run, dense), load_pruned(run, start)
+    if has_masks(models[0].model):
+        raise UserError(f"{dense} is pruned; regrowth needs the dense model there. Train it under another --root")
     config = models[1].card.get("config", {})
     found = config.get("schedule", "unknown").replace("-", "")
     if ours and kind not in (None, found):

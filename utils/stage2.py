@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -42,7 +41,6 @@ from utils.regrowth import (
     BEST_ENTRIES,
     RegrowthRecord,
     WeightRegrowth,
-    dead_positions_taken,
     layer_capacities,
     reference_magnitudes,
     regrowth_budget,
@@ -53,7 +51,7 @@ from utils.stage import check_same_files, differences, hold_folder, kept
 from utils.stage1 import Outcome, PruneStep
 from utils.training import Trainer, accuracy_with_new_statistics, evaluate
 
-SAMPLE = "class-balanced sample"  # part of what results depend on: earlier ones looked at the first batches only
+SAMPLE = "class-balanced sample"  # part of the config: earlier versions used the first batches only
 DRIFT_BATCH, SALIENCY_BATCH = 500, 128  # images
 TABLE = ("method", "allocation", "found_by", "sparsity_before", "sparsity", "effective_sparsity", "regrown",
          "regrown_live", "surviving", "val_acc_before", "val_acc_after_regrowth", "val_acc_after_regrowth_bn",
@@ -72,9 +70,9 @@ def run_script(args: argparse.Namespace) -> None:
 def regrow(run: Run, args: argparse.Namespace, passes: int = 0, processes: World | None = None) -> list[Outcome]:
     """All steps of a stage-2 script, each from the model before; returns the starting and the regrown models.
 
-    args: of `utils.methods`; passes: over the training images before the final finetuning, which sees them in the order
-    of a finetuning that has had so many (`stage1.prune_and_finetune` begins with none); processes: the processes that
-    train the trials of a search (default: this one), all of which call this; the leader does everything else.
+    args: of `utils.methods`; passes: epochs to skip in the image order of the final finetuning, as if it continued a
+    finetuning of that length; processes: those that train a search's trials (default: this one); all call this, the
+    leader does the rest.
     """
     processes = processes or World()
     dense, *outcomes = stage1.load_models(run, args)
@@ -115,13 +113,16 @@ class Step:
         if args.target_sparsity is None:
             self.budget = regrowth_budget(start.model, regrow_step=args.regrow_step, steps=left)
         else:  # its share of the way that is left
-            target = counts.sparsity - (counts.sparsity - args.target_sparsity) / left
-            self.budget = regrowth_budget(start.model, target_sparsity=args.target_sparsity if left == 1 else target)
+            target = args.target_sparsity
+            if left > 1 and target < counts.sparsity:  # else the budget's error is to name what was asked for
+                target = counts.sparsity - (counts.sparsity - target) / left
+            self.budget = regrowth_budget(start.model, target_sparsity=target)
         self.capacities = capacities(start.model, args)
         room = sum(self.capacities.values())
-        if not room and args.only_live:
-            raise UserError("--only_live: no weight could return, since no path leads from the image to the output; "
-                            "leave the option out")
+        if not room:
+            raise UserError("no weight can return: " + (
+                "--only_live, and no path leads from the image to the output; leave the option out" if args.only_live
+                else "--target_layers or --max_ratio leave no room; name other layers or a larger ratio"))
         if room < self.budget:
             note(f"{self.budget:,} weights are to return, and only {room:,} can: --target_layers, --max_ratio or "
                  "--only_live leave no more room")
@@ -170,10 +171,9 @@ def capacities(model: nn.Module, args: argparse.Namespace) -> dict[str, int]:
 
     With `--only_live`, of those that would be on a live path.
     """
-    with dead_positions_taken(model) if args.only_live else nullcontext():
-        pruned = layer_capacities(model, target_layers(model, args.target_layers))
+    free = layer_capacities(model, target_layers(model, args.target_layers), args.only_live)
     ratio = Fraction(str(args.max_ratio))  # as it was written: 0.29 * 100 is just below 29 in floating point
-    return {name: int(ratio * capacity) for name, capacity in pruned.items()}
+    return {name: int(ratio * capacity) for name, capacity in free.items()}
 
 
 def step_config(step: Step, dense: Outcome) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def saved_searches(stem: Path) -> dict[int, Path]:
 
 
 def load_search(search: RegrowthPolicyGradient, paths: Sequence[Path], config: Mapping[str, Any]) -> None:
-    """Takes up the first of the saved searches whose rewards came from these arguments, if there are any searches.
+    """Loads the first saved search whose rewards were made with these arguments, if any were saved.
 
     An interrupted `--overwrite` leaves checkpoints of two searches side by side. UserError when a file is no search or
     none of them fits.

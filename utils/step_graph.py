@@ -18,12 +18,12 @@ Passes = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class StepGraph:
-    """Calls `passes` for a batch, or repeats on a GPU what they did, on the batch's own images.
+    """Calls `passes` on a batch or, on a GPU, replays their recorded kernels on it.
 
     passes: (inputs, targets, watched) -> result, computes the gradients of a model and leaves them in `.grad`: if
-    watched also those of the masked `weight` of its prunable layers. What they read and write must stay in its place:
-    weights, masks and statistics may change between two batches, but not be replaced. Nothing that Python does in them,
-    hooks of modules included, is repeated; draws from CUDA's generator are made anew.
+    watched also those of the masked `weight` of its prunable layers. Tensors that they use must keep their addresses:
+    weights, masks and statistics may be changed in place between batches, but not replaced. Python code in them, module
+    hooks included, is not replayed; CUDA random draws are fresh.
     """
 
     def __init__(self, model: nn.Module, passes: Passes):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.analysis_utils import clone_model, forget_momentum, hold_pruned_weights, prunable_layers
+from utils.analysis_utils import clone_model, evaluating, forget_momentum, hold_pruned_weights, prunable_layers
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import PADDING, BatchLoader
 from utils.muon import Muon
@@ -62,8 +62,8 @@ SHORT_FINETUNE = Recipe("nesterov", lr=0.1, epochs=12, batch_size=128, schedule=
 
 
 class Recipes(NamedTuple):
-    """The recipe of every training: of the dense model, after one-shot pruning, in each iteration, after regrowth; an
-    episode of a search is the last by a schedule of its own (at a constant high rate its accuracy is mostly noise)."""
+    """Recipes for the dense model, after one-shot pruning, for each pruning iteration and after regrowth; episodes of a
+    search use the last, with a schedule of their own (at a constant high rate accuracy is mostly noise)."""
 
     pretrain: Recipe
     one_shot: Recipe
@@ -96,7 +96,7 @@ OPTIMIZERS: dict[str, Callable[[Any, Recipe], torch.optim.Optimizer]] = {
 
 
 def _cosine(step: int, total: int) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
+    return 0.5 * (1.0 + math.cos(math.pi * min(step, total) / max(1, total)))
 
 
 def _warmup_cosine(step: int, total: int) -> float:
@@ -135,16 +135,13 @@ class TrainResult(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Evaluation:
-    """Loss and accuracy of `model` over one pass of `loader`; the model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
+    """Loss and accuracy of `model` over one pass of `loader`; every module is left in the mode it was in."""
     device = next(model.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    with autocast(device, precision):
+    with evaluating(model), autocast(device, precision):
         for inputs, targets in loader:
             logits = model(inputs)
             totals += _batch_totals(F.cross_entropy(logits, targets), logits, targets)
-    model.train(was_training)
     loss_sum, correct, seen = totals.tolist()
     return Evaluation(loss_sum / seen, 100.0 * correct / seen)
 
@@ -155,8 +152,8 @@ def reestimate_batch_norm(model: nn.Module, loader: BatchLoader, precision: str 
 
     loader: the training loader, so augmented and shuffled as in training; the same images come for every model, and
     its generator stays where it is. While it runs, batches are normalised by their own statistics, as in training, but
-    dropout is off. The results are the moments of all values pooled, variance unbiased: what
-    `torch.optim.swa_utils.update_bn` averages, the variances within batches, leaves out that between their means.
+    dropout is off. Mean and unbiased variance are over all values pooled; `torch.optim.swa_utils.update_bn` averages
+    within-batch variances, which omits the variance between batch means.
     Returns whether there are such statistics; layers that never run keep theirs.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -167,13 +164,12 @@ def reestimate_batch_norm(model: nn.Module, loader: BatchLoader, precision: str 
         squares = variance * (number - 1) + number * mean**2
         sums[norm] = sums.get(norm, 0) + torch.stack([torch.full_like(mean, number), number * mean, squares])
 
-    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     batches, hooks = loader.with_batch_size(loader.batch_size), [norm.register_forward_hook(add) for norm in norms]
     batches.reseed(0)
-    model.eval()
-    for norm in norms:
-        norm.train().momentum = 1.0  # the running statistics are then those of the batch
-    with autocast(next(model.parameters()).device, precision):
+    with evaluating(model), autocast(next(model.parameters()).device, precision):
+        for norm in norms:
+            norm.train().momentum = 1.0  # the running statistics are then those of the batch
         for inputs, _ in batches if norms else ():
             model(inputs)
     for norm, hook, momentum in zip(norms, hooks, momenta, strict=True):
@@ -182,7 +178,6 @@ def reestimate_batch_norm(model: nn.Module, loader: BatchLoader, precision: str 
     for norm, (number, total, squares) in sums.items():
         norm.running_mean.copy_(total / number)
         norm.running_var.copy_((squares - total**2 / number) / (number - 1))
-    model.train(was_training)
     return bool(norms)
 
 
@@ -225,6 +220,9 @@ class TrainingHook:
         """Whether the epoch that has just ended may be kept as the best one; others do not use up the patience."""
         return True
 
+    def on_best(self, trainer: Trainer) -> None:
+        """After an epoch with the best accuracy so far, whose weights and masks the model may end with."""
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on exactly."""
         return {}
@@ -243,10 +241,10 @@ class Trainer:
     def __init__(self, model: nn.Module, train: BatchLoader, val: BatchLoader, recipe: Recipe, *, seed: int,
                  precision: str = "fp32", params: Any = None, passes_before: int = 0,
                  constrain: Callable[[torch.optim.Optimizer], Any] | None = None, hook: TrainingHook | None = None):
-        """params: optimizer parameter groups (default: all parameters); passes_before: the order of the images is that
-        after so many epochs with this seed; constrain: called with the optimizer to register step hooks (default: hold
-        pruned weights); hook: a method that acts while the model trains. ValueError for a hook beside `constrain`,
-        since what is held changes with the masks."""
+        """params: optimizer parameter groups (default: all parameters); passes_before: epochs of this seed's image
+        order to skip first; constrain: called with the optimizer to register step hooks (default: hold pruned weights);
+        hook: a method that acts while the model trains. ValueError for a hook beside `constrain`, since what is held
+        changes with the masks."""
         if hook and constrain:
             raise ValueError("a hook that moves masks goes with the default `constrain` only")
         self.model, self.val, self.recipe, self.precision = model, val, recipe, precision
@@ -370,6 +368,7 @@ class Trainer:
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_epoch, self._waited = accuracy, self.epoch, 0
             self.best_state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.hook.on_best(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs: weights, best weights, optimizer, schedule, generators, progress."""
