@@ -79,16 +79,15 @@ def panels(size: tuple[float, float], title: str = "", rows: int = 1, columns: i
 
 def sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
     """An x axis over density on a log scale, sparser to the right, labelled with the sparsity in %."""
-    from matplotlib.ticker import LogLocator
-
     densities = [1 - sparsity for sparsity in sparsities if sparsity < 1]
     if not densities:
         axes.set_xticks([])
         return
     left, right = 1.5 * max(densities), min(densities) / 1.5  # wide enough for at least one tick
     axes.set(xscale="log", xlim=(left, right), xlabel="sparsity (% of prunable weights removed)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if left < 1000 * right else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda density, _: f"{100 * (1 - density):.10g}")
+    steps = (1, 2, 3, 5) if left < 1000 * right else (1, 2, 5)
+    ticks = [step * 10.0**power for power in range(-12, 1) for step in steps if right <= step * 10.0**power <= left]
+    axes.set_xticks(ticks, [f"{100 * (1 - tick):.10g}" for tick in ticks])  # locators differ between versions
     axes.minorticks_off()
 
 
