@@ -28,7 +28,7 @@ from utils.methods import regrowth_arguments  # noqa: E402
 from utils.pruning import PRUNERS  # noqa: E402
 from utils.regrowth import INITIALISERS, SELECTORS  # noqa: E402
 from utils.run import Run, add_recipe_numbers, recipe_changes, run_parser, script  # noqa: E402
-from utils.stage1 import Outcome, PruneStep  # noqa: E402
+from utils.stage1 import Outcome  # noqa: E402
 from utils.statistics import compare_arms  # noqa: E402
 from utils.training import RECIPES, Recipe  # noqa: E402
 
@@ -114,9 +114,10 @@ def dense_model(run: Run, args: argparse.Namespace) -> Outcome:
 
 def common_models(run: Run, args: argparse.Namespace) -> None:
     """What the rows of a seed begin with; UserError, before anything is trained, where one of them cannot be made."""
-    once = not {*args.arms}.isdisjoint(REGROWN)
-    steps = [PruneStep(args.pruner or "magnitude", "", 1, sparsity, mask=MOVING.get(arm))
-             for arm, sparsity in product(args.arms, [*args.sparsity, *[args.start_sparsity] * once])]
+    once, pruner = not {*args.arms}.isdisjoint(REGROWN), args.pruner or "magnitude"
+    steps = [step for arm in args.arms if arm not in REGROWN
+             for step in stage1.sweep_steps(pruner, args.sparsity, MOVING.get(arm))]
+    steps += stage1.sweep_steps(pruner, [args.start_sparsity]) if once else []
     stage1.check_steps(run, steps, "--sparsity", finetuning(args, 1))
     dense_model(run, args)
     if once:
@@ -126,8 +127,7 @@ def common_models(run: Run, args: argparse.Namespace) -> None:
 def pruned_model(run: Run, args: argparse.Namespace, sparsity: float, epochs: int, arm: str = CONTROL) -> Outcome:
     """The dense model of the run's seed pruned to `sparsity`, at once or by the arm's mask schedule, while or before it
     is trained for so many epochs; what is made already is reused."""
-    plan = MOVING.get(arm)
-    step = PruneStep(args.pruner or "magnitude", plan["schedule"] if plan else "one-shot", 1, sparsity, mask=plan)
+    step, = stage1.sweep_steps(args.pruner or "magnitude", [sparsity], MOVING.get(arm))
     own = replace(run, root=run.root / f"{arm}_{epochs}")  # files are named by their sparsity only
     return stage1.prune_and_finetune(own, dense_model(run, args), step, finetuning(args, epochs))
 

@@ -2,8 +2,8 @@
 """Iterative layerwise pruning (LAMP, Lee et al., ICLR 2021): prune a share of the surviving weights, finetune, repeat.
 
 Starts from ./{model}/checkpoint/ckpt.pth (pretrained first if it is missing; any recipe will do, unless --max_epochs,
---lr and the like ask for another) and removes the model's `amount` of `tools/modelloaders.py` in each iteration; ten iterations
-of resnet20 end at a sparsity of exactly 0.99.
+--lr and the like ask for another) and removes the model's `amount` of `tools/modelloaders.py` in each iteration; ten
+iterations of resnet20 end at a sparsity of exactly 0.99.
 """
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from experiments import deploy as script
 from experiments.csr import sparse_products
+from utils import checkpoint
 from utils.analysis_utils import set_masks
 from utils.common import UserError
 from utils.compact import largest_difference
@@ -70,3 +71,16 @@ def test_models_that_are_none_are_refused(word, said):
 def test_the_shipped_model_is_named_by_its_sparsity():
     label, model, side = script.pruned_model(script.MODELS_MEASURED[0])
     assert (label, side) == ("resnet20 0.99", 32) and script.multiplications(model) == 40_813_184
+
+
+def test_two_models_of_one_kind_have_rows_of_their_own_and_each_its_images(tmp_path, monkeypatch):
+    model = model_loader("resnet20", seed=0)
+    weight_pruner_loader("unif")(model, 0.9)
+    path = tmp_path / "small.pth"
+    checkpoint.save_checkpoint({"net": model.state_dict(), "acc": 1.0, "epoch": 1, "input": {"image_size": 16}}, path)
+    seen = []
+    monkeypatch.setattr(script, "measure_forms", lambda name, model, side, args: seen.append((name, side)) or [])
+    monkeypatch.setattr(script, "plot", lambda *_: None)
+    script.main(["--models", str(path), str(path), script.MODELS_MEASURED[0], "--save_dir", str(tmp_path)])
+    assert seen == [("resnet20 0.9, model 1", 16), ("resnet20 0.9, model 2", 16), ("resnet20 0.99", 32)]
+    assert script.multiplications(model, 16) < 0.26 * script.multiplications(model)

@@ -549,6 +549,9 @@ def test_finetuning_from_the_command_line(run, run_script, image_folder, tmp_pat
     assert "val_acc_after_bn_reset" in cards[0] and "test_acc" not in cards[0] and 0 <= cards[1]["test_acc"] <= 100
     assert cards[1]["regrown"] == sum(int(mask.sum()) for mask in regrown.values())
     assert (folder / "finetuned_regrown_training.csv").read_text().count("\n") == 2
+    for file, card in zip((first, final), cards):  # of the training, over all processes that it took
+        log = checkpoint.read_csv(checkpoint.training_log_path(file), {"seconds": "number"}, "")
+        assert card["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in log), rel=1e-3)
     assert "running statistics of batch normalisation adapt" in process.stdout
 
     inspect_checkpoint.main([str(word) for word in words])

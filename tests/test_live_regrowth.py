@@ -45,7 +45,8 @@ def test_a_rule_that_looks_at_masks_sees_the_true_ones():
     set_masks(model, {"0": torch.tensor([[1, 0, 0], [0, 0, 0]]).view(2, 3, 1, 1), "3": torch.ones(2, 2)})
     ones = {"0": torch.ones(2, 3, 1, 1)}
     for only_live in (False, True):
-        chosen = WeightRegrowth(model, "relative_gradient", Evidence(gradient=ones), only_live=only_live).select({"0": 1})
+        regrower = WeightRegrowth(model, "relative_gradient", Evidence(gradient=ones), only_live=only_live)
+        chosen = regrower.select({"0": 1})
         assert chosen["0"][0].tolist() == [1]
 
 

@@ -418,7 +418,7 @@ def test_the_sparsity_of_the_message_leaves_a_weight():
     (["--mask_schedule", "rigl", "--regrow_rule", "random", "--evidence_steps", "8"],
      "--evidence_steps is for rules that look at gradients"),
 ])
-def test_what_only_the_finetuning_would_refuse_is_refused_before_anything_is_trained(words, said, image_folder, tmp_path):
+def test_what_the_finetuning_would_refuse_is_refused_before_anything_is_trained(words, said, image_folder, tmp_path):
     with pytest.raises(UserError, match=said):
         main_script.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), *words])
     assert not list(tmp_path.rglob("*.pth"))

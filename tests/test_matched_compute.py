@@ -217,6 +217,7 @@ def test_all_arms_prune_by_the_rule_asked_for(image_folder, tmp_path):
     (["--search_budget", "1", "--mini_finetune_epochs", "1"], "does not pay one batch"),
     (["--mini_finetune_epochs", "3", "1"], "increas"),
     (["--pruner", "unifplus", "--sparsity", "0.999", "--arms", "gradual"], "reaches a sparsity of at most"),
+    (["--pruner", "unifplus", "--start_sparsity", "0.999", "--sparsity", "0.9"], "reaches a sparsity of at most"),
     (["--finetune_padding", "32"], "a padding of 32 pixels is too much"),
 ])
 def test_what_a_row_would_refuse_is_refused_before_anything_is_trained(words, said, image_folder, tmp_path):

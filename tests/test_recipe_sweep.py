@@ -154,7 +154,7 @@ def test_the_dense_model_of_one_seed_lies_under_the_root_or_in_a_folder_of_the_s
     assert sweep.roots_of(args) == {1: tmp_path / "seed_1", 2: tmp_path / "seed_2"}
 
 
-def test_a_missing_dense_model_of_a_later_seed_is_found_before_the_first_is_trained(image_folder, tmp_path, monkeypatch):
+def test_a_missing_dense_model_of_a_later_seed_is_found_before_any_training(image_folder, tmp_path, monkeypatch):
     checkpoint.save_checkpoint({}, checkpoint.dense_path(tmp_path, "resnet20"))
     monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(UserError, match="no dense model at .*seed_1"):

@@ -132,6 +132,10 @@ def test_what_the_search_found_is_trained_again_beside_the_best_rules(image_fold
     before = len(seen)
     search_or_rule.main([*words, "--resume"])
     assert len(seen) == before and "indistinguishable" in capsys.readouterr().out
+    search_or_rule.main([*words, "--overwrite=2100-01-01T00:00:00"])  # an interrupted one goes on: all is older than it
+    assert len(seen) > before + len(rows)  # the search is made again, too, not taken from its old checkpoints
+    search_or_rule.main([*words, "--overwrite=2000-01-01T00:00:00"])
+    assert "indistinguishable" in capsys.readouterr().out
     with pytest.raises(UserError, match="other arguments"):
         search_or_rule.main([*words, "--resume", "--num_images", "50"])
 

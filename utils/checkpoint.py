@@ -163,7 +163,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
     if not start:
         raise UserError(f"{path} is empty")
     if compact:
-        return _compact_state(compact, path, device)
+        return _sparse_state(compact, path, device)
     _allow_numpy()
     try:
         with warnings.catch_warnings():
@@ -173,7 +173,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Any
         raise UserError(f"{path} {_load_problem(error)}") from error
 
 
-def _compact_state(content: bytes, path: Path, device: str | torch.device) -> dict[str, Tensor]:
+def _sparse_state(content: bytes, path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
         state = sparse_file.decode(content)
     except ValueError as error:

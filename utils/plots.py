@@ -22,6 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 COLUMNS = {"test": ("start_test_acc", "test_acc"), "validation": ("val_acc_before", "val_acc")}  # before, after
 SHAPES = "*PXph8"  # of regrown models, by method
 CELLS_WITH_NUMBERS = 600  # a larger heat map is legible by its colours only
+ENOUGH_PAIRS = 8  # for a bootstrap interval, which is too narrow for a handful
 
 
 def new_figure(**options: Any) -> Figure:
@@ -319,8 +320,8 @@ def plot_benchmark(rows: Rows, path: Path, title: str) -> None:
 
 
 def plot_differences(results: Rows, path: Path, title: str, against: str = "one-shot pruning") -> None:
-    """A line per arm: mean paired difference with its t interval; from eight pairs on, since it is too narrow with
-    fewer, also the bootstrap interval (thick). results: rows of `utils.statistics.compare_arms`.
+    """A line per arm: mean paired difference with its t interval; from `ENOUGH_PAIRS` on, also the bootstrap interval
+    (thick). results: rows of `utils.statistics.compare_arms`.
     """
     figure, axes = panels((8.5, 0.42 * len(results) + 1.2))
     axes.axvline(0, color="0.3", linewidth=0.8)
@@ -328,11 +329,11 @@ def plot_differences(results: Rows, path: Path, title: str, against: str = "one-
              "95 % t interval (not adjusted)": {"linewidth": 1, "marker": "|"},
              "95 % bootstrap interval": {"linewidth": 5, "alpha": 0.5, "solid_capstyle": "butt"}}
     colors = {"better": "C2", "worse": "C3"}
-    for label, style in list(lines.items())[:3 if any(row["pairs"] >= 8 for row in results) else 2]:
+    for label, style in list(lines.items())[:3 if any(row["pairs"] >= ENOUGH_PAIRS for row in results) else 2]:
         axes.plot([], [], color="k", label=label, **style)
     for position, row in enumerate(results):
         ends = [row["mean"], (row["t_low"], row["t_high"]), (row["bootstrap_low"], row["bootstrap_high"])]
-        for values, style in zip(ends if row["pairs"] >= 8 else ends[:2], lines.values()):
+        for values, style in zip(ends if row["pairs"] >= ENOUGH_PAIRS else ends[:2], lines.values()):
             axes.plot(values, np.full_like(values, position), color=colors.get(row["verdict"], "0.4"), **style)
     _name_layers(axes, [f"{row['arm']}: {row['verdict']}\n({row['mean']:+.2f}, seeds: {row['pairs']})"
                         for row in results])
