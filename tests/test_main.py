@@ -107,7 +107,7 @@ def whole_run(image_folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("signal_number, stage, epochs", [
     (signal.SIGKILL, "checkpoint/ckpt", 1), (signal.SIGKILL, "ckpt_after_prune/pruned_finetuned_mask_0.9", 2),
-    (signal.SIGINT, "checkpoint/ckpt", 2)])
+    (signal.SIGINT, "checkpoint/ckpt", 2), (signal.SIGTERM, "checkpoint/ckpt", 1)])
 def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, whole_run, image_folder, tmp_path):
     words = [*LONGER, "--data_dir", image_folder, "--root", tmp_path]
     log = tmp_path / "resnet20" / f"{stage}_training.csv"
@@ -116,8 +116,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(signal_number, stage, epochs, wh
                                cwd=REPOSITORY)
     kill_when(process, lambda: log.exists() and log.read_text().count("\n") > epochs, signal_number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if signal_number == signal.SIGINT else -9)
-    if signal_number == signal.SIGINT:
+    assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
+    if signal_number != signal.SIGKILL:
         assert "--resume" in errors.splitlines()[-1] and "Traceback" not in errors
     resumed = run_here(*words, "--resume")
     assert resumed.returncode == 0, resumed.stderr

@@ -183,6 +183,21 @@ def test_loading_brings_the_model_into_the_form_of_the_state(source_form, target
     assert torch.equal(target.eval()(images()), source.eval()(images()))
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_layer_in_two_places_is_one_and_loads_under_both_names(pruned):
+    def model() -> nn.Sequential:
+        layer = nn.Linear(3, 3)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    source, target = model(), model()
+    if pruned:
+        set_masks(source, half_masks(source))
+    assert {key.partition(".")[0] for key in source.state_dict()} == {"0", "2"}
+    load_model_state(target, source.state_dict())
+    assert count_pruned_params(target) == count_pruned_params(source) == (9, *((5, 4) if pruned else (9, 0)))
+    assert target[0] is target[2] and torch.equal(target[0].weight, source[0].weight)
+
+
 def test_an_optimizer_survives_loading_in_another_form():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

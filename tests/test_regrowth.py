@@ -173,6 +173,20 @@ def test_pruned_source_uses_the_gradient_of_the_effective_weight_and_weight_orig
     assert (saliency > 0).all()  # pruned positions too
 
 
+@pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])])
+def test_a_layer_that_runs_twice_has_the_gradient_of_both_calls(mask):
+    layer = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    plain = clone_model(model)
+    plain[0].weight.data.mul_(mask)
+    if not mask.all():
+        set_masks(model, {"0": mask})
+    inputs, targets = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0, 1])
+    F.cross_entropy(plain(inputs), targets).backward()
+    computer = SaliencyComputer(model, [(inputs, targets)], source="dense" if mask.all() else "pruned")
+    torch.testing.assert_close(computer.evidence()["gradient"], {"0": plain[0].weight.grad.abs()})
+
+
 @pytest.mark.parametrize("source", ["dense", "pruned"])
 def test_saliency_agrees_with_a_loop_over_batches(dense, tiny_loaders, source):
     model = dense if source == "dense" else pruned_copy(dense)

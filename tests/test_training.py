@@ -273,6 +273,19 @@ def test_training_is_a_pure_function_of_its_seed(small_cnn, tiny_loaders):
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+def test_a_watched_layer_that_runs_twice_has_the_gradient_of_both_calls(tiny_loaders):
+    layer = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    plain = clone_model(model)
+    plain[0].weight.data[0, 1] = 0.0
+    set_masks(model, {"0": torch.tensor([[1, 0], [1, 1]])})
+    inputs, targets = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([0, 1])
+    nn.functional.cross_entropy(plain(inputs), targets).backward()
+    make_trainer(model, tiny_loaders)._gradients(inputs, targets, watched=True)
+    torch.testing.assert_close(layer.weight.grad, plain[0].weight.grad)
+    assert layer.weight_orig.grad[0, 1] == 0 != layer.weight.grad[0, 1]
+
+
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_continued_training_equals_an_uninterrupted_one(stop_after, tiny_loaders, small_cnn):
     small_cnn.insert(6, nn.Dropout(0.3))  # draws from the global generator

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,13 +39,13 @@ class PruneCounts(NamedTuple):
         return self.pruned / self.total if self.total else 0.0
 
 
-def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def prunable_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Every Conv2d and Linear of the model by name, in `named_modules` order; their `weight` is what is pruned.
 
     Left out is the output projection of `nn.MultiheadAttention`, whose weight is read without the layer being called: a
-    mask would freeze it.
+    mask would freeze it. remove_duplicate: give a layer that the model uses in several places its first name only.
     """
-    return {name: layer for name, layer in model.named_modules()
+    return {name: layer for name, layer in model.named_modules(remove_duplicate=remove_duplicate)
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, NonDynamicallyQuantizableLinear)}
 
 
@@ -109,6 +109,24 @@ def is_binary(mask: Tensor) -> bool:
 def refresh_weight(layer: nn.Module) -> None:
     """Make the masked `weight` anew, as the next forward pass will; without a graph, so that it holds no memory."""
     layer.weight = layer.weight_orig * layer.weight_mask
+
+
+@contextmanager
+def used_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Layer name -> what the layer uses as `weight` in the forward passes meanwhile, each tensor once, if it requires
+    a gradient: of a masked layer a product for every call, and only these have gradients at pruned positions."""
+    used: dict[str, list[Tensor]] = {name: [] for name in prunable_layers(model)}
+
+    def record(name: str, layer: nn.Module, *_: object) -> None:
+        if layer.weight.requires_grad and not any(layer.weight is known for known in used[name]):
+            used[name].append(layer.weight)
+
+    handles = [layer.register_forward_hook(partial(record, name)) for name, layer in prunable_layers(model).items()]
+    try:
+        yield used
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def count_pruned_params(model: nn.Module) -> PruneCounts:
@@ -293,7 +311,7 @@ class SaliencyComputer:
                 for power, _ in GRADIENT_KINDS.values()}
         with evaluating(self.model):
             for inputs, targets in islice(self.loader, self.max_batches):
-                gradients = self._gradients(layers.values(), inputs, targets)
+                gradients = self._gradients(layers, inputs, targets)
                 for power, totals in sums.items():
                     torch._foreach_addcmul_(totals, gradients, torch._foreach_pow(gradients, power - 1))
                 count += 1
@@ -305,14 +323,13 @@ class SaliencyComputer:
         return gradient_evidence(self.model, means)
 
     @torch.enable_grad()
-    def _gradients(self, layers: Iterable[nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """dL/dweight of one batch. The `weight` of a masked layer is the very product that the forward pass used, so
-        that its gradient is there at pruned positions too; a layer that no forward pass uses has gradient 0."""
-        with autocast(inputs.device, self.precision):
+    def _gradients(self, layers: Mapping[str, nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """dL/dweight of one batch, at pruned positions too; a layer that no forward pass uses has gradient 0."""
+        with used_weights(self.model) as used, autocast(inputs.device, self.precision):
             loss = F.cross_entropy(self.model(inputs), targets)
-        weights = [layer.weight for layer in layers]
-        found = iter(torch.autograd.grad(loss, [w for w in weights if w.requires_grad], materialize_grads=True))
-        return [next(found) if w.requires_grad else torch.zeros_like(w) for w in weights]
+        found = iter(torch.autograd.grad(loss, list(chain(*used.values())), materialize_grads=True))
+        return [sum((next(found) for _ in used[name]), torch.zeros_like(layer.weight))
+                for name, layer in layers.items()]
 
 
 def gradient_evidence(model: nn.Module, means: Mapping[int, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -167,7 +167,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source:
     is said on stderr. Raises UserError, with the model unchanged, if an entry is missing, unexpected, of another shape
     or not finite, or a mask is not 0/1: it names `source` (a file, say) and the first few entries.
     """
-    layers = prunable_layers(model)
+    layers = prunable_layers(model, remove_duplicate=False)
     state = model_state(state_dict, source, layers, lambda text: note(f"{source}: {text}"))
     masked = has_mask_entries(state)
     _check_fit(_expected_shapes(model, masked), state, next(reversed(layers), ""), source)
@@ -186,7 +186,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Tensor], source:
 def _expected_shapes(model: nn.Module, masked: bool) -> dict[str, torch.Size]:
     """Names and shapes of the model's state dict if it were masked, or dense; what can be pruned comes first."""
     weights, others = {}, {key: value.shape for key, value in model.state_dict().items()}
-    for name, layer in prunable_layers(model).items():
+    for name, layer in prunable_layers(model, remove_duplicate=False).items():
         weight = f"{name}.weight" if name else "weight"
         for key in (weight, f"{weight}_orig", f"{weight}_mask"):
             others.pop(key, None)

@@ -344,24 +344,25 @@ def _make_output_safe() -> None:
 
 
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True, several: bool = False) -> NoReturn:
-    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C says how to go on and exits 130.
+    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C or SIGTERM says how to go on, and 130.
 
     A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`;
     several: whether torchrun may start it as several processes, which then all end when one does.
     """
     _make_output_safe()
     began, processes, line, code = time.time(), World(), None, 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit; of several processes: `World`s
     try:
         processes = world()
         if processes.size > 1 and not several:
             raise UserError(f"{Path(sys.argv[0]).name} runs as one process; start it with python, not with torchrun")
         main(None)
     except (KeyboardInterrupt, *LOST) as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing any more
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing any more
+            signal.signal(number, signal.SIG_IGN)
         what = "interrupted" if isinstance(stop, KeyboardInterrupt) else "stopped: another process of this run ended"
-        again = shlex.join(resumed(shlex.split(command_line()), began))
-        line, code = f"\n{what}; " + (f"what was finished is saved. Continue with: {again}" if resumable else
-                                      "run the same command again"), 130
+        again = f"what was finished is saved. Continue with: {shlex.join(resumed(shlex.split(command_line()), began))}"
+        line, code = f"\n{what}; {again if resumable else 'run the same command again'}", 130
     except Exception as error:
         line, code = _line_and_code(error)
     processes.end(line)

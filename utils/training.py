@@ -4,8 +4,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.analysis_utils import clone_model, evaluating, forget_momentum, hold_pruned_weights, prunable_layers
+from utils.analysis_utils import clone_model, evaluating, forget_momentum, hold_pruned_weights, used_weights
 from utils.common import Progress, RunFailed, autocast, derive_seed, global_rng_state, set_global_rng_state
 from utils.data_loader import PADDING, BatchLoader
 from utils.muon import Muon
@@ -340,14 +341,16 @@ class Trainer:
 
     def _gradients(self, inputs: Tensor, targets: Tensor, watched: bool) -> Tensor:
         """`_batch_totals` of a batch, whose gradients it leaves in the parameters."""
-        with autocast(self.device, self.precision):
+        with used_weights(self.model) if watched else nullcontext({}) as used, autocast(self.device, self.precision):
             logits = self.model(inputs)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
-        for layer in prunable_layers(self.model).values() if watched else ():
-            if layer.weight.requires_grad:  # else it never runs
-                layer.weight.retain_grad()
+        for weight in chain(*used.values()):
+            weight.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for weights in used.values():
+            if len(weights) > 1:  # a layer that ran several times
+                weights[-1].grad = sum(weight.grad for weight in weights if weight.grad is not None)
         return _batch_totals(loss.detach(), logits.detach(), targets)
 
     def hold_pruned(self, returned: Mapping[str, Tensor] | None = None) -> None:
