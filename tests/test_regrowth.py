@@ -187,6 +187,23 @@ def test_a_layer_that_runs_twice_has_the_gradient_of_both_calls(mask):
     torch.testing.assert_close(computer.evidence()["gradient"], {"0": plain[0].weight.grad.abs()})
 
 
+def test_a_parameter_that_is_used_without_its_layer_has_its_gradient():
+    class Tied(nn.Module):
+        """logits = W^T W x."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, bias=False)
+
+        def forward(self, inputs):
+            return self.layer(inputs) @ self.layer.weight
+
+    model, inputs, targets = Tied(), torch.tensor([[1.0, -2.0]]), torch.tensor([1])
+    F.cross_entropy(model(inputs), targets).backward()
+    found = SaliencyComputer(model, [(inputs, targets)]).evidence()["gradient"]["layer"]
+    torch.testing.assert_close(found, model.layer.weight.grad.abs())
+
+
 @pytest.mark.parametrize("source", ["dense", "pruned"])
 def test_saliency_agrees_with_a_loop_over_batches(dense, tiny_loaders, source):
     model = dense if source == "dense" else pruned_copy(dense)

@@ -113,15 +113,17 @@ def refresh_weight(layer: nn.Module) -> None:
 
 @contextmanager
 def used_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Layer name -> what the layer uses as `weight` in the forward passes meanwhile, each tensor once, if it requires
-    a gradient: of a masked layer a product for every call, and only these have gradients at pruned positions."""
-    used: dict[str, list[Tensor]] = {name: [] for name in prunable_layers(model)}
+    """Layer name -> what serves as its `weight` in the forward passes meanwhile, if that requires a gradient: without a
+    mask the parameter, else a product for every call, which has a gradient at pruned positions, too."""
+    layers = prunable_layers(model)
+    used = {name: [layer.weight] if layer.weight.is_leaf and layer.weight.requires_grad else []
+            for name, layer in layers.items()}
 
-    def record(name: str, layer: nn.Module, *_: object) -> None:
-        if layer.weight.requires_grad and not any(layer.weight is known for known in used[name]):
-            used[name].append(layer.weight)
+    def record(products: list[Tensor], layer: nn.Module, *_: object) -> None:
+        if layer.weight.requires_grad and not layer.weight.is_leaf:
+            products.append(layer.weight)
 
-    handles = [layer.register_forward_hook(partial(record, name)) for name, layer in prunable_layers(model).items()]
+    handles = [layer.register_forward_hook(partial(record, used[name])) for name, layer in layers.items()]
     try:
         yield used
     finally:
