@@ -30,7 +30,10 @@ def test_the_help_fits_the_terminal_and_names_the_model_in_both_ways(name, monke
     assert caught.value.code == 0
     usage, _, rest = text.partition("\n\n")  # argparse never breaks a group of options that exclude each other
     assert [line for line in rest.splitlines() + usage.splitlines() if len(line) > 80 and " | " not in line] == []
-    assert "--m_name" in text and "--model" in text and "resnet20, resnet32" in " ".join(text.split())
+    text = " ".join(text.split())
+    assert "--m_name" in text and "--model" in text and "resnet20, resnet32" in text
+    assert "default: True" not in text and "default: False" not in text
+    assert "--seed N seed of" not in text or "search (default: 0)" in text
 
 
 @pytest.mark.parametrize("kind, text, said", [

@@ -65,7 +65,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
             text += f"; one of {', '.join(action.choices)}"
         if text and isinstance(action.default, list):
             text += f" (default: {' '.join(map(str, action.default))})"
-        elif text and action.default not in (None, False, argparse.SUPPRESS) and "%(default)" not in text:
+        elif text and action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool):
             text += " (default: %(default)s)"
         return text
 
