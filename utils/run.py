@@ -344,14 +344,14 @@ def _make_output_safe() -> None:
 
 
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True, several: bool = False) -> NoReturn:
-    """Runs a script's main: user errors become one line and exit code 2, Ctrl-C or SIGTERM says how to go on, and 130.
+    """Runs a script's main: user errors become a line and exit code 2, Ctrl-C and SIGTERM a way on and 130.
 
     A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`;
     several: whether torchrun may start it as several processes, which then all end when one does.
     """
     _make_output_safe()
     began, processes, line, code = time.time(), World(), None, 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit; of several processes: `World`s
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's time limit; `Processes` have their own
     try:
         processes = world()
         if processes.size > 1 and not several:
@@ -409,8 +409,7 @@ def _values_of(training: str, number: str) -> str:
 
 
 def add_recipe_numbers(group: Any, prefix: str, training: str) -> None:
-    """Options `--{prefix}lr` and so on for what a recipe sets; None where not given. training: field of `Recipes` whose
-    values the help shows."""
+    """Options `--{prefix}lr` and so on; None where not given. training: field of `Recipes` whose values help shows."""
     for name, (text, words) in RECIPE_NUMBERS.items():
         group.add_argument(f"--{prefix}{name}", help=f"{text} {_values_of(training, name)}", **words)
 
