@@ -51,7 +51,7 @@ def report(card: Mapping[str, Any], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Describes the file, exports it, or finetunes from it."""
     args = parse_args(argv)
-    artifact = load_artifact(args.file, args.type)
+    artifact = load_artifact(args.file, args.type, args.m_name)
     if args.export:
         print(export.export(artifact, args.export, args.out, args.dtype or "float32", args.overwrite,
                             args.compact))

@@ -27,7 +27,7 @@ from utils.benchmark import measure  # noqa: E402
 from utils.channels import effective_sparsity  # noqa: E402
 from utils.common import SIDE, UserError, generator  # noqa: E402
 from utils.compact import compact, content, largest_difference  # noqa: E402
-from utils.inspection import guess_model, load_artifact  # noqa: E402
+from utils.inspection import load_artifact  # noqa: E402
 from utils.model_loader import model_loader  # noqa: E402
 from utils.models import MODELS  # noqa: E402
 from utils.pruning import PRUNERS, weight_pruner_loader  # noqa: E402
@@ -71,7 +71,7 @@ def pruned_model(word: str) -> tuple[str, nn.Module, int]:
         weight_pruner_loader(pruner)(model, wanted)
         return f"{name} untrained, {pruner} {sparsity}", model, SIDE
     artifact = load_artifact(Path(word))
-    model, name = export.network_of(artifact), guess_model(artifact.weights)[0]
+    model, name = export.network_of(artifact), artifact.network[0]
     sparsity = checkpoint.format_sparsity(count_pruned_params(model).sparsity)
     return f"{name} {sparsity}", model, export.side_of(artifact)
 

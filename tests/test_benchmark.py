@@ -49,8 +49,10 @@ def test_an_episode_times_every_stage_and_moves_the_whole_budget(episodes):
 
 
 def test_the_loop_that_ours_is_measured_against_regrows_the_same_weights(episodes):
-    for episode in episodes[1].values():
+    for episode, rule in [*((episode, None) for episode in episodes[1].values()),
+                          (episodes[1]["reference"], "magnitude")]:  # a rule without evidence
         regrowth = episode.regrower(clone_model(episode.start))
+        regrowth.rule = rule or regrowth.rule
         parts = benchmark.plain_tensors(regrowth, episode.allocation)
         benchmark.elementwise_regrowth(episode.allocation, parts)
         regrowth.apply_regrowth(episode.allocation)

@@ -17,7 +17,7 @@ from torch import nn
 
 import inspect_checkpoint
 from tests.conftest import REPOSITORY, assert_user_error
-from utils import checkpoint, datasets, finetuning, inspection
+from utils import checkpoint, datasets, export, finetuning, inspection
 from utils.allocation import AllocationProblem
 from utils.analysis_utils import clone_model, get_masks, prunable_layers, set_masks
 from utils.channels import effective_sparsity
@@ -27,6 +27,8 @@ from utils.data_loader import BatchLoader
 from utils.finetuning import Phase, Source
 from utils.inspection import describe, load_artifact, render
 from utils.model_loader import load_model_state, model_loader
+from utils.models import MODELS
+from utils.pruning import prune_to
 from utils.regrowth import BEST_ENTRIES, ReferenceBasedRegrowth
 from utils.run import script
 from utils.training import FINETUNE_FINAL, Recipe, Trainer
@@ -121,6 +123,60 @@ def test_a_model_is_guessed_with_its_own_number_of_classes_or_not_at_all():
     state = model_loader("resnet20", seed=0).state_dict()
     state.pop("bn1.weight")
     assert inspection.guess_model(state) is None
+
+
+class Twin(nn.Module):
+    """A small network of which several kinds have the same layers: other activations, or a classifier that is no
+    Linear, or not the last."""
+
+    def __init__(self, act: type[nn.Module], classes: int, conv: bool = False):
+        super().__init__()
+        self.head = nn.Conv2d(4, classes, 1) if conv else nn.Linear(4, classes)
+        self.up = nn.ConvTranspose2d(3, 4, 2, stride=2)
+        self.mix, self.act, self.conv = nn.Conv2d(4, 4, 3, padding=1), act(), conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.mix(self.act(self.up(x))))
+        return self.head(x).mean((2, 3)) if self.conv else self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    """`silu` after `relu`, of the same layers, and `conv` with a convolution as its classifier."""
+    made = {"relu": lambda n: Twin(nn.ReLU, n), "silu": lambda n: Twin(nn.SiLU, n), "conv": lambda n: Twin(nn.SiLU, n, True)}
+    for name, make in made.items():
+        monkeypatch.setitem(MODELS, name, make)
+    monkeypatch.setattr(inspection, "MODELS", ["resnet20", *made])
+
+
+def test_of_models_with_the_same_layers_the_run_card_or_the_user_tells_which_it_is(twins, tmp_path):
+    path = saved(model_loader("silu", num_classes=7, seed=0).state_dict(), tmp_path)
+    assert inspection.guess_model(torch.load(path)) is None
+    assert describe(load_artifact(path))["could be"] == ["relu", "silu"]
+    with pytest.raises(UserError, match="fits relu, silu, and no run card says which it is; name it with --m_name"):
+        export.network_of(load_artifact(path))
+    assert isinstance(export.network_of(load_artifact(path, m_name="silu")).act, nn.SiLU)
+    with pytest.raises(UserError, match="does not fit --m_name conv; it fits relu, silu$"):
+        load_artifact(path, m_name="conv").weights
+    card = {"sha256": checkpoint.file_digest(path), "config": {"m_name": "silu"}}
+    checkpoint.save_json(card, checkpoint.card_path(path))
+    assert load_artifact(path).network == ("silu", 7) and describe(load_artifact(path))["model"] == "silu"
+    assert isinstance(export.network_of(load_artifact(path)).act, nn.SiLU)
+
+
+def test_a_classifier_may_be_a_convolution_or_come_first_and_other_layers_are_not_counted(twins, tmp_path):
+    for name, classes in (("conv", 5), ("silu", 6)):
+        model = model_loader(name, num_classes=classes, seed=0)
+        prune_to(model, 40, "magnitude")
+        path = saved(model.state_dict(), tmp_path)
+        artifact = load_artifact(path, m_name=name)
+        assert artifact.network == (name, classes) and "up.weight_mask" not in artifact.weights
+        described = describe(artifact)
+        assert (described["active"], described["weights"]) == (40, 144 + 4 * classes)
+        assert [row["layer"] for row in described["layers"]] == ["head", "mix"]
+        assert "40 of" in export.export(artifact, "sparse", tmp_path / "out.sparse", overwrite=True)
+        again = load_artifact(tmp_path / "out.sparse", m_name=name)
+        assert describe(again)["active"] == 40 and not describe(again).get("warnings")
 
 
 def test_layers_counted_by_hand():

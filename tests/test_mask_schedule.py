@@ -4,12 +4,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -314,6 +316,28 @@ def test_of_adam_a_returning_weight_has_the_second_moment_of_its_layer():
     assert float(state["step"]) == 9
 
 
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax, torch.optim.Adadelta,
+                                  partial(torch.optim.Adam, amsgrad=True)])
+def test_of_no_optimizer_a_returning_weight_makes_a_larger_step_than_the_others(kind):
+    """All gradients are 1, so that what returns has the mean of equal moments: its step is that of the others."""
+    model = two_layers([0.0, 0.0, 0.0, 0.0], [2.0, -5.0])
+    set_masks(model, {"0": torch.tensor([[1, 1, 0, 0]]), "1": torch.tensor([[1, 1]])})
+    weight = model[0].weight_orig
+    optimizer = kind([weight], lr=0.1)
+
+    def step() -> list[float]:
+        before, weight.grad = weight.detach().clone(), model[0].weight_mask.clone()
+        optimizer.step()
+        return (before - weight.detach()).flatten().tolist()
+    for _ in range(50):
+        step()
+    back = torch.tensor([[False, False, True, False]])
+    set_masks(model, {"0": torch.tensor([[1, 1, 1, 0]])})
+    forget_momentum(model, optimizer, {"0": back, "1": torch.zeros(1, 2, dtype=torch.bool)})
+    stayed, _, returned, _ = step()
+    assert 0 < returned <= 1.001 * stayed
+
+
 def test_the_gradient_is_that_of_the_effective_weight_also_where_it_is_pruned():
     """y = w0 x0 + w1 x1 with w1 pruned, loss y: dL/dw = x at both positions."""
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
@@ -354,8 +378,8 @@ def test_gradients_and_saliency_are_gathered_apart(monkeypatch):
         mover._gather()
         model.zero_grad()
     evidence = mover._evidence()
-    assert evidence.make("gradient")["0"].tolist() == [[1.0, 8.0]]  # |3 - 4|, |7 + 1|
-    assert evidence.make("saliency")["0"].tolist() == [[25.0 * 4, 50.0 * 25]]  # (9 + 16) 2^2, (49 + 1) 5^2
+    assert evidence.make("gradient")["0"].tolist() == [[0.5, 4.0]]  # |3 - 4| / 2, |7 + 1| / 2
+    assert evidence.make("saliency")["0"].tolist() == [[12.5 * 4, 25.0 * 25]]  # (9 + 16) / 2 2^2, (49 + 1) / 2 5^2
     assert evidence.make("magnitude")["0"].tolist() == [[2.0, 5.0]]
 
 
@@ -470,3 +494,17 @@ def test_the_least_density_is_that_before_weights_return():
     assert MaskPlan("gradual", 0.0, 0.9).least_density() == pytest.approx(0.1)
     assert MaskPlan("rigl", 0.9, 0.9).least_density() == pytest.approx(0.1)  # each layer gives up and gets back its own
     assert MaskPlan("rigl", 0.9, 0.9, exchange=0.3, regrow_allocation="erk").least_density() == pytest.approx(0.07)
+
+
+def test_a_schedule_that_does_not_end_at_the_target_is_refused_before_any_training(image_folder, tmp_path, monkeypatch,
+                                                                                   small_cnn, tiny_loaders):
+    """1 - exp(-4 t) is 0.98 at t = 1; and where nothing checks beforehand, no model comes out of the training."""
+    short = MASK_SCHEDULES["gradual"]._replace(move=lambda plan, t, number: Move(plan.target * (1 - math.exp(-4 * t))))
+    monkeypatch.setitem(MASK_SCHEDULES, "gradual", short)
+    with pytest.raises(UserError, match="gradual is wrong: at t = 1, .*sparsity 0.883515925 .* the target's, 0.9"):
+        main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--max_epochs",
+                   "1", "--mask_schedule", "gradual", "--sparsity", "0.9", "--finetune_epochs", "1"])
+    assert not list(tmp_path.rglob("*.pth"))
+    mover = MaskMover(small_cnn, MaskPlan("gradual", 0.0, 0.9), 0)
+    with pytest.raises(RunFailed, match="none of the 3 epochs counts"):
+        Trainer(small_cnn, *tiny_loaders[:2], RECIPE, seed=0, hook=mover).run(show=False)

@@ -236,6 +236,19 @@ def test_a_rule_that_keeps_another_number_or_revives_weights_is_refused(rule):
     assert kept(model) == [[0, 1, 2]]
 
 
+def test_every_sparsity_of_a_run_is_tried_before_any_training(image_folder, tmp_path, monkeypatch):
+    """A rule that reaches 0.9 alone: 0.5, which comes first, is refused before the dense model is trained."""
+    def only_far(layers, keep, seed):
+        if keep > 0.2 * sum(layers.totals):
+            raise UserError("this rule begins at 0.8")
+        return exact_k_masks(layers.magnitudes, keep, layers.alive)
+    monkeypatch.setitem(PRUNERS, "only_far", only_far)
+    with pytest.raises(UserError, match="begins at 0.8"):
+        main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--max_epochs", "1",
+                   "--pruner", "only_far", "--sparsity", "0.5", "0.9"])
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 def test_rules_may_look_at_every_kind_of_gradient_evidence_in_the_scripts(image_folder, tmp_path, monkeypatch):
     seen = {}
 

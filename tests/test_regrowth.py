@@ -414,6 +414,17 @@ def test_grouped_convolutions_have_the_fan_of_their_own_tensor():
     assert values.var().item() == pytest.approx(2 / 9, rel=0.12)
 
 
+@pytest.mark.parametrize("wrong", [lambda site: 0.5, lambda site: site.previous[:1], lambda site: site.previous[:, None]])
+def test_an_initialiser_that_gives_no_value_for_every_weight_is_refused(dense, wrong, monkeypatch):
+    monkeypatch.setitem(INITIALISERS, "wrong", wrong)
+    model = pruned_copy(dense)
+    before = state_of(model)
+    regrowth = WeightRegrowth(model, "random", Evidence(), "wrong")
+    with pytest.raises(ValueError, match="initialisation 'wrong' has to give a tensor of shape"):
+        regrowth.apply_regrowth({name: 2 for name in prunable_layers(model)})
+    assert_same(before, state_of(model))
+
+
 @pytest.mark.parametrize("init_strategy", list(INITIALISERS))
 def test_the_seed_decides_and_the_order_of_layers_does_not(dense, init_strategy):
     model, record = regrow(dense, init_strategy)

@@ -193,9 +193,13 @@ def hold_pruned_weights(model: nn.Module, optimizer: Optimizer) -> RemovableHand
     return hold_weights(optimizer, [(layer.weight_orig, layer.weight_mask) for layer in layers])
 
 
+# In the state of Adam and its kin, Adamax, RMSprop, Adadelta, Adagrad
+SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum"}
+
+
 @torch.no_grad()
 def forget_momentum(model: nn.Module, optimizer: Optimizer, returned: Mapping[str, Tensor]) -> None:
-    """Zeroes the momentum of regrown weights (layer -> bool). Adam's second moment is set to the mean over the layer's
+    """Zeroes the momentum of regrown weights (layer -> bool). `SECOND_MOMENTS` are set to the mean over the layer's
     other active weights: after zero, which bias correction no longer offsets, steps would be too large."""
     layers = prunable_layers(model)
     for name, new in returned.items():
@@ -203,7 +207,7 @@ def forget_momentum(model: nn.Module, optimizer: Optimizer, returned: Mapping[st
         for key, value in optimizer.state.get(weight, {}).items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 fill = torch.zeros((), device=value.device)
-                if key == "exp_avg_sq":
+                if key in SECOND_MOMENTS:
                     stayed = mask.bool() & ~new
                     fill = (value * stayed).sum() / stayed.sum().clamp(min=1)
                 value.masked_fill_(new, fill)
@@ -319,10 +323,8 @@ class SaliencyComputer:
                 count += 1
         if not count:
             raise ValueError("the loader has no batch to compute saliency from")
-        for totals in sums.values():
-            torch._foreach_div_(totals, count)
-        means = {power: dict(zip(layers, totals, strict=True)) for power, totals in sums.items()}
-        return gradient_evidence(self.model, means)
+        named = {power: dict(zip(layers, totals, strict=True)) for power, totals in sums.items()}
+        return gradient_evidence(self.model, named, count)
 
     @torch.enable_grad()
     def _gradients(self, layers: Mapping[str, nn.Module], inputs: Tensor, targets: Tensor) -> list[Tensor]:
@@ -334,14 +336,12 @@ class SaliencyComputer:
                 for name, layer in layers.items()]
 
 
-def gradient_evidence(model: nn.Module, means: Mapping[int, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Kind of `GRADIENT_KINDS` -> layer name -> tensor, of those whose power is there.
-
-    means: power -> layer name -> mean over batches of dL/dw to this power; a positive multiple of it changes no order.
-    """
+def gradient_evidence(model: nn.Module, sums: Mapping[int, Mapping[str, Tensor]], batches: int) -> dict[str, Any]:
+    """Kind of `GRADIENT_KINDS` -> layer name -> tensor, of those whose power is there; sums: power -> layer name -> sum
+    over so many `batches` of dL/dw to this power."""
     stored = {name: stored_weight(layer) for name, layer in prunable_layers(model).items()}
-    return {kind: {name: make(mean, stored[name]) for name, mean in means[power].items()}
-            for kind, (power, make) in GRADIENT_KINDS.items() if power in means}
+    return {kind: {name: make(total / batches, stored[name]) for name, total in sums[power].items()}
+            for kind, (power, make) in GRADIENT_KINDS.items() if power in sums}
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> li
     parts = []
     for name in allocation:
         values = stored_weight(evidence.reference_layer(name, layers[name]))
-        scores = evidence.tensor(needed(SELECTORS[regrowth.rule])[0], name)
+        scores = SELECTORS[regrowth.rule](name, layers[name], evidence).scores
         tensors = (layers[name].weight_orig.detach(), layers[name].weight_mask, scores, values)
         parts.append([tensor.clone() for tensor in tensors])
     return parts

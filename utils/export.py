@@ -28,7 +28,7 @@ from utils.analysis_utils import clone_model, count_pruned_params, is_binary, pr
 from utils.checkpoint import card_path, checkpoint_bytes, ensure_writable, save_json
 from utils.common import SIDE, RunFailed, UserError, generator, note, write_atomic
 from utils.compact import Compact, compact, content, largest_difference
-from utils.inspection import Artifact, guess_model, layer_rows, load_artifact
+from utils.inspection import Artifact, fitting_models, layer_rows, load_artifact
 from utils.model_loader import has_mask_entries, load_model_state, model_loader
 from utils.pruning import check_reach, prune_to
 from utils.run import Run
@@ -131,9 +131,8 @@ def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dense(artifact: Artifact, dtype: str) -> Export:
-    state = artifact.weights
-    return checkpoint_bytes(dense_state(state)), (
-        f"{_counts(state)}; plain PyTorch reads it: model.load_state_dict(torch.load(FILE, weights_only=True))")
+    return checkpoint_bytes(dense_state(artifact.weights)), (
+        f"{_counts(artifact)}; plain PyTorch reads it: model.load_state_dict(torch.load(FILE, weights_only=True))")
 
 
 def _sparse(artifact: Artifact, dtype: str) -> Export:
@@ -147,12 +146,12 @@ def _sparse(artifact: Artifact, dtype: str) -> Export:
         note(f"{artifact.path}: its float64 values are rounded to {dtype}")
     size = sum(value.numel() * value.element_size() for value in dense.values())
     lost = "; the values that pruned weights had are not in it" if has_mask_entries(state) else ""
-    return content, (f"{_counts(state)}, {size / len(content):.1f} times smaller than their {size:,} bytes{lost}; "
+    return content, (f"{_counts(artifact)}, {size / len(content):.1f} times smaller than their {size:,} bytes{lost}; "
                      "every script reads it like a checkpoint")
 
 
-def _counts(state: Mapping[str, Tensor]) -> str:
-    rows = layer_rows(state)
+def _counts(artifact: Artifact) -> str:
+    rows = layer_rows(artifact.weights, artifact.layers)
     return f"{sum(row['active'] for row in rows):,} of {sum(row['weights'] for row in rows):,} weights"
 
 
@@ -165,7 +164,7 @@ def _onnx(artifact: Artifact, dtype: str, smaller: bool = False) -> Export:
         made, counts = _compact(artifact)
         model = made.network
     else:
-        model, counts = network_of(artifact), _counts(artifact.weights)
+        model, counts = network_of(artifact), _counts(artifact)
         remove_masks(model)
     content, difference = onnx_bytes(model, side_of(artifact), artifact.input)
     return content, (f"{counts}; images (batch, 3, side, side) -> logits (batch, classes); onnxruntime's logits are "
@@ -174,11 +173,12 @@ def _onnx(artifact: Artifact, dtype: str, smaller: bool = False) -> Export:
 
 def network_of(artifact: Artifact) -> nn.Module:
     """The artifact's network, with masks where it has them. UserError if it is none of this project's."""
-    guess = guess_model(artifact.weights)
-    if guess is None:
-        raise UserError(f"{artifact.path} fits none of this project's models, and this needs the network itself; add "
-                        "it to MODELS in utils/models/__init__.py")
-    model = model_loader(guess[0], num_classes=guess[1], seed=0)
+    if artifact.network is None:
+        several = ", ".join(fitting_models(artifact.weights))
+        raise UserError(f"{artifact.path} fits {several}, and no run card says which it is; name it with --m_name"
+                        if several else f"{artifact.path} fits none of this project's models, and this needs the "
+                        "network itself; add it to MODELS in utils/models/__init__.py")
+    model = model_loader(artifact.network[0], num_classes=artifact.network[1], seed=0)
     load_model_state(model, artifact.weights, str(artifact.path))
     return model
 
@@ -275,7 +275,7 @@ def _compact(artifact: Artifact) -> tuple[Compact, str]:
     left, total = (sum(weight.numel() for weight in weights) for weights in (after, before))
     filters, outputs = (sum(len(weight) for weight in weights) for weights in (after, before))
     gone = "no filter is dead, nothing was removed" if left == total else f"{filters:,} of {outputs:,} filters are left"
-    return made, (f"{_counts(artifact.weights)}, now a dense network of {left:,}: {gone}; its logits are the model's "
+    return made, (f"{_counts(artifact)}, now a dense network of {left:,}: {gone}; its logits are the model's "
                   f"within {difference:.1g}")
 
 
@@ -337,7 +337,7 @@ def _fewest(model: nn.Module, pruner: str) -> int:
 
     def works(keep: int) -> bool:
         try:
-            check_reach(clone_model(model), keep, pruner)
+            check_reach(clone_model(model), [keep], pruner)
         except UserError:
             return False
         return True

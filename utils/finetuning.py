@@ -20,7 +20,7 @@ from utils import checkpoint, stage1
 from utils.analysis_utils import get_masks, has_masks, hold_weights, prunable_layers
 from utils.common import UserError, positive_float, positive_int
 from utils.datasets import DATASETS
-from utils.inspection import Artifact, guess_model, load_artifact, models_with_layers
+from utils.inspection import Artifact, load_artifact, models_with_layers
 from utils.regrowth import LayerRecord, RegrowthRecord
 from utils.run import Run, add_model_option, add_overwrite_options, add_run_options
 from utils.stage import hold_folder
@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def check_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
     """UserError for options that would have no effect or contradict each other; defaults: of `add_options`."""
     given = {name for name, default in defaults.items() if getattr(args, name) != default}
-    given -= {"overwrite"} if args.export else set()
+    given -= {"overwrite", "m_name"} if args.export else set()
     if given and not args.finetune:
         raise UserError(f"--{min(given)} has no effect without --finetune")
     if args.finetune and args.json:
@@ -221,13 +221,12 @@ def recognise_model(args: argparse.Namespace, artifact: Artifact) -> str:
         if len(names) == 1:
             return names[0]
         start = find_start(artifact, args.starting_checkpoint, args.root)
-        weights = load_artifact(start).weights if start else {}
+        network = load_artifact(start).network if start else None
     else:
-        weights = artifact.weights
-    guess = guess_model(weights)
-    if guess is None:
+        network = artifact.network
+    if network is None:
         raise UserError(f"{artifact.path} does not tell which model it belongs to; name it with --model")
-    return guess[0]
+    return network[0]
 
 
 def take_data(args: argparse.Namespace, artifact: Artifact) -> None:

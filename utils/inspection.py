@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.analysis_utils import prunable_layers
 from utils.channels import effective_sparsity
 from utils.checkpoint import load_checkpoint, read_card
 from utils.common import UserError, flattened, note, one_line
@@ -37,11 +38,12 @@ ANY = 1009  # placeholder for the number of classes: no layer has as many channe
 class Kind(NamedTuple):
     """A kind of artifact: its name, and what is in one.
 
-    describe: content -> sections; it may raise KeyError, TypeError, ValueError and the like on damaged entries.
+    describe: content (of a model also what it is called, or None) -> sections; it may raise KeyError, TypeError,
+    ValueError and the like on damaged entries.
     """
 
     name: str
-    describe: Callable[[Any], Sections]
+    describe: Callable[..., Sections]
     is_best: bool = False  # what `--type best` asks for
     is_model: bool = False
 
@@ -53,19 +55,42 @@ class Artifact:
     path: Path
     content: Any
     kind: Kind
+    m_name: str | None = None  # of the model, where the user names it
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """Its run card, {} where it has none of its own."""
         return read_card(self.path) or {}
 
+    @property
+    def named(self) -> str | None:
+        """What the model is called, by the user or the run card."""
+        return self.m_name or self.card.get("config", {}).get("m_name")
+
+    @cached_property
+    def network(self) -> tuple[str, int] | None:
+        """`guess_model` of a model artifact. UserError for a name given that does not fit, and as of `weights`."""
+        state = self._state()
+        if self.m_name and self.m_name not in (fitting := fitting_models(state)):
+            fits = f"; it fits {', '.join(fitting)}" if fitting else ""
+            raise UserError(f"{self.path} does not fit --m_name {self.m_name}{fits}")
+        return guess_model(state, self.named)
+
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The `model_state` of a model artifact. UserError for any other kind, saying what would be right."""
+        return self._state(self.layers, lambda text: note(f"{self.path}: {text}"))
+
+    @property
+    def layers(self) -> frozenset[str] | None:
+        """Names of the prunable layers of a model artifact; None where it is not known which model it is."""
+        return self.network and _layout(self.network[0]).layers
+
+    def _state(self, layers: Collection[str] | None = None, say: Callable[[str], Any] = str) -> dict[str, Tensor]:
         if not self.kind.is_model:
             raise UserError(f"{self.path} is a {self.kind.name}: it holds no finished model; give a model checkpoint"
                             f"{', or make one of it with --finetune' if self.kind.is_best else ''}")
-        return model_state(self.content, self.path, say=lambda text: note(f"{self.path}: {text}"))
+        return model_state(self.content, self.path, layers, say)
 
     @property
     def input(self) -> dict[str, Any]:
@@ -77,11 +102,12 @@ class Artifact:
         return {}
 
 
-def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
+def load_artifact(path: Path, wanted: str = "auto", m_name: str | None = None) -> Artifact:
     """Loads and recognises a file without executing anything in it.
 
-    wanted: 'best' insists on a best allocation, 'checkpoint' on anything else, 'auto' takes both. Raises UserError for
-    a file that cannot be loaded, is no checkpoint, or is of another kind than wanted.
+    wanted: 'best' insists on a best allocation, 'checkpoint' on anything else, 'auto' takes both; m_name: of the model,
+    where it is known. Raises UserError for a file that cannot be loaded, is no checkpoint, or is of another kind than
+    wanted.
     """
     content = load_checkpoint(path)
     kind = _recognise(content)
@@ -90,7 +116,7 @@ def load_artifact(path: Path, wanted: str = "auto") -> Artifact:
     if wanted != "auto" and kind.is_best != (wanted == "best"):
         right = "--type checkpoint" if kind.is_best else "--type best needs a file with allocation and regrow_indices"
         raise UserError(f"{path} is a {kind.name}, not what --type {wanted} asks for; use --type auto ({right})")
-    return Artifact(path, content, kind)
+    return Artifact(path, content, kind, m_name)
 
 
 def _recognise(content: Any) -> Kind | None:
@@ -117,14 +143,14 @@ def _holds(content: Any, *keys: str) -> bool:
 # --- what a model's weights are ------------------------------------------------------------------------------------
 
 
-def layer_rows(state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def layer_rows(state: Mapping[str, Tensor], layers: Collection[str] | None = None) -> list[dict[str, Any]]:
     """For each Conv2d or Linear weight: layer, shape, weights, active, sparsity (pruned / weights).
 
-    Without a mask, weights that are exactly 0 count as pruned.
+    layers: their names, where known. Without a mask, weights that are exactly 0 count as pruned.
     """
     rows = []
     for key, value in state.items():
-        if is_maskable(key, value):
+        if is_maskable(key, value, layers):
             stem, weights = key.removesuffix("_orig").removesuffix("weight"), value.numel()
             active = int(torch.count_nonzero(state.get(f"{stem}weight_mask", value)))
             rows.append({"layer": stem.removesuffix("."), "shape": tuple(value.shape), "weights": weights,
@@ -132,43 +158,62 @@ def layer_rows(state: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
+class Layout(NamedTuple):
+    """Of a dense model with `ANY` classes: names and shapes of its state dict, names of its prunable layers."""
+
+    shapes: dict[str, torch.Size]
+    layers: frozenset[str]
+
+
 @lru_cache(maxsize=len(MODELS))
-def _layout(name: str) -> dict[str, torch.Size]:
-    """Names and shapes of a dense model's state dict, with `ANY` classes."""
-    return {key: value.shape for key, value in model_loader(name, num_classes=ANY, seed=0).state_dict().items()}
+def _layout(name: str) -> Layout:
+    model = model_loader(name, num_classes=ANY, seed=0)
+    return Layout({key: value.shape for key, value in model.state_dict().items()},
+                  frozenset(prunable_layers(model, remove_duplicate=False)))
 
 
-def guess_model(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
-    """Name and number of classes of the model whose `model_state`, dense or masked, has these names and shapes.
+def fitting_models(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Models whose `model_state`, dense or masked, has these names and shapes -> their number of classes.
 
     No model is built with the classes that a file asks for: they may be any number.
     """
-    shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: value.shape
+    shapes = {key.removesuffix("_orig") if key.endswith("weight_orig") else key: tuple(value.shape)
               for key, value in state.items() if not key.endswith("weight_mask")}
-    matrices = [shape for shape in shapes.values() if len(shape) == 2]
-    classes = matrices[-1][0] if matrices else 10  # every model ends in a linear classifier
-    return next(((name, classes) for name in MODELS if shapes == {
-        key: tuple(classes if side == ANY else side for side in shape) for key, shape in _layout(name).items()}), None)
-
-
-def models_with_layers(layers: Iterable[str]) -> list[str]:
-    """Names of the models that have all these prunable layers; only the one that has no others, if there is one."""
-    wanted, fitting = set(layers), []
+    fitting = {}
     for name in MODELS:
-        names = {key.removesuffix(".weight") for key, shape in _layout(name).items()
-                 if key.endswith(".weight") and len(shape) in (2, 4)}
-        if names == wanted:
-            return [name]
-        if names > wanted:
-            fitting.append(name)
+        known = _layout(name).shapes
+        if known.keys() == shapes.keys() and all(len(shapes[key]) == len(shape) for key, shape in known.items()):
+            pairs = [pair for key, shape in known.items() for pair in zip(shape, shapes[key], strict=True)]
+            classes = {side for wanted, side in pairs if wanted == ANY}
+            if len(classes) == 1 and all(side == wanted or wanted == ANY for wanted, side in pairs):
+                fitting[name] = classes.pop()
     return fitting
 
 
-def describe_weights(state: Mapping[str, Tensor]) -> Sections:
-    """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict."""
+def guess_model(state: Mapping[str, Tensor], named: str | None = None) -> tuple[str, int] | None:
+    """Name and number of classes of the model that a `model_state` is of: of those that fit the one that is `named`,
+    else the only one; None where none fits, or several do."""
+    fitting = fitting_models(state)
+    name = next((name for name in fitting if name == named or len(fitting) == 1), None)
+    return name and (name, fitting[name])
+
+
+def models_with_layers(layers: Iterable[str]) -> list[str]:
+    """Names of the models that have all these prunable layers; only those that have no others, if there are any."""
+    wanted = set(layers)
+    return [name for name in MODELS if _layout(name).layers == wanted] or \
+        [name for name in MODELS if _layout(name).layers > wanted]
+
+
+def describe_weights(state: Mapping[str, Tensor], named: str | None = None) -> Sections:
+    """Model, sparsity overall and per layer, and what is wrong with the values, of a state dict; named: as of
+    `guess_model`."""
     masks, warnings = has_mask_entries(state), []
-    state = model_state(state, "state dict", say=warnings.append)
-    rows, (name, classes) = layer_rows(state), guess_model(state) or (None, None)
+    plain_state = model_state(state, "state dict")
+    name, classes = guess_model(plain_state, named) or (None, None)
+    layers = name and _layout(name).layers
+    state = model_state(state, "state dict", layers, warnings.append)
+    rows = layer_rows(state, layers)
     weights, active = sum(row["weights"] for row in rows), sum(row["active"] for row in rows)
     mask_values = [value for key, value in state.items() if key.endswith("weight_mask")]
     if any(bool(((mask != 0) & (mask != 1)).any()) for mask in mask_values):
@@ -183,18 +228,19 @@ def describe_weights(state: Mapping[str, Tensor]) -> Sections:
         with suppress(UserError):  # values that make no sense
             load_model_state(model, state)
             effective = effective_sparsity(model)
-    return {"model": name, "classes": classes, "masks": masks, "sparsity": 1 - active / weights if weights else 0.0,
-            "effective_sparsity": effective, "weights": weights, "active": active, "layers": rows, "warnings": warnings}
+    return {"model": name, "could be": [] if name else list(fitting_models(plain_state)), "classes": classes,
+            "masks": masks, "sparsity": 1 - active / weights if weights else 0.0, "effective_sparsity": effective,
+            "weights": weights, "active": active, "layers": rows, "warnings": warnings}
 
 
 # --- what is in each kind ------------------------------------------------------------------------------------------
 
 
-def _describe_training_checkpoint(content: Mapping[str, Any]) -> Sections:
+def _describe_training_checkpoint(content: Mapping[str, Any], named: str | None = None) -> Sections:
     training = {key: content[key] for key in ("acc", "epoch") if key in content}
     state = find_state(content)
     known = ("acc", "epoch", "args", "input", *(key for key, value in content.items() if value is state))
-    return {**describe_weights(state), "training": training, "arguments": content.get("args"),
+    return {**describe_weights(state, named), "training": training, "arguments": content.get("args"),
             "other entries": entry_rows(content, skip=known, depth=1)}
 
 
@@ -202,7 +248,8 @@ def _describe_progress(content: Mapping[str, Any]) -> Sections:
     trainer, recipe = content["trainer"], content["config"].get("recipe", {})
     training = {"epochs_done": trainer["epoch"], "epochs_planned": recipe.get("epochs"),
                 "best_val_acc": trainer.get("best_accuracy"), "best_epoch": trainer.get("best_epoch")}
-    return {**describe_weights(trainer["model"]), "training": training, "arguments": content["config"]}
+    weights = describe_weights(trainer["model"], content["config"].get("m_name"))
+    return {**weights, "training": training, "arguments": content["config"]}
 
 
 def _describe_search(content: Mapping[str, Any]) -> Sections:
@@ -283,7 +330,8 @@ def describe(artifact: Artifact) -> Sections:
     """
     header = {"file": str(artifact.path), "bytes": artifact.path.stat().st_size, "kind": artifact.kind.name}
     try:
-        sections = plain(artifact.kind.describe(artifact.content))
+        named = (artifact.named,) if artifact.kind.is_model else ()
+        sections = plain(artifact.kind.describe(artifact.content, *named))
         if artifact.input:
             sections["input"] = artifact.input
         if card := artifact.card:

@@ -163,6 +163,7 @@ class MaskMover(TrainingHook):
         self.history: list[dict[str, Any]] = []
         self._powers = {power for kind, (power, _) in GRADIENT_KINDS.items() if kind in plan.looks_at}
         self._sums: dict[int, dict[str, Tensor]] = {}  # power -> layer -> sum of the batches' gradients to this power
+        self._gathered = 0  # batches in these sums
 
     def begin(self, trainer: Trainer) -> None:
         """A training that starts from a denser model than the schedule wants is pruned first."""
@@ -186,10 +187,11 @@ class MaskMover(TrainingHook):
         last = self.plan.last_update(trainer.total_steps)
         if trainer.step == last or (trainer.step < last and trainer.step % self.plan.every(trainer.total_steps) == 0):
             self._update(trainer, self.plan.move(trainer.step, trainer.total_steps))
-            self._sums = {}
+            self._sums, self._gathered = {}, 0
 
     @torch.no_grad()
     def _gather(self) -> None:
+        self._gathered += 1
         for name, layer in prunable_layers(self.model).items():
             grad = getattr(layer.weight, "grad", None)  # None: a layer that never runs
             grad = torch.zeros_like(layer.weight_orig) if grad is None else grad
@@ -201,7 +203,7 @@ class MaskMover(TrainingHook):
         """Evidence about the sparse model; pruned positions use their stored values."""
         @cache
         def gradients() -> dict[str, dict[str, Tensor]]:
-            return gradient_evidence(self.model, self._sums)
+            return gradient_evidence(self.model, self._sums, self._gathered)
 
         def drift() -> dict[str, float]:
             maps = [BlockwiseFeatureExtractor(model, list(self.ever_regrown), self.precision).extract(self.sample)
@@ -258,8 +260,8 @@ class MaskMover(TrainingHook):
 
     def state_dict(self) -> dict[str, Any]:
         """Rows so far, gathered gradients, where weights have come back."""
-        return {"history": self.history, "sums": self._sums, "ever_regrown": self.ever_regrown,
-                "at_best": self._at_best}
+        return {"history": self.history, "sums": self._sums, "gathered": self._gathered,
+                "ever_regrown": self.ever_regrown, "at_best": self._at_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; the masks themselves come with the model."""
@@ -269,3 +271,4 @@ class MaskMover(TrainingHook):
                                             for key in ("ever_regrown", "at_best"))  # earlier versions lack the second
         self._sums = {power: {name: value.to(device) for name, value in sums.items()}
                       for power, sums in state["sums"].items() if isinstance(sums, dict)}  # not of earlier versions
+        self._gathered = state.get("gathered", 1)  # likewise

@@ -39,9 +39,9 @@ class MaskPlan:
     fraction of the training. update_until: fraction of it after which the mask is fixed. ramp_until: fraction of it
     after which the sparsity is the target's and weights are only exchanged; None: update_until. exchange: fraction of
     the survivors that is exchanged in the first update. regrow_rule, regrow_values: which weights return, and how.
-    regrow_allocation: 'layer' (every layer gets back what it gave up, by |w|), 'global' (the best scores of the
-    network), or a name of `ALLOCATORS`. evidence_steps: training batches before an update over which gradients are
-    averaged.
+    regrow_allocation: 'layer' (every layer gives up its smallest |w|, whatever the pruner, and gets as many back),
+    'global' (the best scores of the network), or a name of `ALLOCATORS`. evidence_steps: training batches before an
+    update over which gradients are averaged.
     """
 
     schedule: str
@@ -65,8 +65,14 @@ class MaskPlan:
                 if field not in ignored for kind in needed(registry[getattr(self, field)])}
 
     def least_density(self) -> float:
-        """The smallest fraction of the weights that an update prunes to before any of them returns, in (0, 1)."""
+        """The smallest fraction of the weights that an update prunes to before any of them returns, in (0, 1).
+
+        UserError for a schedule that does not end at the target, where no epoch would count.
+        """
         moves = [MASK_SCHEDULES[self.schedule].move(self, step / 1000, step) for step in range(1001)]
+        if not math.isclose(moves[-1].sparsity, self.target, abs_tol=1e-10):
+            raise UserError(f"mask schedule {self.schedule} is wrong: at t = 1, its last update, it asks for sparsity "
+                            f"{moves[-1].sparsity:.12g} instead of the target's, {self.target:.12g}")
         return min((1.0 - move.sparsity) * (1.0 if self.regrow_allocation == "layer" else 1.0 - move.exchange)
                    for move in moves)
 
@@ -118,7 +124,8 @@ def _acdc(plan: MaskPlan, t: float, number: int) -> Move:
 class MaskSchedule(NamedTuple):
     """A schedule: what it wants at t in [0, 1] and update `number` (from 0, before training), and its own defaults.
 
-    ignores: fields of the plan that mean nothing to it.
+    At t = 1, the last update, that has to be the plan's target: only epochs that end there count. ignores: fields of
+    the plan that mean nothing to it.
     """
 
     move: Callable[[MaskPlan, float, int], Move]

@@ -34,7 +34,7 @@ class Method:
     """The names of a script's artifacts, and how weights are chosen within a layer.
 
     rule: the names, in `SELECTORS` and `INITIALISERS`, that the arguments ask for; add_options: adds the method's own
-    options to a parser; options: their names, for run cards.
+    options to a parser, of names that no other method has; options: their names, for run cards.
     """
 
     name: str

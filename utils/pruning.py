@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -97,10 +97,12 @@ def prune_to(model: nn.Module, keep: int, pruner: str, seed: int = 0, evidence: 
         _prune(model, PRUNERS[pruner], keep, seed, evidence)
 
 
-def check_reach(model: nn.Module, keep: int, pruner: str) -> None:
-    """UserError if the rule cannot prune to `keep` weights; tried on `model`, which changes, with dummy evidence."""
+def check_reach(model: nn.Module, counts: Iterable[int], pruner: str) -> None:
+    """UserError if the rule cannot leave any of these `counts` of weights; tried on `model`, which changes, with dummy
+    evidence."""
     equal = {name: torch.ones_like(layer.weight) for name, layer in prunable_layers(model).items()}
-    prune_to(model, keep, pruner, evidence=Evidence(**dict.fromkeys(GRADIENT_KINDS, equal)))
+    for keep in sorted(counts, reverse=True):
+        prune_to(model, keep, pruner, evidence=Evidence(**dict.fromkeys(GRADIENT_KINDS, equal)))
 
 
 def _prune(model: nn.Module, rule: Rule, keep: int, seed: int, evidence: Evidence | None) -> None:

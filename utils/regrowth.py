@@ -342,7 +342,8 @@ class WeightRegrowth:
         """Regrow exactly allocation[layer] weights in each named layer; the order of the names does not matter.
 
         Raises ValueError, with the model unchanged, for an unknown layer, a negative count or one above the layer's
-        capacity, and missing or NaN evidence. `step` goes into the record and into what is drawn at random.
+        capacity, missing or NaN evidence, and initial values of another shape. `step` goes into the record and into
+        what is drawn at random.
         """
         return self.write(self.select(allocation, step), step)
 
@@ -417,6 +418,9 @@ class WeightRegrowth:
         previous = positions.read(layer.weight_orig)
         site = Site(name, layer, positions, previous, self.evidence, derive_seed(self.seed, "values", name, step))
         values = INITIALISERS[self.init_strategy](site)
+        if not isinstance(values, Tensor) or values.shape != previous.shape:
+            raise ValueError(f"initialisation {self.init_strategy!r} has to give a tensor of shape "
+                             f"{tuple(previous.shape)} in {name}, not {values!r:.60}")
         steps = torch.full_like(sources, step, dtype=torch.int32)
         return positions, LayerRecord(indices, sources, steps, values, previous)
 

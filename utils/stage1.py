@@ -110,7 +110,7 @@ def check_steps(run: Run, steps: Sequence[PruneStep], option: str, recipe: Recip
         if step.mask:
             plan = MaskPlan(start=step.previous, target=step.sparsity, pruner=step.pruner, **step.mask)
             least.append(max(1, round(plan.least_density() * total)))
-    check_reach(model, min(least), steps[-1].pruner)
+    check_reach(model, least, steps[-1].pruner)
     run.train.with_padding(recipe.padding)
 
 

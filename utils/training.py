@@ -269,7 +269,8 @@ class Trainer:
             show: bool = True) -> TrainResult:
         """Trains to the end of the recipe or of its patience; `on_epoch` is called after every epoch.
 
-        Raises RunFailed on a non-finite training or validation loss; what `on_epoch` has saved by then stays.
+        Raises RunFailed on a non-finite training or validation loss, and where the hook counts no epoch; what
+        `on_epoch` has saved by then stays.
         """
         steps = len(self.train_loader)
         if self.recipe.epochs == 0:
@@ -288,6 +289,8 @@ class Trainer:
                     on_epoch(self)
         self.optimizer.zero_grad(set_to_none=True)
         self._passes.forget()
+        if self.best_accuracy < 0:
+            raise RunFailed(f"none of the {self.epoch} epochs counts: each ended at another sparsity than the target's")
         if self.best_state:
             self.model.load_state_dict(self.best_state)
         return TrainResult(self.best_accuracy, self.best_epoch, self.epoch)
