@@ -95,7 +95,8 @@ def measure_layers(run: Run, args: argparse.Namespace, start: nn.Module, dense: 
     capacities = layer_capacities(start, target_layers(start, args.layers))
     capacities = {name: capacity for name, capacity in capacities.items() if capacity}
     if not capacities:
-        raise UserError(f"--layers {' '.join(args.layers)}: no weight is pruned there, so none can return; name others")
+        where = f"--layers {' '.join(args.layers)}" if args.layers else "the starting model"
+        raise UserError(f"{where}: no weight is pruned there, so none can return; name others")
     evidence = stage2.evidence_maker(run, args, dense)(start)
     drift = evidence.make("drift")
     budget = regrowth_budget(start, target_sparsity=args.target_sparsity)

@@ -30,7 +30,8 @@ class SparseProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) or (B, inputs), as the layer takes it."""
         if not self.geometry:
-            return (self.matrix @ x.T).T + self.bias
+            out = (self.matrix @ x.T).T
+            return out if self.bias is None else out + self.bias
         kernel, dilation, padding, stride = (sizes[0] for sizes in self.geometry.values())
         height = (x.shape[2] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         out = self.matrix @ F.unfold(x, **self.geometry).transpose(0, 1).flatten(1)

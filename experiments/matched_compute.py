@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_dir", type=Path, help="default: matched_compute/{m_name} under --root")
     args = parser.parse_args(argv)
     args.arms = [CONTROL, *(arm for arm in ARMS[1:] if arm in {*args.arms, args.against})]
-    args.sparsity = sorted(set(args.sparsity))
+    args.sparsity, args.pruner = sorted(set(args.sparsity)), None if args.pruner == "magnitude" else args.pruner
     once = [arm for arm in args.arms if arm in REGROWN]
     if once and min(args.sparsity) >= args.start_sparsity:
         raise UserError(f"{once[0]} makes a model denser, and --sparsity {min(args.sparsity)} is not below "

@@ -24,8 +24,8 @@ import torch  # noqa: E402
 
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.common import UserError, fraction, needed, positive_int, resolve_precision  # noqa: E402
-from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, add_mask_options, plan_fields  # noqa: E402
-from utils.pruning import PRUNERS, prune_to  # noqa: E402
+from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, MaskPlan, add_mask_options, plan_fields  # noqa: E402
+from utils.pruning import PRUNERS, prune_to, weights_left  # noqa: E402
 from utils.run import RECIPE_NUMBERS, Run, open_run, resolve_device, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
@@ -87,16 +87,21 @@ def combinations(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class WeightAverage:
-    """Exponential average of the parameters that a `Trainer` trains, over the last `AVERAGED_SHARE` of its steps."""
+    """Exponential average of the parameters that a `Trainer` trains, over the last `AVERAGED_SHARE` of its steps.
 
-    def __init__(self, trainer: Trainer, decay: float):
+    plan: of the mask, which has moved for the last time before the first of them.
+    """
+
+    def __init__(self, trainer: Trainer, decay: float, plan: MaskPlan | None = None):
         self.trainer, self.decay, self.model = trainer, decay, None
+        self.first = max((1.0 - AVERAGED_SHARE) * trainer.total_steps,
+                         plan.last_update(trainer.total_steps) + 1 if plan else 0)
         trainer.optimizer.register_step_post_hook(self._add)
 
     @torch.no_grad()
     def _add(self, *_: Any) -> None:
         trainer = self.trainer
-        if trainer.step + 1 >= (1.0 - AVERAGED_SHARE) * trainer.total_steps:  # the step that is done is not counted yet
+        if trainer.step + 1 >= self.first:  # the step that is done is not counted yet
             self.model = self.model or clone_model(trainer.model)
             for value, parameter in zip(self.model.parameters(), trainer.model.parameters(), strict=True):
                 value.lerp_(parameter, 1.0 - self.decay)
@@ -140,14 +145,15 @@ def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, A
         model = clone_model(dense.model)
         seed, step = stage1.finetuning_seed(run), PruneStep(pruner, "one-shot", 1, sparsity)
         if mask_schedule == "fixed":
-            keep = round((1.0 - sparsity) * count_pruned_params(model).total)
+            total = count_pruned_params(model).total
+            keep = weights_left(total, total, sparsity, f"--sparsity {sparsity:.12g}")
             prune_to(model, keep, pruner, stage1.pruning_seed(run, step))
         else:
             step = replace(step, schedule=mask_schedule, mask=plan_fields(
                 mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))
             hook = stage1.mask_mover(run, model, step)
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=hook)
-    average = WeightAverage(trainer, asked["average"]) if asked["average"] else None
+    average = WeightAverage(trainer, asked["average"], hook and hook.plan) if asked["average"] else None
     result = trainer.run(f"{recipe.optimizer} {recipe.lr:g}, {mask_schedule} {sparsity:g}")
     return {"val_acc": average.accuracy() if average else result.accuracy,
             "last_val_acc": trainer.history[-1]["val_acc"], "surviving": count_pruned_params(model).surviving,
@@ -170,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"no dense model at {lacking[0]}; main.py --pruner none makes it, with the seed and --root")
     for args.seed, args.root in roots.items():
         run = open_run(args)
-        table.check_data(run.data_label)
+        table.check_data(run.data_label, run.data.fingerprint)
         dense = start_of(run, table, known) if any(asked["sparsity"] for asked in missing[run.seed]) else None
         for asked in missing[run.seed]:
             table.add({**asked, "seed": run.seed, **train(run, asked, dense)}, run.card(dense=known))

@@ -75,8 +75,9 @@ def make_rows(args: argparse.Namespace, folder: Path, config: Mapping[str, Any],
     table = ResumableTable(folder / "runs.csv", keys, config, resume=args.resume, overwrite=args.overwrite)
     missing = [left for group in groups if (left := [key for key in group if not table.has(*key)])]
     seeds, made = sorted({group[0][-1] for group in missing}), {}
-    if seeds and table.rows:
-        table.check_data(run_of(seeds[0]).data_label)
+    if seeds:
+        run = run_of(seeds[0])
+        table.check_data(run.data_label, run.data.fingerprint)
     processes.run(common, [(seed,) for seed in seeds], lambda number, files, _: made.update({seeds[number]: files}))
     processes.share()
     processes.run(group_rows, [(made[group[0][-1]], group) for group in missing],

@@ -101,7 +101,10 @@ class Study:
 
 
 def allocations(problem: AllocationProblem, number: int, seed: int) -> list[tuple[str, tuple[int, ...]]]:
-    """(source, allocation): the rules, 'near' ones around the proportional rule, 'random' ones; all different."""
+    """(source, allocation): the rules, 'near' ones around the proportional rule, 'random' ones; all different.
+
+    UserError where there are not so many.
+    """
     draws = generator(seed, "rung fidelity")
     rules = [(name, allocate(name, problem, draws)) for name in WARM_START]
     space = ShareActions(problem, 11, [capacity / sum(problem.capacities) for capacity in problem.capacities])
@@ -110,8 +113,12 @@ def allocations(problem: AllocationProblem, number: int, seed: int) -> list[tupl
     found: dict[tuple[int, ...], str] = {}
     for name, allocation in [*rules, *near]:
         found.setdefault(allocation, name)
-    while len(found) < number:
-        found.setdefault(allocate("random", problem, draws), "random")
+    for _ in range(100 * number):
+        if len(found) < number:
+            found.setdefault(allocate("random", problem, draws), "random")
+    if len(found) < number:
+        raise UserError(f"--num_allocations {number}: only {len(found)} different ones were found for "
+                        f"{problem.budget:,} weights in {len(problem.layers)} layers; ask for fewer")
     return [(name, allocation) for allocation, name in found.items()]
 
 

@@ -55,6 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_dir", type=Path, help="default: search_scaling/{m_name} under --root")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)  # one measured round, under torchrun
     args = parser.parse_args(argv)
+    if len(set(args.mini_finetune_epochs)) < 2:
+        raise UserError("--mini_finetune_epochs: seconds are a line through two lengths; give two different ones")
     args.processes = sorted({1, *args.processes})  # trials of one process alone give the times that are simulated
     return args
 

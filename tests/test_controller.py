@@ -436,6 +436,14 @@ def test_shares_by_hand():
     assert space.decides(0, 0) and not ShareActions(small_problem((0, 9), 3), 6, [0.0, 1.0]).decides(0, 3)
 
 
+def test_many_actions_have_a_prior_and_too_many_are_refused():
+    problem = small_problem((20, 30, 50), 10)
+    space = ShareActions(problem, 1000, [0.2, 0.3, 0.5])
+    assert ShareActions.prior(1000).isfinite().all() and sum(space.allocation([999, 1, 500])) == 10
+    with pytest.raises(UserError, match="--action_space_size 1001 is too many.*1000 or fewer"):
+        ShareActions(problem, 1001, [0.2, 0.3, 0.5])
+
+
 def test_every_share_allocation_spends_the_budget_within_the_capacities():
     draws = np.random.default_rng(0)
     for _ in range(100):

@@ -41,6 +41,12 @@ def test_counts_by_hand(monkeypatch):
     assert found["CSR"] == (3 + 3 + 5) + 4 + (2 + 2 + 3) + 2
 
 
+def test_sparse_products_need_no_bias():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), nn.Flatten(), nn.Linear(18, 3, bias=False)).eval()
+    weight_pruner_loader("magnitude")(model, 0.5)
+    assert largest_difference(model, sparse_products(model), torch.randn(2, 3, 5, 5)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["resnet20", "effnet"])  # the second with depthwise layers, which CSR leaves alone
 def test_sparse_products_give_the_same_logits(name):
     model = model_loader(name, seed=0).eval()

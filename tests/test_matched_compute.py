@@ -67,6 +67,12 @@ def test_the_study_runs_is_continued_and_compares(image_folder, tmp_path, monkey
         study.main([*words, "--resume"])
 
 
+def test_a_default_that_is_spelled_out_is_the_default():
+    """So that a table goes on with it."""
+    words = ["--m_name", "resnet20"]
+    assert study.parse_args([*words, "--pruner", "magnitude"]).pruner == study.parse_args(words).pruner
+
+
 def test_schedules_are_arms_at_every_sparsity_with_one_number_of_steps(image_folder, tmp_path):
     words = options(image_folder, tmp_path)[:-7]
     study.main([*words, "--num_seeds", "1", "--sparsity", "0.97", "0.99", "--recipe", "short", "--arms", *MOVING,

@@ -37,6 +37,8 @@ def test_direction_and_extremes():
     for arm in ([1, 2, 3], [1.1, 2.1, 3.1]):  # differences without spread, but for rounding
         found = paired_difference(arm, [1, 2, 3])
         assert (found["verdict"], found["p"], found["t_high"]) == ("indistinguishable", 1.0, np.inf)
+    saved = [float(f"{100 * right / 3000:.6g}") for right in (2443, 2450, 2436, 2443)]  # 81.4333, 81.6667, ...
+    assert paired_difference(saved[2:], saved[:2])["verdict"] == "indistinguishable"  # -7 images of 3,000 in both
     for pair in (([], []), ([1.0], [1.0, 2.0])):
         with pytest.raises(ValueError, match="pairs"):
             paired_difference(*pair)

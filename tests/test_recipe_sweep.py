@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import main
 from experiments import recipe_sweep as sweep
 from utils import checkpoint
-from utils.analysis_utils import get_masks
+from utils.analysis_utils import count_pruned_params, get_masks
 from utils.common import UserError
 from utils.data_loader import TestLoader
 from utils.model_loader import model_loader
@@ -110,6 +111,27 @@ def test_the_average_begins_in_the_last_third_and_forgets_by_its_decay(monkeypat
     monkeypatch.setattr(sweep, "accuracy_with_new_statistics", lambda read, *_: read.weight.item())
     assert model.weight.item() == 10
     assert average.accuracy() == pytest.approx(7 * 0.75**3 + 0.25 * (8 * 0.75**2 + 9 * 0.75 + 10))
+
+
+@pytest.mark.parametrize("words", [["late", "--update_until", "0.65"],
+                                   ["gradual", "--update_every", "1", "--update_until", "0.65"]])
+def test_the_average_is_as_sparse_as_what_was_trained(image_folder, tmp_path, monkeypatch, words):
+    """The mask moves for the last time in the step before the average begins, or in its first."""
+    main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+               "--precision", "fp32", "--max_epochs", "1", "--pruner", "none"])
+    survivors = []
+    monkeypatch.setattr(sweep, "accuracy_with_new_statistics",
+                        lambda model, *_: survivors.append(count_pruned_params(model).surviving) or 0.0)
+    sweep.main([*options(image_folder, tmp_path), "--average", "0.9", "--sparsity", "0.9", "--epochs", "3",
+                "--mask_schedule", *words])
+    assert survivors == [27_090]
+
+
+def test_a_sparsity_that_leaves_no_weight_is_refused(image_folder, tmp_path):
+    main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
+               "--precision", "fp32", "--max_epochs", "1", "--pruner", "none"])
+    with pytest.raises(UserError, match="--sparsity 0.999999 would leave 0 of 270,896 weights"):
+        sweep.main([*options(image_folder, tmp_path), "--sparsity", "0.999999"])
 
 
 def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):

@@ -158,6 +158,9 @@ def test_several_steps_each_start_from_the_model_before(options, tmp_path):
     assert all((before <= after).all() for before, after in zip(masks, masks[1:]))
     record = RegrowthRecord.from_state_dict(checkpoint.load_checkpoint(folder / "step_2/best_saliency_allocation.pth"))
     assert record.count == 2_709 and all((layer.steps == 2).all() for layer in record.layers.values())
+    first, second = (checkpoint.read_card(folder / f"step_{number}/regrown_resnet20_{sparsity}.pth")
+                     for number, sparsity in ((1, 0.98), (2, 0.97)))
+    assert second["start_test_acc"] == first["test_acc"]  # so that figures need not show validation for all
 
 
 def get_masks_of(path: Path) -> torch.Tensor:

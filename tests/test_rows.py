@@ -22,12 +22,15 @@ class Backwards(World):
             on_result(number, function(*jobs[number]), 0.0)
 
 
+DATA = SimpleNamespace(fingerprint="1f")
+
+
 @pytest.mark.parametrize("processes", [World(), Backwards()])
 def test_what_seeds_have_in_common_comes_first_and_finished_rows_are_not_made_again(processes, tmp_path, monkeypatch):
     done = []
 
     def open_run(args):
-        return SimpleNamespace(seed=args.seed, root=args.root, made=set(), card=dict, data_label="tiny")
+        return SimpleNamespace(seed=args.seed, root=args.root, made=set(), card=dict, data_label="tiny", data=DATA)
 
     def prepare(run):
         done.append(("common", run.seed))
@@ -54,7 +57,7 @@ def test_what_seeds_have_in_common_comes_first_and_finished_rows_are_not_made_ag
 
 
 def test_a_table_goes_on_in_its_precision_and_with_other_seeds(tmp_path, monkeypatch):
-    run = SimpleNamespace(made=set(), card=dict, data_label="tiny")
+    run = SimpleNamespace(made=set(), card=dict, data_label="tiny", data=DATA)
     monkeypatch.setattr(rows, "open_run", lambda args: run)
 
     def make(seed: int, resolved: str, resume: bool = True):

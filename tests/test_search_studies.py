@@ -68,6 +68,15 @@ def test_one_process_is_always_measured():
     assert search_scaling.parse_args(["--m_name", "resnet20", "--processes", "4", "2"]).processes == [1, 2, 4]
 
 
+def test_lengths_that_give_no_line_and_allocations_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match="two different ones"):
+        search_scaling.parse_args(["--m_name", "resnet20", "--mini_finetune_epochs", "0.3", "0.3"])
+    problem = AllocationProblem(layers=("a", "b"), capacities=(1, 1), budget=1, sizes=(4, 4), fan=(4, 4),
+                                drift=(0.5, 0.6), lacking=(1, 1))
+    with pytest.raises(UserError, match="--num_allocations 9: only 2 different ones were found for 1 weights in 2"):
+        rung_fidelity.allocations(problem, 9, seed=0)
+
+
 def test_rung_fidelity_goes_on_where_it_was_interrupted(image_folder, tmp_path, monkeypatch):
     make_start(tmp_path)
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",

@@ -175,5 +175,10 @@ def test_layers_without_a_pruned_weight_are_refused_before_anything_is_trained(t
     words = ["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path)]
     with pytest.raises(UserError, match="--layers conv1: no weight is pruned there"):
         study.main([*words, "--layers", "conv1"])
+    for name in [key for key in start if key.endswith("weight_mask")]:
+        start[name].fill_(1)
+    checkpoint.save_checkpoint(start, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match="the starting model: no weight is pruned there"):
+        study.main([*words, "--starting_checkpoint", str(tmp_path / "whole.pth")])
     with pytest.raises(UserError, match="--start_sparsity finds the checkpoint under --root.*leave one"):
         study.main([*words, "--starting_checkpoint", str(path), "--start_sparsity", "0.9"])

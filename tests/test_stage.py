@@ -282,12 +282,25 @@ def test_a_table_of_an_earlier_version_goes_on_with_a_column_more(tmp_path):
 
 def test_a_table_takes_no_rows_of_other_data(tmp_path):
     table = ResumableTable(tmp_path / "t.csv", ("seed",), {}, resume=False, overwrite=False)
-    table.check_data("mine, image folder (PNG)")  # no row yet
+    table.check_data("mine, image folder (PNG)", "1f")  # no row yet
     table.add({"seed": 0, "dataset": "mine, image folder (PNG)"}, {})
     again = ResumableTable(tmp_path / "t.csv", ("seed",), {}, resume=True, overwrite=False)
-    again.check_data("mine, image folder (PNG)")
+    again.check_data("mine, image folder (PNG)", "1f")
     with pytest.raises(UserError, match=r"rows of other data: mine, image folder \(PNG\), and this run reads yours"):
-        again.check_data("yours, image folder (PNG)")
+        again.check_data("yours, image folder (PNG)", "1f")
+    with pytest.raises(UserError, match=r"other data: mine, image folder \(PNG\), which has changed since"):
+        again.check_data("mine, image folder (PNG)", "2f")  # another folder of this name, or other images in it
+
+
+def test_words_that_look_like_numbers_stay_words(tmp_path):
+    """Layers of a plain Sequential are called 0, 1, ..."""
+    path = tmp_path / "t.csv"
+    for seed in (0, 1):
+        table = ResumableTable(path, ("layer", "seed"), {}, resume=True, overwrite=False)
+        assert not table.has("3", seed)
+        table.add({"layer": "3", "seed": seed, "back": "" if seed else 7}, {})
+    rows = ResumableTable(path, ("layer", "seed"), {}, resume=True, overwrite=False).rows
+    assert rows == [{"layer": "3", "seed": 0, "back": 7}, {"layer": "3", "seed": 1, "back": ""}]
 
 
 # --- two runs in one folder ----------------------------------------------------------------------------------------

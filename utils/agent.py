@@ -72,12 +72,14 @@ class ShareActions:
 
     @staticmethod
     def _factors(number: int) -> list[float]:
+        if number > 1000:  # the largest would overflow
+            raise UserError(f"--action_space_size {number} is too many for --action_space share; take 1000 or fewer")
         return [0.0] + [2 ** ((action - number // 2) / 2) for action in range(1, number)]
 
     @classmethod
     def prior(cls, number: int) -> Tensor:
         """Logits of a normal distribution (`SPREAD`) of the factor's logarithm around that of 1, and `ZERO_LOGIT`."""
-        octaves = torch.tensor(cls._factors(number)[1:]).log2()
+        octaves = torch.tensor([math.log2(factor) for factor in cls._factors(number)[1:]])
         return torch.cat([torch.tensor([ZERO_LOGIT]), -(octaves / SPREAD) ** 2 / 2])
 
     def decides(self, position: int, left: int) -> bool:

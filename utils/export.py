@@ -102,6 +102,8 @@ def export(artifact: Artifact, form: str, out: Path, dtype: str = "float32", ove
         origin = {"format": f"compact {form}" if smaller else form, "dtype": dtype, "from": artifact.card["sha256"]}
         facts = {key: value for key, value in artifact.card.items() if dtype == "float32" or key not in ACCURACIES}
         save_json({**facts, "sha256": hashlib.sha256(content).hexdigest(), "exported": origin}, card_path(out))
+    else:
+        card_path(out).unlink(missing_ok=True)  # of what stood there before
     return f"{out}: {len(content):,} bytes; {remark}"
 
 

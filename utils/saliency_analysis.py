@@ -170,8 +170,8 @@ def analyse(saliency: ClassSaliency, masks: Mapping[str, Tensor], classes: Seque
         counts = {"important": important, "few_class": few, "important_scaled": important_scaled,
                   "few_class_scaled": few_scaled}
         by_layer.append({**size, "threshold": threshold,
-                         **{key: int(chosen.any(axis=0).sum()) for key, chosen in counts.items()},
-                         **{f"few_class_{label}": int(chosen.sum()) for label, chosen in zip(classes, few)}})
+                         **{f"few_class_{label}": int(chosen.sum()) for label, chosen in zip(classes, few)},
+                         **{key: int(chosen.any(axis=0).sum()) for key, chosen in counts.items()}})
         sums = values.sum(axis=1, dtype=np.float64)
         columns = {"share": np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0), **_spread(values),
                    "important": important.sum(axis=1), "few_class": few.sum(axis=1)}

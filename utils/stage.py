@@ -243,6 +243,7 @@ class ResumableTable:
         self.path, self.keys = path, tuple(keys)
         self.config = json.loads(json.dumps(config))
         self.rows: list[dict[str, Any]] = []
+        self.fingerprint: str | None = None  # of the data that rows were made on
         self.lock = hold_folder(path.parent, "--save_dir")
         if kept(path, overwrite):
             self._load_rows(resume, overwrite)
@@ -260,8 +261,10 @@ class ResumableTable:
         if not resume:
             raise UserError(f"{self.path} exists. Use --resume to go on after its last row, or --overwrite to redo it")
         self.config = config
+        self.fingerprint = card.get("data_fingerprint")
         columns = card.get("columns") or dict.fromkeys(self.keys, "text")  # tables of earlier versions do not say
-        self.rows = [{name: _number(text) for name, text in row.items() if name in columns or not card.get("columns")}
+        self.rows = [{name: text if columns.get(name) == "words" else _number(text) for name, text in row.items()
+                      if name in columns or not card.get("columns")}
                      for row in read_csv(self.path, columns, self._remedy)]
 
     def _card(self) -> dict[str, Any]:
@@ -270,7 +273,8 @@ class ResumableTable:
             return {"config": {}}
         try:
             card = json.loads(path.read_bytes())
-            return {"columns": dict(card.get("columns", {})), "config": dict(card["config"])}
+            return {"columns": dict(card.get("columns", {})), "config": dict(card["config"]),
+                    "data_fingerprint": card.get("data_fingerprint")}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged. {self._remedy}") from error
 
@@ -279,11 +283,15 @@ class ResumableTable:
         return (f"Restore it, or remove {self.path.name} and {self.path.with_suffix('.json').name} and use --resume: "
                 "finished models are then taken as they are")
 
-    def check_data(self, label: str) -> None:
-        """UserError where a row was made on other data than this, by its column `dataset` (`Run.data_label`)."""
-        if others := {row.get("dataset", label) for row in self.rows} - {label}:
-            raise UserError(f"{self.path} has rows of other data: {min(others)}, and this run reads {label}. Use "
+    def check_data(self, label: str, fingerprint: str) -> None:
+        """UserError where a row was made on other data than this: by its column `dataset` (`Run.data_label`), or by the
+        images themselves (`ImageDataset.fingerprint`)."""
+        others = {row.get("dataset", label) for row in self.rows} - {label}
+        if others or self.fingerprint not in (None, fingerprint):
+            found = f"and this run reads {label}" if others else "which has changed since"
+            raise UserError(f"{self.path} has rows of other data: {min(others, default=label)}, {found}. Use "
                             "--save_dir for another place, or --overwrite to redo it")
+        self.fingerprint = fingerprint
 
     def has(self, *key: Any) -> bool:
         """Whether there is a row with this key; what a row of an earlier version lacks counts as ''."""
@@ -294,10 +302,15 @@ class ResumableTable:
         """Appends a row and saves table and card."""
         self.rows.append({name: _as_saved(value) for name, value in row.items()})
         names = dict.fromkeys(name for line in self.rows for name in line)
-        kinds = {name: "number" if all(type(line.get(name)) in (int, float) for line in self.rows) else "text"
-                 for name in names}
-        save_json({**card, "config": self.config, "columns": kinds}, self.path.with_suffix(".json"))
+        kinds = {name: _kind({type(line.get(name)) for line in self.rows}) for name in names}
+        save_json({**card, "config": self.config, "columns": kinds, "data_fingerprint": self.fingerprint},
+                  self.path.with_suffix(".json"))
         save_csv(self.rows, self.path)
+
+
+def _kind(types: set[type]) -> str:
+    """Of a column, for reading it: 'number', 'words' (also such as '3'), or 'text', which is of both."""
+    return "number" if types <= {int, float} else "words" if types == {str} else "text"
 
 
 def _as_saved(value: Any) -> Any:

@@ -406,11 +406,13 @@ def report(run: Run, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> N
 
     outcomes: the starting model, then the regrown ones in order.
     """
-    folder = args.save_dir
-    stage1.read_test(run, outcomes[1:])
+    for start, outcome in zip(outcomes, outcomes[1:]):
+        if outcome.card and "test_acc" in start.card:  # of a step after the first it is known only now
+            outcome.card["start_test_acc"] = start.card["test_acc"]
+        stage1.read_test(run, [outcome])
     rows = [table_row(run, outcome) for outcome in outcomes[1:] if "method" in outcome.card["config"]]
-    checkpoint.save_csv(rows, folder / "regrowth_results.csv")
-    plots.plot_bidirectional(stage1.summary_rows(run.root, run.m_name), rows, folder / "regrowth_results.png",
+    checkpoint.save_csv(rows, args.save_dir / "regrowth_results.csv")
+    plots.plot_bidirectional(stage1.summary_rows(run.root, run.m_name), rows, args.save_dir / "regrowth_results.png",
                              title=f"{run.m_name} on {run.data_label}")
     print(f"\n{run.m_name} on {run.data_label}, seed {run.seed}, {run.precision}")
     for row in rows:
@@ -427,11 +429,10 @@ def report(run: Run, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> N
         if row["one_shot_test_acc"] != "":
             print(f"one-shot pruned  sparsity {row['sparsity']:.5g}  validation {row['one_shot_val_acc']:.2f} %, "
                   f"test {row['one_shot_test_acc']:.2f} %  ({row['one_shot_epochs']} epochs since the dense model)")
-    print(f"models, cards, allocation, table and figures: {folder}")
-    for outcome in outcomes[1:]:
-        if "method" not in outcome.card["config"]:
-            print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
-                  f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
+    print(f"models, cards, allocation, table and figures: {args.save_dir}")
+    for outcome in (each for each in outcomes[1:] if "method" not in each.card["config"]):
+        print(f"{outcome.artifact.name}, without a run card: sparsity {outcome.card['sparsity']:.4f}  validation "
+              f"{outcome.card['val_acc']:.2f} %, test {outcome.card['test_acc']:.2f} %")
 
 
 def table_row(run: Run, outcome: Outcome) -> dict[str, Any]:
