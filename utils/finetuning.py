@@ -106,7 +106,8 @@ def check_options(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None
     given = {name for name, default in defaults.items() if getattr(args, name) != default}
     given -= {"overwrite", "m_name"} if args.export else set()
     if given and not args.finetune:
-        raise UserError(f"--{min(given)} has no effect without --finetune")
+        also = " or --export" if min(given) == "m_name" else ""
+        raise UserError(f"--{min(given)} has no effect without --finetune{also}")
     if args.finetune and args.json:
         raise UserError("--json describes a file; leave out --finetune, or --json")
     for owner, options in (("differential_lr", {"lr_original", "lr_regrown"}),
