@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch  # noqa: E402
 from utils.analysis_utils import clone_model, count_pruned_params  # noqa: E402
 from utils.common import UserError, fraction, needed, positive_int, resolve_precision  # noqa: E402
 from utils.mask_schedule import MASK_FIELDS, MASK_SCHEDULES, MaskPlan, add_mask_options, plan_fields  # noqa: E402
-from utils.pruning import PRUNERS, prune_to, weights_left  # noqa: E402
+from utils.pruning import PRUNERS, prune_to  # noqa: E402
 from utils.run import RECIPE_NUMBERS, Run, open_run, resolve_device, run_parser, script  # noqa: E402
 from utils.stage import ResumableTable  # noqa: E402
 from utils.stage1 import Outcome, PruneStep  # noqa: E402
@@ -132,6 +131,15 @@ def start_of(run: Run, table: ResumableTable, known: dict[str, str]) -> Outcome:
     return dense
 
 
+def step_of(asked: dict[str, Any]) -> PruneStep:
+    """The pruning of a finetuning, and how the mask moves."""
+    schedule, pruner, sparsity = asked["mask_schedule"], asked["pruner"], asked["sparsity"]
+    if schedule == "fixed":
+        return PruneStep(pruner, "one-shot", 1, sparsity)
+    fields = {name: asked[name] for name in MASK_FIELDS if asked[name] != ""}
+    return PruneStep(pruner, schedule, 1, sparsity, mask=plan_fields(schedule, **fields))
+
+
 def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, Any]:
     """Trains one model and returns what came out: best and last validation accuracy (%), surviving weights and how many
     of them had been pruned on the way ('' where the mask does not move), seconds. dense: what a finetuning starts from.
@@ -143,14 +151,11 @@ def train(run: Run, asked: dict[str, Any], dense: Outcome | None) -> dict[str, A
         model = run.new_model()
     else:
         model = clone_model(dense.model)
-        seed, step = stage1.finetuning_seed(run), PruneStep(pruner, "one-shot", 1, sparsity)
+        seed, step = stage1.finetuning_seed(run), step_of(asked)
         if mask_schedule == "fixed":
-            total = count_pruned_params(model).total
-            keep = weights_left(total, total, sparsity, f"--sparsity {sparsity:.12g}")
+            keep = round((1.0 - sparsity) * count_pruned_params(model).total)
             prune_to(model, keep, pruner, stage1.pruning_seed(run, step))
         else:
-            step = replace(step, schedule=mask_schedule, mask=plan_fields(
-                mask_schedule, **{name: asked[name] for name in MASK_FIELDS if asked[name] != ""}))
             hook = stage1.mask_mover(run, model, step)
     trainer = Trainer(model, run.train, run.val, recipe, seed=seed, precision=run.precision, hook=hook)
     average = WeightAverage(trainer, asked["average"], hook and hook.plan) if asked["average"] else None
@@ -178,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = open_run(args)
         table.check_data(run.data_label, run.data.fingerprint)
         dense = start_of(run, table, known) if any(asked["sparsity"] for asked in missing[run.seed]) else None
+        for asked in missing[run.seed]:
+            recipe = Recipe(**{name: asked[name] for name in RECIPE})
+            stage1.check_steps(run, [step_of(asked)] if asked["sparsity"] else [], "--sparsity", recipe)
         for asked in missing[run.seed]:
             table.add({**asked, "seed": run.seed, **train(run, asked, dense)}, run.card(dense=known))
     for row in sorted(table.rows, key=lambda row: (row["sparsity"], row["epochs"], -row["val_acc"])):

@@ -61,6 +61,18 @@ def test_the_loop_that_ours_is_measured_against_regrows_the_same_weights(episode
             assert torch.equal(mask.bool(), masks[name]), name
 
 
+def test_any_seed_makes_images_and_a_rule_that_draws_has_a_loop_to_be_measured_against(episodes):
+    images = [benchmark.synthetic_dataset(2, seed).train_images for seed in (5, 2**33 + 5, 6)]
+    assert (images[0] == images[1]).all() and (images[0] != images[2]).any()
+    episode = episodes[1]["reference"]
+    regrowth = episode.regrower(clone_model(episode.start))
+    regrowth.rule = "random"
+    parts = benchmark.plain_tensors(regrowth, episode.allocation)
+    before = sum(int(mask.sum()) for _, mask, _, _ in parts)
+    benchmark.elementwise_regrowth(episode.allocation, parts)
+    assert sum(int(mask.sum()) for _, mask, _, _ in parts) == before + sum(episode.allocation.values())
+
+
 def test_update_row_leaves_the_start_as_it_was(episodes):
     run, by_method = episodes
     episode = by_method["reference"]

@@ -143,7 +143,8 @@ class Twin(nn.Module):
 @pytest.fixture
 def twins(monkeypatch):
     """`silu` after `relu`, of the same layers, and `conv` with a convolution as its classifier."""
-    made = {"relu": lambda n: Twin(nn.ReLU, n), "silu": lambda n: Twin(nn.SiLU, n), "conv": lambda n: Twin(nn.SiLU, n, True)}
+    made = {"relu": lambda n: Twin(nn.ReLU, n), "silu": lambda n: Twin(nn.SiLU, n),
+            "conv": lambda n: Twin(nn.SiLU, n, True)}
     for name, make in made.items():
         monkeypatch.setitem(MODELS, name, make)
     monkeypatch.setattr(inspection, "MODELS", ["resnet20", *made])

@@ -127,11 +127,13 @@ def test_the_average_is_as_sparse_as_what_was_trained(image_folder, tmp_path, mo
     assert survivors == [27_090]
 
 
-def test_a_sparsity_that_leaves_no_weight_is_refused(image_folder, tmp_path):
+def test_a_sparsity_that_leaves_no_weight_is_refused_before_any_row(image_folder, tmp_path, monkeypatch):
     main.main(["--m_name", "resnet20", "--data_dir", str(image_folder), "--root", str(tmp_path), "--device", "cpu",
                "--precision", "fp32", "--max_epochs", "1", "--pruner", "none"])
-    with pytest.raises(UserError, match="--sparsity 0.999999 would leave 0 of 270,896 weights"):
-        sweep.main([*options(image_folder, tmp_path), "--sparsity", "0.999999"])
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("a row was trained"))
+    for schedule in ("fixed", "gradual"):
+        with pytest.raises(UserError, match="--sparsity 0.999999 would leave 0 of 270,896 weights"):
+            sweep.main([*options(image_folder, tmp_path), "--sparsity", "0.9", "0.999999", "--mask_schedule", schedule])
 
 
 def test_an_averaged_model_is_a_row_of_its_own(image_folder, tmp_path):

@@ -414,7 +414,8 @@ def test_grouped_convolutions_have_the_fan_of_their_own_tensor():
     assert values.var().item() == pytest.approx(2 / 9, rel=0.12)
 
 
-@pytest.mark.parametrize("wrong", [lambda site: 0.5, lambda site: site.previous[:1], lambda site: site.previous[:, None]])
+@pytest.mark.parametrize("wrong", [lambda site: 0.5, lambda site: site.previous[:1],
+                                   lambda site: site.previous[:, None]])
 def test_an_initialiser_that_gives_no_value_for_every_weight_is_refused(dense, wrong, monkeypatch):
     monkeypatch.setitem(INITIALISERS, "wrong", wrong)
     model = pruned_copy(dense)

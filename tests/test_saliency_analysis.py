@@ -246,6 +246,13 @@ def test_statistics_by_hand():
     assert by_layer[2]["important"] == 0
 
 
+def test_a_class_called_scaled_does_not_take_the_place_of_the_counts_on_one_scale():
+    _, plain = analyse(*by_hand(), ["cat", "dog"], percentile=50, few_classes=1)
+    _, named = analyse(*by_hand(), ["cat", "scaled"], percentile=50, few_classes=1)
+    assert [row["few_class_scaled"] for row in named] == [row["few_class_scaled"] for row in plain]
+    assert [*plain[0]][-2:] == ["few_class_cat", "few_class_dog"]
+
+
 def layer_row(important: int, few: int, scaled: tuple[int, int]) -> dict[str, int]:
     return {"important": important, "few_class": few, "important_scaled": scaled[0], "few_class_scaled": scaled[1]}
 

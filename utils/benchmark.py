@@ -139,7 +139,8 @@ def plain_tensors(regrowth: WeightRegrowth, allocation: Mapping[str, int]) -> li
     parts = []
     for name in allocation:
         values = stored_weight(evidence.reference_layer(name, layers[name]))
-        scores = SELECTORS[regrowth.rule](name, layers[name], evidence).scores
+        ranking = SELECTORS[regrowth.rule](name, layers[name], evidence)
+        scores = torch.zeros_like(values) if ranking is None else ranking.scores  # None: it draws
         tensors = (layers[name].weight_orig.detach(), layers[name].weight_mask, scores, values)
         parts.append([tensor.clone() for tensor in tensors])
     return parts

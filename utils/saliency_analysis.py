@@ -167,11 +167,12 @@ def analyse(saliency: ClassSaliency, masks: Mapping[str, Tensor], classes: Seque
         threshold, important, few = find_few_class(values, percentile, few_classes)
         _, important_scaled, few_scaled = find_few_class(same_scale(values), percentile, few_classes)
         size = {"layer": name, "weights": values.shape[1], "pruned": len(kept) - values.shape[1]}
-        counts = {"important": important, "few_class": few, "important_scaled": important_scaled,
-                  "few_class_scaled": few_scaled}
-        by_layer.append({**size, "threshold": threshold,
+        chosen_by = {"important": important, "few_class": few, "important_scaled": important_scaled,
+                     "few_class_scaled": few_scaled}
+        counts = {key: int(chosen.any(axis=0).sum()) for key, chosen in chosen_by.items()}
+        by_layer.append({**size, "threshold": threshold, **counts,
                          **{f"few_class_{label}": int(chosen.sum()) for label, chosen in zip(classes, few)},
-                         **{key: int(chosen.any(axis=0).sum()) for key, chosen in counts.items()}})
+                         **counts})  # again: a class may be called 'scaled'
         sums = values.sum(axis=1, dtype=np.float64)
         columns = {"share": np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0), **_spread(values),
                    "important": important.sum(axis=1), "few_class": few.sum(axis=1)}
