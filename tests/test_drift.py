@@ -1,6 +1,8 @@
 """SSIM drift: the maps by hand, parity with plain skimage, the fallback, and hooks that never stay."""
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,21 @@ def test_hooks_are_removed_and_the_mode_restored_even_after_an_error(small_cnn):
     assert small_cnn.training and all(not module._forward_hooks for module in small_cnn.modules())
     with pytest.raises(ValueError, match="no batch"):
         BlockwiseFeatureExtractor(small_cnn, LAYERS).extract([])
+
+
+def test_a_layer_that_runs_at_several_resolutions_is_judged_by_its_first(tiny_loaders):
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, images):
+            return self.head(images).mean((2, 3)) + self.head(images[:, :, ::2, ::2]).mean((2, 3))
+
+    pyramid = Pyramid()
+    plain = nn.Sequential(OrderedDict(head=pyramid.head))
+    maps = [BlockwiseFeatureExtractor(model, ["head"]).extract(tiny_loaders[1])["head"] for model in (pyramid, plain)]
+    assert maps[0].shape == (32, 32) and np.array_equal(*maps)
 
 
 def test_unequal_layers_or_shapes_are_refused():

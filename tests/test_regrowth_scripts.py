@@ -163,6 +163,17 @@ def test_several_steps_each_start_from_the_model_before(options, tmp_path):
     assert second["start_test_acc"] == first["test_acc"]  # so that figures need not show validation for all
 
 
+def test_steps_that_find_no_room_are_left_out_and_those_before_reported(options, tmp_path, capsys):
+    rl_saliency_regrowth.main([*options, "--allocation", "uniform", "--regrow_iterations", "3", "--regrow_step", "0.01",
+                               "--target_layers", "linear", "--finetune_epochs", "0"])
+    folder, said = tmp_path / "rl_saliency_regrow_savedir/resnet20", capsys.readouterr()
+    with open(folder / "regrowth_results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    masks = get_masks_of(folder / "step_1" / row["checkpoint"])
+    assert int(masks.sum()) == KEPT + int(row["regrown"]) and row["test_acc"] and masks[-640:].all()
+    assert "step 2 of 3 is left out: no weight can return any more" in said.err and not (folder / "step_2").exists()
+
+
 def get_masks_of(path: Path) -> torch.Tensor:
     state = checkpoint.load_checkpoint(path)
     return torch.cat([value.flatten() for name, value in state.items() if name.endswith("weight_mask")])

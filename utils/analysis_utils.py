@@ -377,14 +377,16 @@ class BlockwiseFeatureExtractor:
     def extract(self, loader: Iterable[tuple[Tensor, Tensor]], max_batches: int | None = None) -> dict[str, np.ndarray]:
         """Mean maps by layer, float64 (H, W) or, by the fallback, (outputs,), each scaled to [0, 1].
 
-        loader: un-augmented batches; both models of a comparison must see the same ones. The model is run in
-        evaluation mode and left in the mode it was in. Raises ValueError for an empty loader.
+        loader: un-augmented batches, the same ones for both models of a comparison. The model runs in evaluation mode
+        and is left in the mode it was in. Of a layer's resolutions its first counts. ValueError for an empty loader.
         """
         sums: dict[str, Tensor] = {}
         seen, device = 0, next(self.model.parameters()).device
 
         def add(name: str, _: nn.Module, __: object, output: Tensor) -> None:
-            sums[name] = sums.get(name, 0.0) + normalised_maps(output.float()).sum(0, dtype=torch.float64)
+            maps = normalised_maps(output.float()).sum(0, dtype=torch.float64)
+            if maps.shape == sums.setdefault(name, torch.zeros_like(maps)).shape:  # the resolution of its first call
+                sums[name] += maps
         handles = [module.register_forward_hook(partial(add, name)) for name, module in self.modules.items()]
         try:
             with evaluating(self.model), autocast(device, self.precision):

@@ -79,6 +79,9 @@ def regrow(run: Run, args: argparse.Namespace, passes: int = 0, processes: World
     run.held.add(hold_folder(args.save_dir, "--save_dir"))
     about = evidence_maker(run, args, dense.model)
     for number in range(1, args.regrow_iterations + 1):
+        if number > 1 and not any(capacities(outcomes[-1].model, args).values()):
+            note(f"step {number} of {args.regrow_iterations} is left out: no weight can return any more")
+            break  # the steps before are trained, and reported
         step = Step(run, args, outcomes[-1], about(outcomes[-1].model), number)
         config = {**step_config(step, dense), "passes_before": passes}
         check_same_files(processes, config)
@@ -197,11 +200,8 @@ def regrow_step(step: Step, config: Mapping[str, Any], processes: World) -> Outc
             if left.exists():
                 raise UserError(f"{left} is there, of an interrupted search or of another regrowth. Use --resume to go "
                                 "on with it, --overwrite to replace it, or --save_dir for another place")
-    if args.allocation == "rl":
-        found = search_allocation(step, config, processes)
-    else:
-        draws = generator(run.seed, "allocation", step.number)
-        found = Found(allocate(args.allocation, step.problem, draws), args.allocation)
+    found = search_allocation(step, config, processes) if args.allocation == "rl" else Found(
+        allocate(args.allocation, step.problem, generator(run.seed, "allocation", step.number)), args.allocation)
     before = evaluate(start.model, run.val, run.precision).accuracy
     model, record = step.apply(found.allocation)
     regrown = evaluate(model, run.val, run.precision).accuracy
