@@ -102,8 +102,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all (Holm), and
-    'better' or 'worse' only where that p says so, too.
+    """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all that are
+    tested, by two pairs or more (Holm), and 'better' or 'worse' only where that p says so, too.
 
     rows: a dict per run: arm, target (its sparsity), seed, test_acc (%), seconds of training after pretraining and
     epochs of a search, of which the means go along. arms: names in the order in which they are given back, before
@@ -119,9 +119,10 @@ def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence
             controls = [by_key[target, control, row["seed"]]["test_acc"] for row in own]
             means = {key: float(np.mean([row[key] for row in own])) for key in ("search_epochs", "seconds")}
             difference = paired_difference([row["test_acc"] for row in own], controls)
-            results.append({"arm": arm, "target": target, **difference, **means})
-    for result, adjusted in zip(results, holm([row["p"] for row in results]), strict=True):
+            results.append({"arm": arm, "target": target, **difference, **means, "p_holm": 1.0})
+    tested = [row for row in results if row["pairs"] > 1]
+    for result, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
         result["p_holm"] = adjusted
-        if adjusted >= 1 - CONFIDENCE and result["pairs"] > 1:
+        if adjusted >= 1 - CONFIDENCE:
             result["verdict"] = "indistinguishable"
     return results
