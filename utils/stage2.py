@@ -80,7 +80,7 @@ def regrow(run: Run, args: argparse.Namespace, passes: int = 0, processes: World
     about = evidence_maker(run, args, dense.model)
     for number in range(1, args.regrow_iterations + 1):
         if number > 1 and not any(capacities(outcomes[-1].model, args).values()):
-            note(f"step {number} of {args.regrow_iterations} is left out: no weight can return any more")
+            note(f"steps from {number} of {args.regrow_iterations} on are left out: no weight can return any more")
             break  # the steps before are trained, and reported
         step = Step(run, args, outcomes[-1], about(outcomes[-1].model), number)
         config = {**step_config(step, dense), "passes_before": passes}
