@@ -403,10 +403,8 @@ class BlockwiseFeatureExtractor:
 
 
 def normalised_maps(output: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H, W), summed over channels; other or small outputs to (B, outputs); L1 norm 1 each.
-
-    An output of zeros stays zero.
-    """
+    """(B, C, H, W) to (B, H, W), summed over channels; other or small outputs to (B, outputs); each has L1
+    norm 1, or stays zero."""
     is_map = output.dim() == 4 and min(output.shape[2:]) >= SMALLEST_MAP
     maps = output.sum(1) if is_map else output.flatten(1)
     norms = maps.flatten(1).abs().sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
