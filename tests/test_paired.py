@@ -75,7 +75,8 @@ def test_one_of_several_comparisons_is_decided_by_the_adjusted_p():
     (alone,) = compare_arms([row for row in rows if row["arm"] != "b"], "control", list(values))
     first, other = compare_arms(rows, "control", list(values))
     assert (alone["verdict"], round(alone["p_holm"], 3)) == ("better", 0.033)
-    assert (first["verdict"], round(first["p_holm"], 3)) == ("indistinguishable", 0.065) and other["p_holm"] > 0.5
+    assert (first["verdict"], round(first["p_holm"], 3)) == ("not shown", 0.065)
+    assert other["verdict"] == "indistinguishable" and other["p_holm"] > 0.5
     once = {**rows[0], "arm": "once"}  # a single pair is no test, and no reason to adjust for one more
     *same, last = compare_arms([*rows, once], "control", [*values, "once"])
     assert same == [first, other] and (last["verdict"], last["p_holm"]) == ("one pair, no verdict", 1.0)

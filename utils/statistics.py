@@ -103,7 +103,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence[str]) -> list[dict[str, Any]]:
     """A row per sparsity and arm: `paired_difference` of test accuracy to the control, p adjusted for all that are
-    tested, by two pairs or more (Holm), and 'better' or 'worse' only where that p says so, too.
+    tested, by two pairs or more (Holm). What is 'better' or 'worse' by itself but not by that p is 'not shown'.
 
     rows: a dict per run: arm, target (its sparsity), seed, test_acc (%), seconds of training after pretraining and
     epochs of a search, of which the means go along. arms: names in the order in which they are given back, before
@@ -123,6 +123,6 @@ def compare_arms(rows: Sequence[Mapping[str, Any]], control: str, arms: Sequence
     tested = [row for row in results if row["pairs"] > 1]
     for result, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
         result["p_holm"] = adjusted
-        if adjusted >= 1 - CONFIDENCE:
-            result["verdict"] = "indistinguishable"
+        if adjusted >= SIGNIFICANT and result["verdict"] in ("better", "worse"):
+            result["verdict"] = "not shown"
     return results
