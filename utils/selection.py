@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -257,15 +257,15 @@ def _device_bounds(values: Tensor, taken: Tensor, sizes: list[int], counts: Sequ
 
 def _device_places(values: Tensor, taken: Tensor, sizes: list[int], bounds: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Free positions with a score not below their tensor's bound, the tensor of each, and how many each tensor has."""
-    lengths = torch.tensor(sizes, device=values.device)
-    limit = bounds.repeat_interleave(lengths, output_size=len(values))
+    limit = torch.cat([bound.expand(size) for bound, size in zip(bounds, sizes, strict=True)])
+    ends = torch.tensor([*accumulate(sizes)], device=values.device)
     places = ((values >= limit) & ~taken).nonzero()[:, 0]
-    owner = torch.bucketize(places, lengths.cumsum(0), right=True)
+    owner = torch.bucketize(places, ends, right=True)
     is_nan = (values.isnan() & ~taken).any()
-    *found, has_nan = torch.cat([owner.bincount(minlength=len(sizes)), is_nan[None]]).tolist()
+    *upto, has_nan = torch.cat([torch.searchsorted(places, ends), is_nan[None]]).tolist()
     if has_nan:
         raise ValueError("scores contain NaN")
-    return places, owner, found
+    return places, owner, [after - before for before, after in pairwise([0, *upto])]
 
 
 # ---- at random -----------------------------------------------------------------------------------------------------
