@@ -92,6 +92,27 @@ def test_a_reader_that_leaves_and_an_encoding_without_letters_stop_nothing(tmp_p
     assert set(notes.read_text().splitlines()) == {"note \\u732b"}
 
 
+UNTIDY = """
+import signal, sys
+from utils.run import script
+def main(argv):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        if sys.argv[1:]:
+            raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+script(main, resumable=False)
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["fails"]])
+def test_stopped_while_a_clean_up_fails_it_is_stopped_all_the_same(words):
+    """As where a time limit's signal reaches the workers of a DataLoader, too."""
+    process = subprocess.run([sys.executable, "-c", UNTIDY, *words], cwd=REPOSITORY, capture_output=True, text=True,
+                             timeout=240)
+    assert (process.returncode, process.stderr) == (130, "\ninterrupted; run the same command again\n")
+
+
 class Plain:
     """An output with nothing but `write`."""
 

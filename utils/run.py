@@ -259,8 +259,7 @@ class Run:
 def open_run(args: argparse.Namespace, data: ImageDataset | None = None) -> Run:
     """Checks device and output folder, then loads the data; UserError in one line for whatever cannot be used.
 
-    args: a namespace with the options of `run_parser`; data: instead of what the options name.
-    Nothing but an empty folder is written.
+    args: a namespace with the options of `run_parser`; data: instead of what these name. Only an empty folder is made.
     """
     sys.stderr = sys.stderr or io.StringIO()  # a program without a console has none; bars and notes need one
     device = resolve_device(args.device)
@@ -330,10 +329,8 @@ class _Pipe(io.FileIO):
 
 
 def _make_output_safe() -> None:
-    """Nothing that is printed stops a run, though the reader has left or the encoding lacks a name's letters.
-
-    An output that is not Python's own, as in a notebook, stays as it is.
-    """
+    """Nothing that is printed stops a run, though its reader has left or the encoding lacks a name's letters. An output
+    that is not Python's own, as in a notebook, stays as it is."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
@@ -346,8 +343,7 @@ def _make_output_safe() -> None:
 def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True, several: bool = False) -> NoReturn:
     """Runs a script's main: user errors become a line and exit code 2, Ctrl-C and SIGTERM a way on and 130.
 
-    A file or folder that the system refuses is a user error too. resumable: whether the script has `--resume`;
-    several: whether torchrun may start it as several processes, which then all end when one does.
+    What the system refuses is a user error too. resumable, several: whether it has `--resume`, and torchrun may run it.
     """
     _make_output_safe()
     began, processes, line, code = time.time(), World(), None, 0
@@ -357,14 +353,17 @@ def script(main: Callable[[Sequence[str] | None], None], resumable: bool = True,
         if processes.size > 1 and not several:
             raise UserError(f"{Path(sys.argv[0]).name} runs as one process; start it with python, not with torchrun")
         main(None)
-    except (KeyboardInterrupt, *LOST) as stop:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing any more
-            signal.signal(number, signal.SIG_IGN)
-        what = "interrupted" if isinstance(stop, KeyboardInterrupt) else "stopped: another process of this run ended"
-        again = f"what was finished is saved. Continue with: {shlex.join(resumed(shlex.split(command_line()), began))}"
-        line, code = f"\n{what}; {again if resumable else 'run the same command again'}", 130
-    except Exception as error:
-        line, code = _line_and_code(error)
+    except (KeyboardInterrupt, Exception, *LOST) as error:
+        stop = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error  # cleaning up failed
+        if isinstance(stop, (KeyboardInterrupt, *LOST)):
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second one changes nothing any more
+                signal.signal(number, signal.SIG_IGN)
+            what = "stopped: another process of this run ended" if isinstance(stop, LOST) else "interrupted"
+            again = shlex.join(resumed(shlex.split(command_line()), began))
+            again = f"what was finished is saved. Continue with: {again}" if resumable else "run the same command again"
+            line, code = f"\n{what}; {again}", 130
+        else:
+            line, code = _line_and_code(error)
     processes.end(line)
     sys.exit(code)
 
